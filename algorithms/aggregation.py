@@ -1,0 +1,181 @@
+"""Totals of a round: sums of client updates that do not depend on who adds them, or in which order.
+
+Floating-point sums depend on grouping. Here each term ``n_i * w_i`` is first rounded to a grid common to
+the round, in two levels (error-free pre-rounding, Demmel and Nguyen, "Fast reproducible floating-point
+summation", ARITH 2013); sums of grid points are exact in float64, so any grouping over actors gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from algorithms.parameters import ParameterLayout
+
+#: An update may hold values up to this many times the largest magnitude of the global model. Beyond it a
+#: client has diverged, and its update is refused like a non-finite one.
+GROWTH_LIMIT = 2.0**20
+
+_BLOCK = 1 << 15  # floats a block: the temporaries of one block stay in the cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The round's common grid.
+
+    Attributes:
+        limit: Largest magnitude of a value that may be added.
+        samples: Upper bound of the sum of all n_i, hence of the number of terms.
+    """
+
+    limit: float
+    samples: int
+
+    @classmethod
+    def for_round(cls, global_weights: np.ndarray, samples: int) -> Grid:
+        """The grid for updates of ``global_weights`` by clients with ``samples`` samples together.
+
+        The resolution is below 2**-60 of the largest global weight: finer than float32 by far.
+        """
+        largest = float(np.abs(global_weights).max(initial=0.0))
+        exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
+        return cls(GROWTH_LIMIT * 2.0**exponent, max(1, samples))
+
+    def split(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Round float64 ``terms`` to (high, low), multiples of the coarse and of the fine unit."""
+        coarse, fine = self._constants
+        high = (terms + coarse) - coarse
+        low = terms - high
+        low += fine
+        low -= fine
+        return high, low
+
+    @cached_property
+    def _constants(self) -> tuple[float, float]:
+        # Adding 1.5 * 2**52 units rounds a float64 to a whole number of units. The coarse unit is chosen so
+        # that |sum of terms| <= 2**51 units; what is left of a term is at most half a coarse unit.
+        bits = math.ceil(math.log2(self.limit * self.samples)) + 1
+        coarse_unit = 2.0 ** (bits - 52)
+        rest_bits = math.ceil(math.log2(coarse_unit * self.samples)) + 1
+        fine_unit = 2.0 ** (rest_bits - 52)
+        return 1.5 * 2.0**52 * coarse_unit, 1.5 * 2.0**52 * fine_unit
+
+
+@dataclass
+class Total:
+    """What a set of updates adds up to. A monoid: ``Total.zero``, ``fold`` one update, ``merge`` two totals.
+
+    Attributes:
+        grid: The round's common grid.
+        high: Coarse parts of sum n_i w_i, float64[size].
+        low: Fine parts of sum n_i w_i, float64[size].
+        votes: Number of updates whose support holds a prunable position, int32[prunable].
+        layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
+        mask_samples: sum n_i m_i over the prunable span, int64[prunable]; only kept for masked means.
+        samples: sum n_i.
+        clients: Indices of the clients folded in.
+    """
+
+    grid: Grid
+    high: np.ndarray
+    low: np.ndarray
+    votes: np.ndarray
+    layer_counts: np.ndarray
+    mask_samples: np.ndarray | None
+    samples: int = 0
+    clients: list[int] = field(default_factory=list)
+
+    @classmethod
+    def zero(cls, grid: Grid, layout: ParameterLayout, *, masked: bool = False) -> Total:
+        """The total of no update; ``masked`` keeps what a masked mean divides by."""
+        return cls(
+            grid,
+            np.zeros(layout.size),
+            np.zeros(layout.size),
+            np.zeros(layout.prunable_size, np.int32),
+            np.zeros(len(layout.prunable), np.int64),
+            np.zeros(layout.prunable_size, np.int64) if masked else None,
+        )
+
+    def fold(
+        self,
+        client: int,
+        values: np.ndarray,
+        support: np.ndarray | None,
+        samples: int,
+        layout: ParameterLayout,
+    ) -> None:
+        """Add one client's update.
+
+        Args:
+            client: Index of the client.
+            values: float32[size], 0 outside the support.
+            support: bool[prunable], or None when every prunable weight was sent.
+            samples: n_i, the number of samples the client trained on.
+            layout: The model's layout.
+
+        Raises:
+            OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
+        """
+        # NaN fails the comparison too.
+        if not (values.max() <= self.grid.limit and values.min() >= -self.grid.limit):
+            raise OverflowError(f"a value is not finite or exceeds {self.grid.limit:.3g}")
+        prunable = layout.prunable_size
+        if support is None:
+            self._add(slice(0, prunable), values[:prunable], samples)
+            self.votes += 1
+            self.layer_counts += [samples * entry.size for entry in layout.prunable]
+            if self.mask_samples is not None:
+                self.mask_samples += samples
+        else:
+            positions = np.flatnonzero(support)
+            high, low = self.grid.split(values[positions].astype(np.float64) * samples)
+            self.high[positions] += high
+            self.low[positions] += low
+            self.votes += support
+            edges = np.searchsorted(positions, [0] + [entry.stop for entry in layout.prunable])
+            self.layer_counts += samples * np.diff(edges)
+            if self.mask_samples is not None:
+                self.mask_samples[positions] += samples
+        self._add(slice(prunable, layout.size), values[prunable:], samples)
+        self.samples += samples
+        self.clients.append(client)
+
+    def merge(self, other: Total) -> Total:
+        """Add ``other`` to this total, in place."""
+        self.high += other.high
+        self.low += other.low
+        self.votes += other.votes
+        self.layer_counts += other.layer_counts
+        if self.mask_samples is not None and other.mask_samples is not None:
+            self.mask_samples += other.mask_samples
+        self.samples += other.samples
+        self.clients.extend(other.clients)
+        return self
+
+    def mean(self) -> np.ndarray:
+        """sum n_i w_i / sum n_i, float32[size]: an absent weight counts as 0."""
+        return ((self.high + self.low) / self.samples).astype(np.float32)
+
+    def masked_mean(self) -> np.ndarray:
+        """sum n_i m_i w_i / sum n_i m_i on the prunable span (0 where no client holds it), else the mean."""
+        if self.mask_samples is None:
+            raise ValueError("this total was not kept for a masked mean")
+        result = self.mean()
+        prunable = len(self.mask_samples)
+        summed = self.high[:prunable] + self.low[:prunable]
+        result[:prunable] = (summed / np.maximum(self.mask_samples, 1)).astype(np.float32)
+        return result
+
+    def _add(self, span: slice, values: np.ndarray, samples: int) -> None:
+        for start in range(0, len(values), _BLOCK):
+            block = values[start : start + _BLOCK].astype(np.float64)
+            block *= samples
+            high, low = self.grid.split(block)
+            place = slice(span.start + start, span.start + start + len(block))
+            self.high[place] += high
+            self.low[place] += low

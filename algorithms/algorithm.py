@@ -1,0 +1,264 @@
+"""The contract of a method: a frozen dataclass with its hyperparameters, a server half and a client half.
+
+A method is one file. Its dataclass fields are its hyperparameters; their metadata is the single source of the
+configuration schema, the command line's help, the Optuna space and the logged parameters. Methods hold no
+state: the server's is a :class:`ServerState`, a client's lives in a :class:`Client` for one visit. Every hook
+has a dense default, so that FedAvg is nearly empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from algorithms.aggregation import Total
+from algorithms.masks import target_count
+from algorithms.parameters import ParameterLayout
+from algorithms.server_optimizers import ServerOptimizer
+
+# --------------------------------------------------------------------------------------------- the server
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the server knows after ``round`` rounds; an immutable value.
+
+    Attributes:
+        round: Rounds completed.
+        weights: The global model as a flat vector, float32[size].
+        mask: The mask that server and clients hold, bool[prunable]; None for methods without one.
+        mask_version: Counts the changes of ``mask``.
+        moments: The server optimizer's moments, each float32[trained].
+        arrays: The method's own arrays by name.
+    """
+
+    round: int
+    weights: Tensor
+    mask: Tensor | None = None
+    mask_version: int = 0
+    moments: tuple[Tensor, ...] = ()
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What a client is told this round, beside the weights; the same for the whole cohort.
+
+    Attributes:
+        round: Number of the round, from 1 (0 for a stage before the first round).
+        rounds: Planned number of rounds.
+        phase: The method's own name of what clients do.
+        epochs: Local epochs, or None for the configured ones.
+        cohort: Number of clients, or None for the configured cohort.
+        value: A number of the method's own, such as an annealed fraction.
+    """
+
+    round: int
+    rounds: int
+    phase: str = "train"
+    epochs: int | None = None
+    cohort: int | None = None
+    value: float = 0.0
+
+
+# --------------------------------------------------------------------------------------------- the client
+
+
+@dataclass
+class Visit:
+    """One client's local training as the trainer sets it up; tensors are views that live for the visit.
+
+    Attributes:
+        layout: The model's layout.
+        instructions: This round's instructions.
+        sparsity: The client's target sparsity: its device tier's, else the method's.
+        global_weights: w_t as received, float32[size]; not to be written.
+        mask: The mask both sides hold, bool[prunable], or None.
+        weights: w, the trained span, float32[trained].
+        model: What the modules compute with, float32[size]; its trained span *is* ``weights`` unless the
+            method re-parameterises.
+        gradient: Gradient of the loss with respect to ``model``, then to ``weights``, float32[trained].
+        module: The model itself.
+        rng: The client's generator for the method's own randomness.
+        epochs: Local epochs.
+        steps_per_epoch: Local steps an epoch.
+        step: Steps done.
+        batch_gradient: Fills ``gradient`` from one more batch without a step.
+    """
+
+    layout: ParameterLayout
+    instructions: Instructions
+    sparsity: float
+    global_weights: Tensor
+    mask: Tensor | None
+    weights: Tensor
+    model: Tensor
+    gradient: Tensor
+    module: nn.Module
+    rng: np.random.Generator
+    epochs: int
+    steps_per_epoch: int
+    step: int = 0
+    batch_gradient: Callable[[], None] = lambda: None
+
+    @property
+    def prunable(self) -> Tensor:
+        """The prunable span of ``weights``, a view."""
+        return self.weights[: self.layout.prunable_size]
+
+    @property
+    def prunable_gradient(self) -> Tensor:
+        """The prunable span of ``gradient``, a view."""
+        return self.gradient[: self.layout.prunable_size]
+
+    @property
+    def keep(self) -> int:
+        """K, the number of prunable weights at the client's target sparsity."""
+        return target_count(self.layout.prunable_size, self.sparsity)
+
+
+class Client:
+    """The client half of a method: hooks around plain SGD for one visit. Every default is dense."""
+
+    def __init__(self, method: Any, visit: Visit) -> None:
+        self.method = method
+        self.visit = visit
+
+    def begin(self) -> None:
+        """Called once, when the global model is loaded."""
+
+    def before_forward(self) -> None:
+        """Called before each forward pass; may write ``visit.weights`` and ``visit.model``."""
+
+    def after_backward(self) -> None:
+        """Called with ``visit.gradient`` filled; weight decay and the proximal term follow."""
+
+    def after_step(self) -> None:
+        """Called after each SGD step; ``visit.step`` counts it already."""
+
+    def finish(self) -> Tensor | None:
+        """Turn ``visit.weights`` into what is uploaded, in place; cut positions become +0.0.
+
+        Returns:
+            The support that travels, bool[prunable]; None when every prunable weight does.
+        """
+        return None
+
+    def training_density(self, trained: np.ndarray) -> np.ndarray:
+        """Density of each prunable layer in forward passes after the first, float64[layers], for FLOPs.
+
+        Args:
+            trained: Share of nonzeros of each layer at the end of local training, before the final cut.
+        """
+        return trained
+
+
+# --------------------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A federated method. Subclass it in a file of its own: declare fields, override what differs."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    client: ClassVar[type[Client]] = Client
+
+    #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
+    sparsity = 0.0
+
+    # ---- properties that the cluster asks for
+
+    @property
+    def reparameterised(self) -> bool:
+        """Whether modules compute with something else than the weights that are trained and sent."""
+        return False
+
+    @property
+    def masked(self) -> bool:
+        """Whether totals keep sum n m for a masked mean."""
+        return False
+
+    @property
+    def uploads_differences(self) -> bool:
+        """Whether clients send w_i - w_t instead of w_i."""
+        return False
+
+    @property
+    def first_round(self) -> int:
+        """1, or 0 when the method asks for a stage of its own before round 1."""
+        return 1
+
+    # ---- server half
+
+    def initial_state(
+        self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator
+    ) -> ServerState:
+        """The state before the first round, from the common initialisation ``weights``, float32[size]."""
+        return ServerState(round=self.first_round - 1, weights=weights)
+
+    def instruct(self, state: ServerState, rounds: int, clients: int) -> Instructions:
+        """What the next round's clients are told; ``clients`` is the population's size."""
+        return Instructions(round=state.round + 1, rounds=rounds)
+
+    def aggregate(self, state: ServerState, total: Total) -> Tensor:
+        """The clients' common model, float32[size]: the (masked) weighted mean, added to w_t for differences."""
+        mean = torch.from_numpy(total.masked_mean() if self.masked else total.mean())
+        return state.weights + mean if self.uploads_differences else mean
+
+    def next_mask(
+        self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
+    ) -> Tensor | None:
+        """The mask that both sides hold from now on; ``weights`` are after the server step."""
+        return state.mask
+
+    def advance(
+        self, state: ServerState, total: Total, server: ServerOptimizer, layout: ParameterLayout
+    ) -> ServerState:
+        """The state after a round: aggregate, server step on the trained parameters, mask again."""
+        mean = self.aggregate(state, total)
+        trained = layout.trained_size
+        weights = mean.clone()
+        weights[:trained], moments = server.step(state.weights[:trained], mean[:trained], state.moments)
+        mask = self.next_mask(state, weights, total, layout)
+        version = state.mask_version
+        if mask is not None:
+            weights[: layout.prunable_size].masked_fill_(~mask, 0.0)
+            version += state.mask is None or not torch.equal(mask, state.mask)
+        return replace(
+            state,
+            round=state.round + 1,
+            weights=weights,
+            mask=mask,
+            mask_version=int(version),
+            moments=moments,
+        )
+
+    # ---- both halves
+
+    def prepare(self, model: nn.Module) -> None:
+        """Swap layers of the plain model in place; called once an actor."""
+
+    def effective_weights(self, weights: Tensor, layout: ParameterLayout) -> Tensor:
+        """theta: what the plain module computes with, float32[size], from the state's ``weights``."""
+        return weights
+
+
+# --------------------------------------------------------------------------------------------- the registry
+
+
+def registry() -> dict[str, type[Algorithm]]:
+    """Every method by name: the subclasses of :class:`Algorithm` that carry a ``name``."""
+    found: dict[str, type[Algorithm]] = {}
+    pending = list(Algorithm.__subclasses__())
+    while pending:
+        method = pending.pop()
+        pending.extend(method.__subclasses__())
+        if method.__dict__.get("name"):
+            found[method.name] = method
+    return dict(sorted(found.items()))

@@ -1,0 +1,158 @@
+"""The flat layout: one float32 vector holds the whole model.
+
+First all *prunable* weights (of every convolution and linear layer), then the other trained parameters,
+then the float buffers::
+
+    [ prunable weights | biases, norms, ... | running means, ... ]
+      0          prunable_size        trained_size            size
+
+Loading a global model is one copy, a mask is a bool vector over the first span, global top-K is one
+selection and aggregation one multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+PRUNABLE_LAYERS = (_ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the model and its place ``[start, stop)`` in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of floats."""
+        return self.stop - self.start
+
+    @property
+    def span(self) -> slice:
+        """The entry's place in the flat vector."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names, shapes and offsets of the three spans of the flat vector."""
+
+    prunable: tuple[Entry, ...]
+    other: tuple[Entry, ...]
+    buffers: tuple[Entry, ...]
+
+    @property
+    def prunable_size(self) -> int:
+        """|P|: number of prunable weights."""
+        return self.prunable[-1].stop if self.prunable else 0
+
+    @property
+    def trained_size(self) -> int:
+        """Number of trained parameters, prunable ones included."""
+        return self.other[-1].stop if self.other else self.prunable_size
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return self.buffers[-1].stop if self.buffers else self.trained_size
+
+    @property
+    def trained(self) -> tuple[Entry, ...]:
+        """Every trained tensor, in flat order."""
+        return self.prunable + self.other
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Tensor | None = None) -> ParameterLayout:
+        """Lay out ``model``; with ``example`` a dry forward checks that every prunable layer is used.
+
+        Args:
+            model: Any module; tied weights are laid out once.
+            example: An input batch, e.g. ``torch.zeros(2, 3, 32, 32)``.
+
+        Raises:
+            ValueError: A parameter or float buffer is not float32, no layer is prunable, or the dry forward
+                misses a prunable layer.
+        """
+        prunable_layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE_LAYERS)}
+        if not prunable_layers:
+            raise ValueError("the model has no convolution or linear layer: nothing could be pruned")
+        weights = {id(layer.weight) for layer in prunable_layers.values()}
+        parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        floats = [(name, b) for name, b in model.named_buffers() if b.is_floating_point()]
+        for name, tensor in parameters + floats:
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype}; the flat layout holds float32 only")
+        if example is not None:
+            _check_every_layer_is_used(model, prunable_layers, example)
+        prunable = _place([(n, p) for n, p in parameters if id(p) in weights], 0)
+        other = _place(
+            [(n, p) for n, p in parameters if id(p) not in weights], prunable[-1].stop if prunable else 0
+        )
+        start = (other or prunable)[-1].stop
+        return cls(prunable, other, _place(floats, start))
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """Copy the model's tensors into a new flat vector, float32[size]."""
+        flat = torch.empty(self.size)
+        for entry, tensor in self._tensors(model):
+            flat[entry.span] = tensor.detach().reshape(-1).cpu()
+        return flat
+
+    def bind(self, model: nn.Module, flat: Tensor) -> None:
+        """Make the model's parameters and float buffers views into ``flat``, float32[size].
+
+        What is written to ``flat`` afterwards is what the model computes with.
+        """
+        with torch.no_grad():
+            for entry, tensor in self._tensors(model):
+                tensor.data = flat[entry.span].view(entry.shape)
+
+    def split(self, flat: Tensor, entries: Iterable[Entry] | None = None) -> dict[str, Tensor]:
+        """Views of ``flat`` by name and shape, for instance to fill a plain module's ``state_dict``."""
+        entries = self.trained + self.buffers if entries is None else entries
+        return {entry.name: flat[entry.span].view(entry.shape) for entry in entries}
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The model's trained parameters in flat order."""
+        named = dict(model.named_parameters())
+        return [named[entry.name] for entry in self.trained]
+
+    def _tensors(self, model: nn.Module) -> list[tuple[Entry, Tensor]]:
+        named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return [(entry, named[entry.name]) for entry in self.trained + self.buffers]
+
+
+def _place(tensors: list[tuple[str, Tensor]], start: int) -> tuple[Entry, ...]:
+    entries = []
+    for name, tensor in tensors:
+        entries.append(Entry(name, tuple(tensor.shape), start, start + tensor.numel()))
+        start += tensor.numel()
+    return tuple(entries)
+
+
+def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> None:
+    used: set[nn.Module] = set()
+    handles = [
+        layer.register_forward_hook(lambda module, _inputs, _output: used.add(module))
+        for layer in layers.values()
+    ]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    missed = [name for name, layer in layers.items() if layer not in used]
+    if missed:
+        raise ValueError(f"a forward pass never calls {', '.join(missed)}: unused layers cannot be trained")

@@ -1,0 +1,166 @@
+"""SparsyFed: Powerpropagation, activations pruned with each layer's own sparsity, global top-K updates.
+
+Guastella et al., "SparsyFed: Sparse Adaptive Federated Training", ICLR 2025, arXiv 2504.05153.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import numpy as np
+from torch import Tensor, nn
+
+from algorithms.algorithm import Algorithm, Client, ServerState
+from algorithms.hyperparameters import hyperparameter
+from algorithms.layers import (
+    ActivationPruning,
+    Powerpropagation,
+    inverse_power,
+    power,
+    prune_inputs,
+    pruned_layers,
+    spectral_exponent,
+)
+from algorithms.masks import cut_to_top_k
+from algorithms.parameters import Entry, ParameterLayout
+
+
+class SparsyFedClient(Client):
+    """Trains w under theta = sign(w) |w|^beta and cuts w to the global top K."""
+
+    method: SparsyFed
+
+    def begin(self) -> None:
+        """Fix the exponents for this visit and forget the last client's thresholds."""
+        visit = self.visit
+        for pruning in pruned_layers(visit.module).values():
+            pruning.reset()
+        self.powers: Powerpropagation | None = None
+        if self.method.reparameterised:
+            prunable = visit.layout.prunable_size
+            exponents = self.method.exponents(visit.weights, visit.layout)
+            self.powers = Powerpropagation(visit.prunable, visit.model[:prunable], exponents)
+
+    def before_forward(self) -> None:
+        """Write theta and the other parameters to where the modules read them."""
+        if self.powers is not None:
+            visit = self.visit
+            self.powers.refresh()
+            rest = slice(visit.layout.prunable_size, visit.layout.trained_size)
+            visit.model[rest] = visit.weights[rest]
+
+    def after_backward(self) -> None:
+        """dL/dw = beta |w|^(beta - 1) dL/dtheta."""
+        if self.powers is not None:
+            self.powers.chain(self.visit.prunable_gradient)
+
+    def finish(self) -> Tensor | None:
+        """Keep the K largest |w| over all prunable weights."""
+        return cut_to_top_k(self.visit.prunable, self.visit.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsyFed(Algorithm):
+    """Sparsity-inducing re-parameterisation, activation pruning for the weight gradient, top-K updates."""
+
+    name = "sparsyfed"
+    paper = (
+        "Guastella et al., ICLR 2025, arXiv 2504.05153; Powerpropagation: Schwarz et al., arXiv 2110.00296"
+    )
+    client = SparsyFedClient
+
+    sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)
+    beta: float = hyperparameter(
+        1.25,
+        "exponent of the re-parameterisation; 1 switches it off",
+        low=1.0,
+        high=4.0,
+        search=(1.0, 2.0),
+        source="section 3.1; the method's one hyperparameter",
+    )
+    exponent: str = hyperparameter(
+        "constant",
+        "`constant` uses beta; `spectral` sets it per layer from the weights: 1 + mean|W| / sigma(|W|)",
+        choices=("constant", "spectral"),
+        source="section 3.1, the hyperparameter-free variant",
+    )
+    activation_pruning: bool = hyperparameter(
+        True, "prune saved activations with the layer's own weight sparsity", source="section 3.2"
+    )
+    threshold: str = hyperparameter(
+        "first_batch",
+        "activation thresholds: of a client's `first_batch` in the round, then reused; of `every_batch`; or "
+        "`first_batch_conv`: convolutions reuse the first batch's, linear layers do not (authors' code)",
+        choices=("first_batch", "every_batch", "first_batch_conv"),
+        source="section 3.2; the authors' code",
+    )
+    min_activation_density: float = hyperparameter(
+        1e-7,
+        "lower bound of the activation density; .01 in an older version of the authors' code",
+        low=0.0,
+        high=1.0,
+    )
+    plain_layers: tuple[str, ...] = hyperparameter(
+        (),
+        "name patterns of layers left un-reparameterised and unpruned, so that their weights can regrow; "
+        "the authors' ResNet-18 leaves its 1x1 shortcuts plain",
+        source="the authors' code",
+    )
+
+    @property
+    def reparameterised(self) -> bool:
+        """Whether theta differs from w."""
+        return self.exponent == "spectral" or self.beta != 1.0
+
+    # ---- server half
+
+    def initial_state(
+        self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator
+    ) -> ServerState:
+        """w = sign(u) |u|^(1/beta), so that the first forward pass sees the common initialisation u."""
+        weights = weights.clone()
+        for span, beta in self.exponents(weights, layout):
+            if beta != 1.0:
+                weights[span] = inverse_power(weights[span], beta)
+        return ServerState(round=0, weights=weights)
+
+    # ---- both halves
+
+    def prepare(self, model: nn.Module) -> None:
+        """Let every layer but the plain ones prune its saved input."""
+        if not self.activation_pruning:
+            return
+
+        def choose(name: str, layer: nn.Module) -> ActivationPruning | None:
+            if self._is_plain(name):
+                return None
+            reuses = {"every_batch": False, "first_batch": True}.get(
+                self.threshold, not isinstance(layer, nn.Linear)
+            )
+            return ActivationPruning(
+                density=None, every_batch=not reuses, minimum_density=self.min_activation_density
+            )
+
+        prune_inputs(model, choose)
+
+    def exponents(self, weights: Tensor, layout: ParameterLayout) -> list[tuple[slice, float]]:
+        """beta of each prunable layer's span."""
+        return [(entry.span, self._exponent(entry, weights)) for entry in layout.prunable]
+
+    def effective_weights(self, weights: Tensor, layout: ParameterLayout) -> Tensor:
+        """theta = sign(w) |w|^beta on the prunable span."""
+        effective = weights.clone()
+        for span, beta in self.exponents(weights, layout):
+            effective[span] = power(weights[span], beta)
+        return effective
+
+    def _exponent(self, entry: Entry, weights: Tensor) -> float:
+        if self._is_plain(entry.name.removesuffix(".weight")):
+            return 1.0
+        if self.exponent == "spectral":
+            return spectral_exponent(weights[entry.span].view(entry.shape))
+        return self.beta
+
+    def _is_plain(self, layer: str) -> bool:
+        return any(fnmatch(layer, pattern) for pattern in self.plain_layers)

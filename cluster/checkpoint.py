@@ -1,0 +1,134 @@
+"""Checkpoints: one atomic file a checkpoint, tensors and plain JSON, no pickle, every byte checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from algorithms import ServerState
+
+_NAME = re.compile(r"round-(\d{6})\.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run continues from.
+
+    Attributes:
+        state: The server's state after ``state.round`` rounds.
+        driver: The driver's own bookkeeping, plain JSON values.
+        digest: Hash of configuration and code that made it.
+    """
+
+    state: ServerState
+    driver: dict[str, Any]
+    digest: str
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | None) -> Path:
+    """Write a checkpoint atomically and drop all but the last two and the best.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        checkpoint: What to keep.
+        best_round: Round whose checkpoint is the best so far, if one is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.state
+    tensors: dict[str, Tensor] = {"weights": state.weights}
+    if state.mask is not None:
+        tensors["mask"] = state.mask
+    tensors |= {f"moment.{index}": moment for index, moment in enumerate(state.moments)}
+    tensors |= {f"array.{name}": array for name, array in state.arrays.items()}
+    meta = {
+        "round": state.round,
+        "mask_version": state.mask_version,
+        "driver": checkpoint.driver,
+        "digest": checkpoint.digest,
+    }
+    path = folder / f"round-{state.round:06d}.safetensors"
+    text = json.dumps(meta)
+    data = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {"meta": text, "sha256": _checksum(tensors, text)},
+    )
+    write_atomically(path, data)
+    keep = {*list_rounds(folder)[-2:], best_round}
+    for round_number in list_rounds(folder):
+        if round_number not in keep:
+            (folder / f"round-{round_number:06d}.safetensors").unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: The file is damaged; names it and the way on.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        text = metadata["meta"]
+        if metadata["sha256"] != _checksum(tensors, text):
+            raise CheckpointError("checksum differs")
+        meta = json.loads(text)
+    except (SafetensorError, CheckpointError, KeyError, ValueError, OSError) as error:
+        others = [r for r in list_rounds(path.parent) if path.name != f"round-{r:06d}.safetensors"]
+        way_on = f"delete it to resume from round {others[-1]}" if others else "no other checkpoint is left"
+        raise CheckpointError(f"{path}: damaged checkpoint ({error}); {way_on}") from None
+    state = ServerState(
+        round=meta["round"],
+        weights=tensors["weights"],
+        mask=tensors.get("mask"),
+        mask_version=meta["mask_version"],
+        moments=tuple(tensors[name] for name in sorted(tensors) if name.startswith("moment.")),
+        arrays={n.removeprefix("array."): t for n, t in tensors.items() if n.startswith("array.")},
+    )
+    return Checkpoint(state, meta["driver"], meta["digest"])
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``, or None."""
+    rounds = list_rounds(folder)
+    return folder / f"round-{rounds[-1]:06d}.safetensors" if rounds else None
+
+
+def list_rounds(folder: Path) -> list[int]:
+    """Rounds that have a checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either the old content or all of the new, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

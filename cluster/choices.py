@@ -1,0 +1,110 @@
+"""Choices by name: what ``algorithm.name``, ``server.name`` and ``module:attribute`` stand for."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from algorithms import Hyperparameter, hyperparameters
+
+
+class ChoiceError(ValueError):
+    """An unknown name or field, or a value outside its declaration; says what is allowed."""
+
+
+def load_attribute(where: str, name: str) -> Any:
+    """Import what ``module:attribute`` names; the working directory is searched too.
+
+    Raises:
+        ChoiceError: The module or attribute does not exist.
+    """
+    module_name, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ChoiceError(f"{where}: cannot import {module_name!r} of {name!r}: {error}") from error
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise ChoiceError(f"{where}: {module_name!r} has no attribute {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def build_choice(section: str, name: str, options: Mapping[str, Any], known: Mapping[str, type]) -> Any:
+    """Build the declared dataclass that ``name`` stands for, every option checked against its declaration.
+
+    Args:
+        section: Key of the section, for messages.
+        name: A name in ``known``, or ``module:attribute``.
+        options: Field values.
+        known: Classes by name.
+
+    Raises:
+        ChoiceError: One line for each unknown name or field, wrong type and value out of range.
+    """
+    if ":" in name:
+        chosen = load_attribute(f"{section}.name", name)
+    elif name in known:
+        chosen = known[name]
+    else:
+        raise ChoiceError(
+            f"{section}.name: {name!r} is unknown; {_nearest(name, known)}"
+            f"one of {', '.join(known)}, or module:attribute of your own"
+        )
+    declared = {parameter.name: parameter for parameter in hyperparameters(chosen)}
+    problems, values = [], {}
+    for key, value in options.items():
+        if key not in declared:
+            fields = ", ".join(declared) or "none"
+            problems.append(
+                f"{section}.{key}: {name} has no such field; {_nearest(key, declared)}its fields: {fields}"
+            )
+            continue
+        try:
+            values[key] = checked(declared[key], value)
+        except ChoiceError as error:
+            problems.append(f"{section}.{key}: {error}")
+    if problems:
+        raise ChoiceError("\n".join(problems))
+    try:
+        return chosen(**values)
+    except ValueError as error:
+        raise ChoiceError(f"{section}: {error}") from error
+
+
+def checked(parameter: Hyperparameter, value: Any) -> Any:
+    """``value`` as the declared type.
+
+    Raises:
+        ChoiceError: It is of another type, not among the choices or outside the range.
+    """
+    if parameter.kind == "patterns":
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            raise ChoiceError(f"expected a list of name patterns, found {value!r}")
+        return tuple(items)
+    if parameter.kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != parameter.kind:
+        raise ChoiceError(f"expected {parameter.kind}, found {value!r}")
+    if parameter.choices is not None and value not in parameter.choices:
+        near = _nearest(str(value), [str(choice) for choice in parameter.choices])
+        raise ChoiceError(
+            f"{value!r} is none of {', '.join(map(str, parameter.choices))}; {near}".rstrip("; ")
+        )
+    low, high = parameter.low, parameter.high
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        allowed = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+        raise ChoiceError(f"{value!r} is out of range; allowed: {allowed}")
+    return value
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""

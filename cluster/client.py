@@ -1,0 +1,240 @@
+"""The actor that plays clients: trains, encodes to real bytes, decodes them again and folds.
+
+``ClientHost`` is a plain class: the inline engine holds one, the Ray engine makes each an actor.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from algorithms import Grid, ParameterLayout, Total
+from cluster import seeding, wire
+from cluster.config import Config
+from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.workload import models
+from cluster.workload.datasets import Dataset, Split, open_dataset
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a host needs to play any client; made once by the driver, read by every host without copying.
+
+    Attributes:
+        config: The configuration.
+        folder: Folder of the decoded data set on this node.
+        indices: Rows of the training split, client after client, int64.
+        offsets: Client i owns ``indices[offsets[i]:offsets[i + 1]]``, int64[clients + 1].
+        validation: Rows held out of the training split.
+    """
+
+    config: Config
+    folder: Path
+    indices: np.ndarray
+    offsets: np.ndarray
+    validation: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client to play."""
+
+    client: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a host tells the driver of one visit, beside the total."""
+
+    client: int
+    samples: int
+    steps: int
+    loss: float
+    seconds: float
+    phases: tuple[float, float, float, float]  # train, encode, decode, fold in seconds
+    uplink_bytes: int
+    uplink_nonzero_bytes: int
+    upload_density: float
+    regrown_before_cut: int
+    regrown: int
+    deactivated: int
+    flops_dense: float
+    flops_sparse: np.ndarray
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationChunk:
+    """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
+
+    split: str  # "test" or "val"
+    start: int
+    stop: int
+
+
+class ClientError(RuntimeError):
+    """A client's code raised; the message carries client, round, stage and the original traceback."""
+
+
+class ClientHost:
+    """Plays clients on one resident model.
+
+    Args:
+        workload: What there is to play.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        config = self.config = workload.config
+        torch.set_num_threads(config.threads)
+        self._device = torch.device("cuda" if config.gpus_per_actor > 0 else "cpu")
+        if self._device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+        dataset = open_dataset(workload.folder)
+        self._workload = workload
+        self._splits = {"train": dataset.train, "test": dataset.test}
+        held_out = workload.validation
+        if len(held_out):
+            self._splits["val"] = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
+        self._method = config.build_algorithm()
+        model = build_model(config, dataset)
+        settings = LocalSettings(
+            config.seed,
+            config.local.epochs,
+            config.local.batch_size,
+            config.local.weight_decay,
+            config.local.proximal,
+        )
+        self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
+        self.shape = wire_shape(self._trainer.layout)
+        self._total: Total | None = None
+        self._round = -1
+
+    def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
+        """Play each client and fold its decoded update into this host's partial total of the round."""
+        self._start_round(broadcast)
+        return [self._play_one(broadcast, task) for task in tasks]
+
+    def collect(self, round_number: int) -> Total | None:
+        """Hand over the round's partial total and forget it; None when this host holds none of that round."""
+        total = self._total if self._round == round_number else None
+        self._total, self._round = None, -1
+        return total
+
+    def evaluate(
+        self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
+    ) -> list[tuple[EvaluationChunk, int, float]]:
+        """Correct predictions and summed loss of the global model w_t on each chunk."""
+        layout = self._trainer.layout
+        weights = torch.from_numpy(broadcast.exact.copy())
+        effective = self._method.effective_weights(weights, layout).numpy()
+        return [
+            (chunk, *self._trainer.evaluate(effective, self._splits[chunk.split], chunk.start, chunk.stop))
+            for chunk in chunks
+        ]
+
+    def pid(self) -> int:
+        """Process id of this host."""
+        return os.getpid()
+
+    def _start_round(self, broadcast: Broadcast) -> None:
+        if self._total is None or self._round != broadcast.instructions.round:
+            grid = Grid(broadcast.limit, broadcast.samples)
+            self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
+            self._round = broadcast.instructions.round
+
+    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
+        offsets = self._workload.offsets
+        rows = self._workload.indices[offsets[task.client] : offsets[task.client + 1]]
+        stage = "train"
+        try:
+            marks = [time.perf_counter()]
+            trained = self._trainer.visit(task.client, rows, task.sparsity, broadcast)
+            marks.append(time.perf_counter())
+            stage = "encode"
+            message = wire.encode(
+                trained.values,
+                trained.support,
+                self.shape,
+                held=broadcast.mask,
+                value_format=self.config.wire.uplink,
+            )
+            marks.append(time.perf_counter())
+            stage = "decode"
+            received = wire.decode(message, self.shape, held=broadcast.mask)
+            marks.append(time.perf_counter())
+            stage = "fold"
+            refused = self._fold(broadcast, task.client, received, trained.samples)
+            marks.append(time.perf_counter())
+        except Exception as error:
+            raise ClientError(
+                f"client {task.client} failed in round {broadcast.instructions.round}, stage {stage}: "
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            ) from None
+        prunable = self.shape.prunable
+        sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
+        return ClientReport(
+            client=task.client,
+            samples=trained.samples,
+            steps=trained.steps,
+            loss=trained.loss,
+            seconds=marks[-1] - marks[0],
+            phases=(marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2], marks[4] - marks[3]),
+            uplink_bytes=len(message),
+            uplink_nonzero_bytes=wire.nonzero_bytes(trained.values, self.shape),
+            upload_density=sent / prunable,
+            regrown_before_cut=trained.regrown_before_cut,
+            regrown=trained.regrown,
+            deactivated=trained.deactivated,
+            flops_dense=trained.flops_dense,
+            flops_sparse=trained.flops_sparse,
+            refused=refused,
+        )
+
+    def _fold(self, broadcast: Broadcast, client: int, received: wire.Message, samples: int) -> str | None:
+        """Fold what crossed the wire; returns why it was refused, if it was."""
+        values, limit = received.values, self.config.max_update_norm
+        if limit is not None:
+            trained = self.shape.trained
+            reference = 0.0 if self._method.uploads_differences else broadcast.weights[:trained]
+            distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
+            if not distance <= limit:
+                return (
+                    f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
+                )
+        assert self._total is not None
+        try:
+            self._total.fold(client, values, received.support, samples, self._trainer.layout)
+        except OverflowError as error:
+            return f"its update cannot be averaged: {error}"
+        return None
+
+
+def build_model(config: Config, dataset: Dataset) -> nn.Module:
+    """The plain module with the common initialisation of the configured seed."""
+    return models.build(
+        config.model.name,
+        input_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        seed=seeding.integer(config.seed, "initialisation"),
+        **config.model.options,
+    )
+
+
+def wire_shape(layout: ParameterLayout) -> wire.Shape:
+    """What sender and receiver both know of the vector."""
+    return wire.Shape(
+        prunable=layout.prunable_size,
+        trained=layout.trained_size,
+        size=layout.size,
+        layers=tuple((entry.start, entry.stop) for entry in layout.trained),
+    )

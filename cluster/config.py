@@ -1,0 +1,373 @@
+"""The configuration: one typed, frozen tree; YAML presets, files and dotted overrides resolve to it.
+
+``resolve(source, overrides)`` is the one entry for the command line, Optuna and submitted jobs. No
+environment variable changes a result. Every mistake is one line: the key, what was found, what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from cluster.choices import ChoiceError, build_choice, load_attribute
+
+#: What cannot change a result: where and how a run is computed, watched and cut short.
+RESULT_FREE = frozenset(
+    {"stop_after", "execution", "address", "actors", "cpus_per_actor", "checkpoint_every", "tracking"}
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each key, what was found and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class _Choice(_Section):
+    """A section discriminated by ``name``, whose other keys are declared by what the name stands for."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every key but ``name``."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class DataSection(_Section):
+    """Where the images come from."""
+
+    name: str = Field(
+        "digits", description="digits, a Hugging Face repository, or module:attribute of your own"
+    )
+    path: str | None = Field(None, description="local folder of parquet files instead of the hub")
+    image_column: str | None = Field(None, description="column of the images; inferred when unset")
+    label_column: str | None = Field(None, description="column of the labels; inferred when unset")
+    group_column: str | None = Field(None, description="column that the natural partition groups by")
+    revision: str | None = Field(None, description="revision of the hub repository")
+    train_split: str = Field("train", description="name of the training split")
+    test_split: str = Field("test", description="name of the test split")
+    validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
+    cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
+
+
+class PartitionSection(_Section):
+    """How the training data is divided among clients."""
+
+    name: Literal["lda", "iid", "dirichlet", "shards", "natural"] = "lda"
+    clients: int = Field(100, ge=1, description="number of clients")
+    alpha: float = Field(1.0, gt=0.0, description="concentration of lda and dirichlet")
+    shards_per_client: int = Field(2, ge=1, description="shards of sorted labels a client gets (shards)")
+    seed: int = Field(1337, ge=0, description="seed of the partition, shared by all methods and seeds")
+
+
+class LocalSection(_Section):
+    """Local training: plain SGD, fresh each round."""
+
+    epochs: int = Field(1, ge=1, description="local epochs a round")
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(0.1, gt=0.0, description="learning rate of round 1")
+    lr_final: float | None = Field(None, gt=0.0, description="learning rate of the last round; exponential")
+    lr_horizon: int | None = Field(None, ge=1, description="rounds until lr_final; default rounds")
+    weight_decay: float = Field(0.0, ge=0.0)
+    proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
+
+
+class WireSection(_Section):
+    """Formats of the values on the wire; supports are always exact."""
+
+    uplink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    downlink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+
+class TrackingSection(_Section):
+    """MLflow: where runs are kept for comparison."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="tracking server or store; default sqlite in the output root")
+    experiment: str | None = Field(None, description="default: data and partition, e.g. digits-lda0.5")
+    run_name: str | None = Field(None, description="default: <method>-s<seed>")
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelChoice(_Choice):
+    """The model; other keys are the builder's options."""
+
+    name: str = "small_cnn"
+
+
+class AlgorithmChoice(_Choice):
+    """The method; other keys are its hyperparameters."""
+
+    name: str = "sparsyfed"
+
+
+class ServerChoice(_Choice):
+    """The server optimizer; other keys are its hyperparameters."""
+
+    name: str = "fedavg"
+
+
+class Config(_Section):
+    """One experiment."""
+
+    rounds: int = Field(100, ge=1, description="planned rounds; schedules refer to it")
+    stop_after: int | None = Field(None, ge=1, description="end the run after this round")
+    seed: int = Field(0, ge=0, description="seed of initialisation, cohorts and batch order")
+    cohort: int = Field(10, ge=1, description="clients a round")
+    evaluate_every: int = Field(1, ge=1, description="rounds between central evaluations")
+    checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints")
+    max_update_norm: float | None = Field(
+        None, gt=0.0, description="refuse updates farther from the global model"
+    )
+    execution: Literal["ray", "inline"] = Field("ray", description="on Ray actors, or in this process")
+    address: str = Field("local", description="Ray cluster: local (private), auto, or host:port")
+    actors: int | None = Field(None, ge=1, description="client actors; default one a core or GPU share")
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    gpus_per_actor: float = Field(0.0, ge=0.0, description="above 0 trains on CUDA")
+    threads: int = Field(1, ge=1, description="torch threads an actor; changes last bits")
+    algorithm: AlgorithmChoice = AlgorithmChoice()
+    model: ModelChoice = ModelChoice()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    local: LocalSection = LocalSection()
+    server: ServerChoice = ServerChoice()
+    wire: WireSection = WireSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        problems = []
+        for build in (self.build_algorithm, self.build_server):
+            try:
+                build()
+            except ChoiceError as error:
+                problems.append(str(error))
+        if self.cohort > self.partition.clients:
+            problems.append(
+                f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "
+                "lower cohort or raise partition.clients"
+            )
+        if self.stop_after is not None and self.stop_after > self.rounds:
+            problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def build_algorithm(self) -> Algorithm:
+        """The method with its hyperparameters."""
+        method: Algorithm = build_choice("algorithm", self.algorithm.name, self.algorithm.options, registry())
+        return method
+
+    def build_server(self) -> ServerOptimizer:
+        """The server optimizer with its hyperparameters."""
+        optimizer: ServerOptimizer = build_choice(
+            "server", self.server.name, self.server.options, SERVER_OPTIMIZERS
+        )
+        return optimizer
+
+    def learning_rate(self, round_number: int) -> float:
+        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, constant from T on; lr0 where lr_final is unset."""
+        if self.local.lr_final is None:
+            return self.local.lr
+        horizon = self.local.lr_horizon or self.rounds
+        return float(
+            self.local.lr * (self.local.lr_final / self.local.lr) ** min(1.0, round_number / horizon)
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """Plain nested values, as written to ``config.yaml``."""
+        return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys and values, the methods' and optimizers' defaults filled in."""
+        tree = self.dump()
+        for key, built in (("algorithm", self.build_algorithm()), ("server", self.build_server())):
+            tree[key] = {"name": tree[key]["name"], **vars(built)}
+        return _flatten(tree)
+
+    def digest(self) -> str:
+        """Short hash of everything that can change a result."""
+        relevant = {
+            key: value
+            for key, value in self.flat().items()
+            if key.split(".")[0] not in RESULT_FREE and key != "data.cache"
+        }
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Load a preset, file or mapping, apply ``key=value`` overrides and validate.
+
+    Args:
+        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``.
+        overrides: Dotted overrides such as ``algorithm.beta=1.3``; values are YAML.
+
+    Raises:
+        ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
+    return validate(apply_overrides(tree, overrides))
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Build the typed tree; see :func:`resolve`."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_in_plain_words(error)) from None
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``key=value`` overrides to a nested mapping and return the new one.
+
+    Overriding a ``name`` drops the fields of the old choice; ``sparsity`` alone stays.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree))
+    parsed = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
+        try:
+            parsed.append((key.strip(), _number(yaml.safe_load(text))))
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+    # Names first: `algorithm.beta=1.3 algorithm.name=sparsyfed` means the same in either order.
+    for key, value in sorted(parsed, key=lambda item: not item[0].endswith(".name")):
+        result = _merge(result, _nested(key, value))
+    return result
+
+
+def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a preset or YAML file as a nested mapping, with what it ``extends`` underneath."""
+    path = find(source)
+    if str(path) in seen:
+        raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    tree = {key: _number(value) for key, value in tree.items()}
+    base = tree.pop("extends", None)
+    return _merge(load_tree(base, (*seen, str(path))), tree) if base else tree
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name."""
+    return {path.stem: path for path in sorted(_preset_folder().glob("*.yaml"))}
+
+
+def find(source: str | Path) -> Path:
+    """The file a preset's name or a path stands for."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    known = presets()
+    if str(source) in known:
+        return known[str(source)]
+    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{source}: neither a file nor a preset.{hint} Presets: {', '.join(known)}")
+
+
+def code_digest() -> str:
+    """Short hash of the packages' source: runs are compared and resumed only with the code that made them."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _preset_folder() -> Path:
+    installed = Path(str(files("cluster"))) / "experiments"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "ray_configs" / "experiments"
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; read it as the number it is, at any depth."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    return {head: _nested(rest, value) if rest else value}
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            if "name" in value and value["name"] != below.get("name"):
+                below = _kept_on_a_new_choice(key, below)
+            result[key] = _merge(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _kept_on_a_new_choice(section: str, old: Mapping[str, Any]) -> dict[str, Any]:
+    if section in ("algorithm", "model", "server"):
+        return {key: value for key, value in old.items() if key == "sparsity"}
+    # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
+    shared = {"clients", "seed", "validation", "cache"}
+    return {key: value for key, value in old.items() if key in shared}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _in_plain_words(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            section: Any = Config
+            for part in problem["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            prefix = ".".join(str(part) for part in problem["loc"][:-1])
+            known = list(section.model_fields)
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}? " if near else ""
+            lines.append(f"{where}: unknown key; {hint}Known here: {', '.join(known)}")
+        elif problem["type"] == "value_error":
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}")
+    return "\n".join(lines)
+
+
+__all__ = ["Config", "ConfigError", "apply_overrides", "load_attribute", "presets", "resolve", "validate"]

@@ -1,0 +1,133 @@
+"""The federation: what the driver and the actors play with, from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from algorithms import ParameterLayout
+from cluster.client import EvaluationChunk, Workload, build_model
+from cluster.config import Config
+from cluster.local_training import to_input
+from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
+from cluster.workload.models import ModelError
+from cluster.workload.partition import Partition, partition
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Data, partition and initial model of one experiment.
+
+    Attributes:
+        config: The configuration.
+        dataset: The decoded data set.
+        partition: Who owns which rows of the training split.
+        validation: Rows held out of the training split.
+    """
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    validation: np.ndarray
+
+    @classmethod
+    def of(cls, config: Config) -> Federation:
+        """Decode the data once, hold validation out, then divide the rest among the clients.
+
+        Raises:
+            DataError, PartitionError, ModelError: Naming the key, what was found and the fix.
+        """
+        dataset = open_dataset(prepare(**prepare_arguments(config)))
+        kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition.seed)
+        section = config.partition
+        divided = partition(
+            section.name,
+            dataset.train.labels,
+            clients=section.clients,
+            seed=section.seed,
+            alpha=section.alpha,
+            shards_per_client=section.shards_per_client,
+            groups=dataset.train.groups,
+            available=kept,
+        )
+        federation = cls(config, dataset, divided, validation)
+        _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        return federation
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The plain module with the common initialisation."""
+        return build_model(self.config, self.dataset)
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """The model's flat layout, checked by a dry forward on real images."""
+        example = to_input(self.dataset.train.images[:2], torch.device("cpu"))
+        try:
+            return ParameterLayout.of(self.model, example)
+        except (ValueError, RuntimeError) as error:
+            shape = self.dataset.image_shape
+            raise ModelError(
+                f"model.name: {self.config.model.name} cannot take images of shape {shape}: {error}"
+            ) from error
+
+    @property
+    def initial_weights(self) -> Tensor:
+        """The common initialisation as a flat vector, float32[size]."""
+        return self.layout.flatten(self.model)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples of every client, int64[clients]."""
+        return self.partition.sizes
+
+    @property
+    def selection_metric(self) -> str:
+        """What the best checkpoint is chosen by: validation accuracy where data was held out."""
+        return "val/accuracy" if len(self.validation) else "test/accuracy"
+
+    def integer_buffers(self) -> dict[str, Tensor]:
+        """BatchNorm's counters, which the flat vector does not hold."""
+        return {n: b.clone() for n, b in self.model.named_buffers() if not b.is_floating_point()}
+
+    def evaluation_chunks(self, rows: int) -> list[EvaluationChunk]:
+        """The test split, and the validation rows where there are any, in fixed chunks."""
+        lengths = {"test": len(self.dataset.test.labels), "val": len(self.validation)}
+        return [
+            EvaluationChunk(split, start, min(start + rows, length))
+            for split, length in lengths.items()
+            for start in range(0, length, rows)
+        ]
+
+    def workload(self) -> Workload:
+        """What an actor needs to play any client."""
+        return Workload(
+            config=self.config,
+            folder=self.dataset.folder,
+            indices=self.partition.indices,
+            offsets=self.partition.offsets,
+            validation=self.validation,
+        )
+
+
+def prepare_arguments(config: Config) -> dict[str, Any]:
+    """What ``prepare`` needs to decode the data set on a node."""
+    data = config.data
+    cache = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "sparsyfed"
+    return {
+        "name": data.name,
+        "path": data.path,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "group_column": data.group_column,
+        "revision": data.revision,
+        "train_split": data.train_split,
+        "test_split": data.test_split,
+        "cache_dir": cache,
+    }

@@ -1,0 +1,72 @@
+"""Training FLOPs of the prunable layers: dense-equivalent, and ideal sparse.
+
+A multiply-add counts two. A training step costs a layer one forward, one input gradient (not for the first
+layer) and one weight gradient, each of the forward's size. Ideally sparse, forward and input gradient scale
+with the density of the weights and the weight gradient with that of the saved activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from algorithms.parameters import PRUNABLE_LAYERS, ParameterLayout
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Forward FLOPs a sample of each prunable layer, float64[layers], in the layout's order.
+
+    Attributes:
+        forward: FLOPs of one sample's forward pass.
+        needs_input_gradient: False for the layer that is called first, bool[layers].
+    """
+
+    forward: np.ndarray
+    needs_input_gradient: np.ndarray
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
+        """Count by one dry forward of ``example``, a batch of any size."""
+        counted: dict[str, float] = {}
+        handles = [
+            layer.register_forward_hook(_counter(f"{name}.weight", len(example), counted))
+            for name, layer in model.named_modules()
+            if isinstance(layer, PRUNABLE_LAYERS)
+        ]
+        was_training = model.training
+        try:
+            with torch.no_grad():
+                model.eval()(example)
+        finally:
+            model.train(was_training)
+            for handle in handles:
+                handle.remove()
+        first = next(iter(counted))
+        names = [entry.name for entry in layout.prunable]
+        return cls(
+            np.array([counted.get(name, 0.0) for name in names]), np.array([name != first for name in names])
+        )
+
+    def dense(self, samples: int) -> float:
+        """Dense-equivalent FLOPs of training on ``samples`` samples."""
+        return float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum())
+
+    def sparse(self, samples: int, weight_density: np.ndarray, activation_density: np.ndarray) -> np.ndarray:
+        """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
+        backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
+        return samples * self.forward * (backward_and_forward + activation_density)
+
+
+def _counter(name: str, batch: int, counted: dict[str, float]) -> Callable[[nn.Module, object, Tensor], None]:
+    def hook(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        # Each output element is a dot product as long as one output channel's weights.
+        counted[name] = counted.get(name, 0.0) + 2.0 * output.numel() / batch * weight.numel() / len(weight)
+
+    return hook

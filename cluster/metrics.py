@@ -1,0 +1,110 @@
+"""What is measured every round, under the names that MLflow shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from algorithms import ParameterLayout, Total
+from algorithms.masks import consensus, intersection_over_union
+from cluster.client import ClientReport, EvaluationChunk
+from cluster.run_folder import finite
+
+
+@dataclass(frozen=True)
+class Downlink:
+    """Bytes the cohort was sent.
+
+    Attributes:
+        total: Encoded bytes of all messages.
+        nonzeros: 4 bytes a nonzero, the paper's accounting, for all clients.
+        dense: 4 bytes a float, for all clients.
+    """
+
+    total: int
+    nonzeros: int
+    dense: int
+
+
+def round_metrics(
+    layout: ParameterLayout,
+    before: np.ndarray,
+    after: np.ndarray,
+    total: Total | None,
+    reports: Sequence[ClientReport],
+    downlink: Downlink,
+) -> dict[str, Any]:
+    """Masks, bytes and FLOPs of one round.
+
+    Args:
+        layout: The model's layout.
+        before: w_t, float32[size].
+        after: w_(t+1), float32[size].
+        total: The round's total; None when every update was refused.
+        reports: One report a client, in client order.
+        downlink: What the cohort was sent.
+    """
+    prunable = layout.prunable_size
+    old, new = before[:prunable] != 0, after[:prunable] != 0
+    nonzeros = int(np.count_nonzero(new))
+    regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
+    accepted = [report for report in reports if report.refused is None]
+    samples = sum(report.samples for report in accepted)
+    loss = sum(report.loss * report.samples for report in accepted) / samples if samples else None
+    uplink = sum(report.uplink_bytes for report in reports)
+    flops_layers = np.sum([report.flops_sparse for report in reports], axis=0)
+
+    def mean(values: Sequence[float]) -> float | None:
+        return float(np.mean(values)) if len(values) else None
+
+    return {
+        "train/loss": finite(loss),
+        "sparsity/global": 1.0 - nonzeros / prunable,
+        "sparsity/upload": finite(mean([1.0 - report.upload_density for report in accepted])),
+        "sparsity/layers": [
+            1.0 - int(np.count_nonzero(new[entry.span])) / entry.size for entry in layout.prunable
+        ],
+        "masks/regrowth": regrown,
+        "masks/regrowth_share": regrown / prunable,
+        "masks/deactivation": deactivated,
+        "masks/deactivation_share": deactivated / prunable,
+        "masks/client_regrowth_before_cut": mean([report.regrown_before_cut for report in accepted]),
+        "masks/client_regrowth": mean([report.regrown for report in accepted]),
+        "masks/client_regrowth_share": mean([report.regrown / prunable for report in accepted]),
+        "masks/client_deactivation": mean([report.deactivated for report in accepted]),
+        "masks/consensus": consensus(total.votes, len(accepted)) if total is not None else None,
+        "masks/overlap": intersection_over_union(old, new),
+        "comm/uplink_bytes": uplink,
+        "comm/downlink_bytes": downlink.total,
+        "comm/uplink_bytes_per_client": uplink / len(reports),
+        "comm/downlink_bytes_per_client": downlink.total / len(reports),
+        "comm/uplink_nonzero_bytes": sum(report.uplink_nonzero_bytes for report in reports),
+        "comm/downlink_nonzero_bytes": downlink.nonzeros,
+        "comm/dense_bytes": downlink.dense,
+        "flops/dense": sum(report.flops_dense for report in reports),
+        "flops/sparse": float(flops_layers.sum()),
+        "flops/layers": [float(flops) for flops in flops_layers],
+        "clients/trained": len(reports),
+        "clients/refused": len(reports) - len(accepted),
+        "clients/samples": samples,
+    }
+
+
+def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, int, float]]) -> dict[str, Any]:
+    """Accuracy and mean cross-entropy of each split, summed in chunk order."""
+    metrics: dict[str, Any] = {}
+    for split in sorted({chunk.split for chunk, _, _ in evaluated}):
+        parts = sorted(
+            (
+                (chunk.start, chunk.stop, correct, loss)
+                for chunk, correct, loss in evaluated
+                if chunk.split == split
+            )
+        )
+        rows = sum(stop - start for start, stop, _, _ in parts)
+        metrics[f"{split}/accuracy"] = sum(correct for _, _, correct, _ in parts) / rows
+        metrics[f"{split}/loss"] = finite(sum(loss for _, _, _, loss in parts) / rows)
+    return metrics

@@ -1,0 +1,289 @@
+"""Data sets as memory-mapped arrays: decoded once per node, afterwards only opened.
+
+`prepare` is the one slow step. It turns scikit-learn's digits, a Hugging Face hub repository, a folder of
+parquet files or a user's function into uint8 images [N, C, H, W] and int64 labels in a folder named after a
+fingerprint. `open_dataset` maps that folder; it is all a client actor calls, and it imports no decoder.
+
+    folder = prepare(name="digits", cache_dir=Path("~/.cache/sparsyfed").expanduser())
+    dataset = open_dataset(folder)          # dataset.train.images: uint8 [1437, 1, 8, 8]
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+FORMAT_VERSION = 1  # part of every fingerprint: raise it when the arrays written below change
+
+
+class DataError(ValueError):
+    """An unusable data set; the message names the key or file, what was found and what is allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        images: uint8 [N, C, H, W], contiguous, read-only and memory-mapped.
+        labels: int64 [N], codes into `Dataset.classes`.
+        groups: int64 [N], codes into `Dataset.group_names`; None without a group column. The test split has
+            none, because only training data is divided among clients.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A prepared data set; `fingerprint` is the one in the name of its folder."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    group_names: tuple[str, ...] | None
+    fingerprint: str
+    folder: Path
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image, in pixels."""
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Map a folder that `prepare` returned; costs milliseconds and no memory until images are read.
+
+    Raises:
+        DataError: The folder is not one that `prepare` completed, or was damaged since.
+    """
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        group_names = meta["group_names"]
+        train_groups = None if group_names is None else np.load(folder / "train-groups.npy")
+        splits = {
+            split: Split(
+                # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
+                images=np.load(folder / f"{split}-images.npy", mmap_mode="r").view(np.ndarray),
+                labels=np.load(folder / f"{split}-labels.npy"),
+                groups=train_groups if split == "train" else None,
+            )
+            for split in ("train", "test")
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder} is not a complete prepared data set ({error}): delete it and prepare it again"
+        ) from error
+    return Dataset(
+        name=meta["name"],
+        train=splits["train"],
+        test=splits["test"],
+        classes=tuple(meta["classes"]),
+        group_names=None if group_names is None else tuple(group_names),
+        fingerprint=meta["fingerprint"],
+        folder=folder,
+    )
+
+
+def prepare(
+    *,
+    name: str,
+    path: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    revision: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    cache_dir: Path,
+) -> Path:
+    """Decode a data set into arrays once per node and return their folder.
+
+    The folder is `cache_dir/<name>-<fingerprint>`. The fingerprint is computed before decoding, from what was
+    asked (name, columns, splits, revision) and from what identifies the content cheaply: sizes and
+    modification times of local files, the source text of a user's module. A hub repository is identified by
+    its name and `revision` alone, so that a prepared one needs no network: pin `revision`, or delete the
+    folder, where the repository may change. Processes that ask at the same time wait for one of them; an
+    interrupted decode leaves nothing that is used.
+
+    Args:
+        name: `digits`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function without
+            arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8 [N, H,
+            W] or [N, H, W, C]; integers [N]) and optionally `classes` and `train_groups`. With `path` it is
+            only a name.
+        path: Folder with `<split>-*.parquet` or `<split>.parquet`, directly or in its subfolder `data`.
+        image_column: Column of encoded images; inferred from the features or the usual names.
+        label_column: Column of integer or text labels; inferred likewise.
+        group_column: Column whose values (writer, speaker, device) define the natural partition.
+        revision: Branch, tag or commit of the hub repository.
+        train_split: Split, or prefix of the local files, to train on.
+        test_split: The same for the test set.
+        cache_dir: Folder that holds the prepared data sets of this node.
+
+    Raises:
+        DataError: See the class; every cause has its own message.
+    """
+    columns = {"image_column": image_column, "label_column": label_column, "group_column": group_column}
+    asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
+    asked |= {"train_split": train_split, "test_split": test_split}
+    generated = path is None and (name == "digits" or ":" in name)
+    for key, value in {**columns, "revision": revision}.items():
+        if generated and value is not None:
+            raise DataError(f"data.{key} = {value!r} has no meaning for data.name = {name!r}: leave it out")
+    if path is not None and (name == "digits" or revision is not None):
+        key = "data.name = 'digits'" if name == "digits" else f"data.revision = {revision!r}"
+        raise DataError(f"{key} has no meaning with data.path = {path!r}: leave one of them out")
+    files: list[list[Path]] = []
+    if path is not None:
+        files = [_parquet_files(Path(path), split) for split in (train_split, test_split)]
+        asked["files"] = [
+            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in part] for part in files
+        ]
+    elif ":" in name:
+        asked["source"] = _source_digest(name)
+    elif name != "digits" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DataError(
+            f"data.name = {name!r} is no data set: use 'digits', a hub repository 'owner/name', your own "
+            f"'module:attribute', or give data.path, a folder of parquet files"
+            f"{did_you_mean(name, ['digits'])}"
+        )
+
+    def decode(folder: Path) -> dict[str, Any]:
+        from cluster.workload import decoding
+
+        if path is not None:
+            return decoding.decode_parquet(folder, files=files, columns=columns)
+        if name == "digits":
+            return decoding.decode_digits(folder)
+        if generated:
+            return decoding.decode_user(folder, name)
+        splits = (train_split, test_split)
+        return decoding.decode_hub(folder, name=name, revision=revision, splits=splits, columns=columns)
+
+    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', name)}-{fingerprint}"
+    if not (folder / "meta.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "meta.json").exists():
+                # Under the lock a partial folder can only be what a killed process left.
+                partial = folder.with_name(f".{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    meta = {"name": name, "fingerprint": fingerprint, **decode(partial)}
+                    (partial / "meta.json").write_text(json.dumps(meta))
+                    shutil.rmtree(folder, ignore_errors=True)  # damaged: it has no meta.json
+                    os.rename(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Set a stratified share of the training samples aside, to select hyperparameters on.
+
+    Every class gives its share; what rounding leaves over goes to the largest remainders, so the validation
+    set has exactly round(fraction N) samples and each class is within one sample of its share.
+
+    Args:
+        labels: int64 [N].
+        fraction: Share held out, in [0, 1); 0 holds nothing out.
+        seed: The only source of randomness.
+
+    Returns:
+        (kept, validation): sorted int64 indices that together are 0..N-1.
+
+    Raises:
+        DataError: `fraction` is outside [0, 1), or above 0 but too small for a single sample.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"data.validation fraction {fraction} is outside [0, 1)")
+    total = round(fraction * labels.size)
+    if fraction > 0 and total == 0:
+        raise DataError(f"data.validation fraction {fraction} of {labels.size} samples is not one sample")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = counts * total / max(labels.size, 1)
+    quotas = np.floor(shares).astype(np.int64)
+    quotas[np.argsort(quotas - shares, kind="stable")[: total - quotas.sum()]] += 1
+    held = np.zeros(labels.size, dtype=bool)
+    for code, quota in enumerate(quotas):
+        held[generator.permutation(np.flatnonzero(codes == code))[:quota]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def load_reference(reference: str, key: str, error: type[ValueError]) -> Any:
+    """Import what `module:attribute` names, for a user's own data set or model.
+
+    Args:
+        reference: The dotted module, a colon, and the attribute.
+        key: Configuration key, for the message.
+        error: Class to raise when the module or the attribute is missing. A failure inside the user's module
+            keeps its own traceback.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
+            raise
+        raise error(
+            f"{key} = {reference!r}: there is no module {missing.name!r} on the Python path"
+        ) from missing
+    if not hasattr(module, attribute):
+        nearest = did_you_mean(attribute, [name for name in vars(module) if not name.startswith("_")])
+        raise error(f"{key} = {reference!r}: module {module_name!r} has no {attribute!r}{nearest}")
+    return getattr(module, attribute)
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """A hint to append to a message, empty when nothing resembles the word."""
+    close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _source_digest(reference: str) -> str:
+    """Hash of a user module's source, which unlike its modification time is the same on every node."""
+    specification = None
+    with contextlib.suppress(ModuleNotFoundError, ValueError):
+        specification = importlib.util.find_spec(reference.partition(":")[0])
+    if specification is None or specification.origin is None or not Path(specification.origin).is_file():
+        load_reference(reference, "data.name", DataError)  # says what is missing
+        return ""  # a module without a file is identified by its name
+    return hashlib.sha256(Path(specification.origin).read_bytes()).hexdigest()
+
+
+def _parquet_files(folder: Path, split: str) -> list[Path]:
+    """The parquet files of a split, in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(
+            f"data.path = '{folder}' is no folder on this node; absolute path: {folder.absolute()}"
+        )
+    for place in (folder, folder / "data"):
+        files = [*place.glob(f"{split}.parquet"), *place.glob(f"{split}-*.parquet")]
+        if files:
+            return sorted(files)
+    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
+    raise DataError(
+        f"data.path = '{folder}' has no '{split}-*.parquet' or '{split}.parquet', nor has its subfolder "
+        f"data; parquet files found: {found[:10] or 'none'} (data.train_split and data.test_split name "
+        f"the splits)"
+    )

@@ -1,0 +1,303 @@
+"""Which client holds which training samples.
+
+A partition is a list of index arrays in CSR form, drawn from the labels (or the groups) and a seed alone, so
+that every process, every method and every resumed run sees the same one. Images are never copied: a client's
+data set is a view of indices into the node's memory-mapped arrays.
+
+    parts = partition("lda", dataset.train.labels, clients=100, seed=1337, alpha=0.1)
+    dataset.train.images[parts.client(7)]
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.workload.datasets import did_you_mean
+
+PARTITIONS = ("lda", "iid", "dirichlet", "shards", "natural")
+RENORMALISATION = 1e-5  # added by the authors' code to every class still in stock
+
+
+class PartitionError(ValueError):
+    """A partition that cannot be drawn; the message names the key, what was found and what is allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Clients' samples: client i owns `indices[offsets[i]:offsets[i + 1]]`, sorted.
+
+    Attributes:
+        indices: int64 [total], positions in the full training split, each at most once; read-only.
+        offsets: int64 [clients + 1], from 0 to total; read-only.
+    """
+
+    indices: np.ndarray
+    offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        # `client` hands out views: shuffling one in place must fail, not change who owns what.
+        self.indices.flags.writeable = False
+        self.offsets.flags.writeable = False
+
+    @property
+    def clients(self) -> int:
+        """Number of clients."""
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [clients], the number of samples of each client."""
+        return np.diff(self.offsets)
+
+    def client(self, index: int) -> np.ndarray:
+        """int64 [size], the samples of one client: a read-only view.
+
+        Raises:
+            IndexError: `index` is outside 0..clients-1.
+        """
+        if not 0 <= index < self.clients:
+            raise IndexError(f"client {index} of a partition with {self.clients} clients")
+        return self.indices[self.offsets[index] : self.offsets[index + 1]]
+
+    def class_histogram(self, labels: np.ndarray, classes: int) -> np.ndarray:
+        """Samples of every class that each client holds.
+
+        Args:
+            labels: int64 [N], the labels of the full training split.
+            classes: Number of classes.
+
+        Returns:
+            int64 [clients, classes].
+        """
+        owners = np.repeat(np.arange(self.clients), self.sizes)
+        cells = np.bincount(owners * classes + labels[self.indices], minlength=self.clients * classes)
+        return cells.reshape(self.clients, classes)
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that two partitions share only if they are equal."""
+        content = self.offsets.astype("<i8").tobytes() + self.indices.astype("<i8").tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+def partition(
+    name: str,
+    labels: np.ndarray,
+    *,
+    clients: int,
+    seed: int,
+    alpha: float = 1.0,
+    shards_per_client: int = 2,
+    groups: np.ndarray | None = None,
+    available: np.ndarray | None = None,
+) -> Partition:
+    """Divide training samples among clients.
+
+    No sample goes to two clients, and every client gets at least one.
+
+    Args:
+        name: How to divide N available samples among n clients.
+            `lda`: floor(N/n) samples each, of classes drawn by latent Dirichlet allocation (Hsu et al. 2019,
+            arXiv 1909.06335); the N mod n samples that are last in stock go to nobody.
+            `iid`: all samples, uniformly, with sizes that differ by at most one.
+            `dirichlet`: all samples; each class is cut by proportions drawn from Dirichlet(alpha 1_n)
+            (Yurochkin et al. 2019, arXiv 1905.12022), so that sizes differ widely. A client left with nothing
+            gets one sample of the then largest client, where the usual re-drawing might never end.
+            `shards`: all samples, sorted by label and cut into n shards_per_client even shards, dealt at
+            random (McMahan et al. 2017, arXiv 1602.05629).
+            `natural`: all samples, by group (writer, speaker, device). As many clients as groups: client i is
+            group i in the order of the codes. Fewer: the groups are shuffled and dealt round-robin, each
+            stays whole.
+        labels: int64 [total], labels of the full training split.
+        clients: Number of clients, n.
+        seed: The only source of randomness.
+        alpha: Concentration of `lda` and `dirichlet`, above 0: 1000 is nearly uniform, 0.1 strongly skewed.
+        shards_per_client: For `shards`.
+        groups: int64 [total], for `natural`.
+        available: int64 indices of the samples that may be used, e.g. what a validation hold-out kept; None
+            for all.
+
+    Returns:
+        Indices into the full training split.
+
+    Raises:
+        PartitionError: An unknown name, an argument out of range, too few samples or groups.
+    """
+    if name not in PARTITIONS:
+        raise PartitionError(
+            f"partition.name = {name!r} is unknown; allowed are {', '.join(PARTITIONS)}"
+            f"{did_you_mean(name, PARTITIONS)}"
+        )
+    pool = np.arange(labels.size) if available is None else np.unique(available)
+    if available is not None and pool.size != len(available):
+        raise PartitionError(f"{len(available) - pool.size} of the available samples are listed twice")
+    if clients < 1:
+        raise PartitionError(f"partition.clients = {clients}; at least 1 is needed")
+    if clients > pool.size:
+        raise PartitionError(
+            f"partition.clients = {clients} but only {pool.size} training samples are available: "
+            f"every client needs at least one"
+        )
+    if name in ("lda", "dirichlet") and not 0 < alpha < np.inf:
+        raise PartitionError(f"partition.alpha = {alpha}; a finite number above 0 is needed")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    if name == "lda":
+        owner = _lda(labels[pool], clients, alpha, generator)
+    elif name == "iid":
+        owner = generator.permutation(pool.size) % clients
+    elif name == "dirichlet":
+        owner = _dirichlet(labels[pool], clients, alpha, generator)
+    elif name == "shards":
+        owner = _shards(labels[pool], clients, shards_per_client, generator)
+    else:
+        if groups is None:
+            raise PartitionError(
+                "partition.name = 'natural' needs groups: name the column of writers, speakers or devices "
+                "in data.group_column"
+            )
+        owner = _natural(groups[pool], clients, generator)
+    sizes = np.bincount(owner + 1, minlength=clients + 1)  # the first entry counts samples of nobody (-1)
+    order = np.argsort(owner, kind="stable")[sizes[0] :]
+    return Partition(indices=pool[order], offsets=np.concatenate([[0], np.cumsum(sizes[1:])]))
+
+
+def _lda(labels: np.ndarray, clients: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
+    """Owner of every sample, int64 [N], -1 for nobody.
+
+    Client after client draws a class distribution, then classes one by one, and takes a sample of each drawn
+    class until its own number is reached. Draws from an unchanged distribution are independent, so they are
+    made in batches and cut after the draw that takes the last sample of a class: the same procedure as one by
+    one, but with at most (clients + classes) batches.
+    """
+    present, codes = np.unique(labels, return_inverse=True)
+    pools = [generator.permutation(np.flatnonzero(codes == code)) for code in range(present.size)]
+    stock = np.array([members.size for members in pools])
+    owner = np.full(labels.size, -1)
+    mixtures = generator.dirichlet(np.full(present.size, alpha), size=clients)
+    for client, mixture in enumerate(mixtures):
+        probabilities = _renormalise(mixture, stock)
+        needed = labels.size // clients
+        while needed:
+            draws = generator.choice(present.size, size=needed, p=probabilities)
+            end = needed
+            for code in np.flatnonzero((np.bincount(draws, minlength=stock.size) >= stock) & (stock > 0)):
+                end = min(end, int(np.flatnonzero(draws == code)[stock[code] - 1]) + 1)
+            taken = np.bincount(draws[:end], minlength=stock.size)
+            for code in np.flatnonzero(taken):
+                owner[pools[code][stock[code] - taken[code] : stock[code]]] = client
+            stock -= taken
+            needed -= end
+            if needed:
+                probabilities = _renormalise(probabilities, stock)
+    return owner
+
+
+def _renormalise(probabilities: np.ndarray, stock: np.ndarray) -> np.ndarray:
+    """Probability 0 for exhausted classes; the rest, each with the authors' 1e-5 added, sums to 1 again.
+
+    The constant keeps the last clients going: at small alpha all classes in stock may have probability 0.
+    """
+    kept = np.where(stock > 0, probabilities + RENORMALISATION, 0.0)
+    return kept / kept.sum()
+
+
+def _dirichlet(labels: np.ndarray, clients: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
+    """Owner of every sample, int64 [N]: each class cut by proportions drawn for that class."""
+    owner = np.empty(labels.size, dtype=np.int64)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        shares = generator.dirichlet(np.full(clients, alpha))
+        cuts = np.rint(np.cumsum(shares)[:-1] * members.size).astype(np.int64)
+        owner[members] = np.searchsorted(cuts, np.arange(members.size), side="right")
+    sizes = np.bincount(owner, minlength=clients)
+    for client in np.flatnonzero(sizes == 0):
+        largest = int(sizes.argmax())
+        owner[generator.choice(np.flatnonzero(owner == largest))] = client
+        sizes[largest] -= 1
+        sizes[client] += 1
+    return owner
+
+
+def _shards(
+    labels: np.ndarray, clients: int, shards_per_client: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Owner of every sample, int64 [N]: even runs of the samples in the order of their labels."""
+    shards = clients * shards_per_client
+    if not clients <= shards <= labels.size:
+        raise PartitionError(
+            f"partition.shards_per_client = {shards_per_client} for {clients} clients makes {shards} shards "
+            f"of {labels.size} available samples; at least 1 shard a client and 1 sample a shard are needed"
+        )
+    shuffled = generator.permutation(labels.size)  # which of a class's samples share a shard is random
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    owner = np.empty(labels.size, dtype=np.int64)
+    owner[order] = (generator.permutation(shards) % clients)[np.arange(labels.size) * shards // labels.size]
+    return owner
+
+
+def _natural(groups: np.ndarray, clients: int, generator: np.random.Generator) -> np.ndarray:
+    """Owner of every sample, int64 [N]: whole groups."""
+    present, codes = np.unique(groups, return_inverse=True)
+    if clients > present.size:
+        raise PartitionError(
+            f"partition.clients = {clients} but the available samples have only {present.size} groups, "
+            f"and 'natural' never splits one: use at most {present.size} clients"
+        )
+    if clients == present.size:
+        return codes
+    return (generator.permutation(present.size) % clients)[codes]
+
+
+def picture(
+    partition: Partition, labels: np.ndarray, classes: Sequence[str], path: Path, title: str | None = None
+) -> None:
+    """Draw who holds what: a heat map of each client's class shares under its number of samples.
+
+    A heat map stays readable from 2 to 100 classes and from 10 to 1,000 clients, where bars and bubbles do
+    not; its colours (matplotlib's cividis_r, darker is more, white is none) survive colour blindness and grey
+    printing.
+
+    Args:
+        partition: The partition.
+        labels: int64 [N], labels of the full training split.
+        classes: Names of the classes.
+        path: Picture to write; the suffix (.png, .svg, .pdf) decides its format.
+        title: Heading; by default the numbers of clients, samples and classes a client.
+    """
+    # Not pyplot: its global state and its choice of a window system have no place in a library.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    histogram = partition.class_histogram(labels, len(classes))
+    sizes = partition.sizes
+    shares = histogram / np.maximum(sizes, 1)[:, None]
+    height = float(np.clip(0.26 * len(classes), 2.4, 8.0))
+    figure = Figure(figsize=(9.0, height + 2.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, height])
+    held = np.median((histogram > 0).sum(axis=1))
+    bars.set_title(
+        title or f"{partition.clients:,} clients, {sizes.sum():,} samples, median {held:g} classes a client"
+    )
+    bars.stairs(sizes, np.arange(partition.clients + 1) - 0.5, fill=True, color="0.35")
+    bars.set_ylabel("samples")
+    bars.set_ylim(0, sizes.max() * 1.15)
+    image = cells.imshow(
+        np.ma.masked_equal(shares.T, 0.0),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="cividis_r",
+        vmin=0.0,
+        vmax=shares.max(),
+    )
+    cells.set_xlabel("client")
+    cells.set_ylabel("class")
+    cells.locator_params(axis="x", integer=True)
+    if len(classes) <= 30:
+        cells.set_yticks(range(len(classes)), labels=[str(name)[:24] for name in classes])
+    for axes in (bars, cells):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.colorbar(image, ax=[bars, cells], label="share of the client's samples", pad=0.01)
+    figure.savefig(path)

@@ -1,0 +1,1 @@
+"""Fair comparison: studies, protocol, report. Imports cluster and algorithms."""

@@ -10,8 +10,8 @@ the kept values, and the dense rest of the flat vector. The support is written i
 - runs: lengths of the runs of cut positions as bytes, 255 meaning "255 and go on", through zstandard.
 - planes: the same lengths split into 2 or 4 planes of bytes, low bytes first, through zstandard.
 
-The runs of a random mask are geometric, hence memoryless: the bytes of ``runs`` are independent of each other,
-and so are the planes, so the Huffman stage of zstandard comes close to the entropy |P| H2(d) of the mask. What
+The runs of a random mask are geometric, hence memoryless: the bytes of ``runs`` are independent of each other
+and so are the planes; the Huffman stage of zstandard then comes close to the mask's entropy |P| H2(d). What
 it loses near density 0.001 (one code word is over half of the bytes of ``runs``) ``planes`` wins back.
 """
 
@@ -20,73 +20,32 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
-ValueFormat = Literal["float32", "float16", "bfloat16", "int8"]
-Floats: TypeAlias = npt.NDArray[np.float32]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-Positions: TypeAlias = npt.NDArray[np.intp]
+from cluster.wire_values import (
+    VALUE_FORMATS,
+    Floats,
+    Mask,
+    Positions,
+    Shape,
+    ValueFormat,
+    WireError,
+    read_values,
+    to_bytes,
+    write_values,
+)
 
 # The place in these tuples is the code in the header: append, never reorder.
 _LAYOUTS = ("dense", "shared", "relative", "bitmap", "runs", "planes")
 _LEANING = ("shared", "relative")  # readable only with the support they were written against
-_VALUE_FORMATS: tuple[ValueFormat, ...] = get_args(ValueFormat)
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _MAGIC, _VERSION = b"SpFd", 1
 # Level 1 gives fewer bytes than level 3, and faster: these data do not repeat, so a short match that a longer
 # search finds is a coincidence dearer than the Huffman codes it replaces; hence also the long minimum match.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
-
-
-class WireError(ValueError):
-    """Bytes that are not a message this receiver can read; says which expectation failed."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What sender and receiver both know of the flat vector.
-
-    Attributes:
-        prunable: Length of the first span, the prunable weights; the only ones a support speaks of.
-        trained: End of the trained parameters; ``[trained, size)`` are float buffers.
-        size: Length of the whole vector.
-        layers: (start, stop) of every trained tensor in order, covering ``[0, trained)``; int8 scales each.
-
-    Raises:
-        ValueError: The spans are not nested, or the layers do not cover the trained span.
-    """
-
-    prunable: int
-    trained: int
-    size: int
-    layers: tuple[tuple[int, int], ...]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prunable <= self.trained <= self.size < 2**31:
-            raise ValueError(f"need 0 <= prunable <= trained <= size < 2**31, found {self}")
-        edges = [0, *(stop for _, stop in self.layers)]
-        if (
-            [start for start, _ in self.layers] != edges[:-1]
-            or edges[-1] != self.trained
-            or edges != sorted(edges)
-        ):
-            raise ValueError(
-                f"layers must cover [0, {self.trained}) in order without gaps, found {self.layers}"
-            )
-
-    @cached_property
-    def checksum(self) -> int:
-        """CRC-32 of all spans: receivers that split the vector differently differ here."""
-        return zlib.crc32(np.array([self.prunable, self.trained, self.size, *self._stops], "<i8").tobytes())
-
-    @cached_property
-    def _stops(self) -> npt.NDArray[np.int64]:
-        return np.array([stop for _, stop in self.layers], np.int64)
 
 
 @dataclass(frozen=True)
@@ -137,7 +96,6 @@ def encode(
     shape: Shape,
     *,
     held: Mask | None = None,
-    shared: bool = False,
     value_format: ValueFormat = "float32",
 ) -> bytes:
     """Write a message in the cheapest layout; the same arguments always give the same bytes.
@@ -146,40 +104,38 @@ def encode(
         values: float32[size]; prunable values outside the support are not sent.
         support: bool[prunable], positions to keep whatever their value; None keeps all.
         shape: The spans of the vector.
-        held: bool[prunable] support the receiver already holds, or None.
-        shared: The receiver knows that the support is exactly ``held``; only values are sent.
+        held: bool[prunable] support the receiver already holds, or None; where it equals the support, only
+            values are sent.
         value_format: How trained parameters are written; float buffers are always float32. float32 is exact;
             float16 and bfloat16 round to nearest even and saturate instead of overflowing; int8 rounds to
-            multiples of the layer's max|value| / 127. What is not finite stays so (int8: its layer turns NaN).
+            multiples of the layer's max|value| / 127. What is not finite stays so (int8: as a NaN layer).
 
     Raises:
-        ValueError: An argument of wrong shape or type, or ``shared`` with a support other than ``held``.
+        ValueError: An argument of wrong shape or type.
     """
     _check_array("values", values, np.float32, shape.size)
     for name, mask in (("support", support), ("held", held)):
         if mask is not None:
             _check_array(name, mask, np.bool_, shape.prunable)
-    if value_format not in _VALUE_FORMATS:
-        raise ValueError(f"value_format is {value_format!r}, must be one of {', '.join(_VALUE_FORMATS)}")
+    if value_format not in VALUE_FORMATS:
+        raise ValueError(f"value_format is {value_format!r}, must be one of {', '.join(VALUE_FORMATS)}")
     if support is not None and support.all():
         support = None
-    if shared and (held is None or not (held.all() if support is None else np.array_equal(support, held))):
-        raise ValueError("shared=True needs held, and a support equal to it")
 
     if support is None:
         positions, layout, where = None, "dense", b""
         trained = values[: shape.trained]
     else:
         positions = np.flatnonzero(support)
-        layout, where = ("shared", b"") if shared else _write_support(support, positions, held)
+        layout, where = _write_support(support, positions, held)
         trained = np.concatenate([values[positions], values[shape.prunable : shape.trained]])
-    pieces: list[bytes | memoryview] = [where, *_write_values(trained, value_format, positions, shape)]
-    pieces.append(_bytes(values[shape.trained :], "<f4"))
+    pieces: list[bytes | memoryview] = [where, *write_values(trained, value_format, positions, shape)]
+    pieces.append(to_bytes(values[shape.trained :], "<f4"))
     header = _HEADER.pack(
         _MAGIC,
         _VERSION,
         _LAYOUTS.index(layout),
-        _VALUE_FORMATS.index(value_format),
+        VALUE_FORMATS.index(value_format),
         shape.prunable if positions is None else positions.size,
         shape.prunable,
         shape.size,
@@ -221,7 +177,8 @@ def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats |
     where, content = payload[: header.support_bytes], payload[header.support_bytes :]
     positions = _read_support(header, where, shape, held)
     trained_size = shape.trained if positions is None else positions.size + shape.trained - shape.prunable
-    trained = _read_values(content, header, trained_size, positions, shape)
+    value_format = VALUE_FORMATS[header.value_format]
+    trained = read_values(content, value_format, trained_size, positions, shape)
     buffers = content[len(content) - 4 * (shape.size - shape.trained) :]
 
     support = None
@@ -246,7 +203,7 @@ def describe(data: bytes) -> dict[str, Any]:
     header, payload = _open(data)
     return {
         "layout": _LAYOUTS[header.layout],
-        "value_format": _VALUE_FORMATS[header.value_format],
+        "value_format": VALUE_FORMATS[header.value_format],
         "kept": header.kept,
         "prunable": header.prunable,
         "size": header.size,
@@ -261,11 +218,6 @@ def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
     if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
         expected = f"contiguous {np.dtype(dtype).name}[{size}]"
         raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
-
-
-def _bytes(array: np.ndarray, dtype: str) -> memoryview:
-    """The bytes of the same numbers as ``dtype``; no copy where they are so already."""
-    return np.ascontiguousarray(array, dtype).data.cast("B") if array.size else memoryview(b"")
 
 
 def _held_checksum(held: Mask) -> int:
@@ -287,7 +239,7 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
     payload = view[_PAYLOAD:]
     if zlib.crc32(payload, zlib.crc32(view[: _HEADER.size])) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
-    if header.layout >= len(_LAYOUTS) or header.value_format >= len(_VALUE_FORMATS):
+    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS):
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")
     if header.support_bytes > len(payload):
         raise WireError(f"a support of {header.support_bytes} bytes in a payload of {len(payload)}")
@@ -295,7 +247,9 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
 
 
 def _write_support(support: Mask, positions: Positions, held: Mask | None) -> tuple[str, bytes]:
-    """The cheapest of bits and zstandard frames, with its layout."""
+    """The cheapest of nothing, bits and zstandard frames, with its layout."""
+    if held is not None and np.array_equal(support, held):
+        return "shared", b""
     if held is not None and not np.any(support > held):
         layout, bit_count = "relative", int(np.count_nonzero(held))
     else:
@@ -383,9 +337,9 @@ def _compress(*planes: npt.NDArray[np.uint8]) -> bytes:
     # A context for each call costs 10 microseconds; one that is kept is not safe among threads.
     stream = zstandard.ZstdCompressor(compression_params=_ZSTD).compressobj(size=total)
     pieces = []
-    for plane in planes:
+    for plane in planes[:-1]:
         pieces += [stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
-    return b"".join([*pieces, stream.flush()])
+    return b"".join([*pieces, stream.compress(planes[-1].data), stream.flush()])
 
 
 def _decompress(frame: memoryview, limit: int) -> npt.NDArray[np.uint8]:
@@ -401,66 +355,14 @@ def _decompress(frame: memoryview, limit: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)
 
 
-def _layer_counts(positions: Positions | None, shape: Shape) -> npt.NDArray[np.int64]:
-    """How many of the transmitted trained values each layer has."""
-    edges = shape._stops
-    if positions is not None:
-        within = np.searchsorted(positions, np.minimum(edges, shape.prunable))
-        edges = within + np.maximum(edges - shape.prunable, 0)
-    return np.diff(edges, prepend=0)
-
-
-def _write_values(
-    trained: Floats, value_format: ValueFormat, positions: Positions | None, shape: Shape
-) -> list[memoryview]:
-    """Transmitted trained values in their format, for int8 behind one float32 scale a layer."""
-    if value_format == "float32":
-        return [_bytes(trained, "<f4")]
-    if value_format == "bfloat16":
-        return [_bytes(_to_bfloat16(trained), "<u2")]
-    if value_format == "float16":
-        largest = float(np.finfo(np.float16).max)
-        finite = np.isfinite(trained)
-        return [_bytes(np.where(finite, np.clip(trained, -largest, largest), trained), "<f2")]
-    counts = _layer_counts(positions, shape)
-    filled = counts > 0
-    peaks = np.zeros(counts.size, np.float32)
-    if trained.size:
-        starts = (np.cumsum(counts) - counts)[filled]
-        peaks[filled] = np.maximum.reduceat(np.abs(trained), starts)
-    # No scale is 0 or subnormal (too coarse to divide by), and 127 times the largest is not infinite.
-    limits = np.finfo(np.float32)
-    largest_scale = np.nextafter(limits.max / np.float32(127), np.float32(0))
-    scales = np.clip(peaks / np.float32(127), limits.tiny, largest_scale)
-    scales[~np.isfinite(peaks)] = np.nan
-    steps = np.rint(trained / np.repeat(scales, counts))
-    return [_bytes(scales, "<f4"), _bytes(np.nan_to_num(steps).clip(-127, 127), "i1")]
-
-
-def _read_values(
-    content: memoryview, header: _Header, count: int, positions: Positions | None, shape: Shape
-) -> np.ndarray:
-    """The transmitted trained values, as numbers that convert to float32."""
-    value_format = _VALUE_FORMATS[header.value_format]
-    scale_count = len(shape.layers) if value_format == "int8" else 0
-    expected = 4 * scale_count + _ITEM_BYTES[value_format] * count + 4 * (shape.size - shape.trained)
-    if len(content) != expected:
-        raise WireError(f"{len(content)} bytes of values where {expected} are expected")
-    if value_format == "float32":
-        return np.frombuffer(content, "<f4", count)
-    if value_format == "float16":
-        return np.frombuffer(content, "<f2", count)
-    if value_format == "bfloat16":
-        return (np.frombuffer(content, "<u2", count).astype(np.uint32) << 16).view(np.float32)
-    scales = np.frombuffer(content, "<f4", scale_count).astype(np.float32)
-    steps = np.frombuffer(content, np.int8, count, offset=4 * scale_count)
-    return steps * np.repeat(scales, _layer_counts(positions, shape))
-
-
-def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint32]:
-    """Upper halves of float32, rounded to nearest, ties to even; finite values stay finite, NaN stays NaN."""
-    bits = values.view(np.uint32)
-    rounded: npt.NDArray[np.uint32] = (bits + (0x7FFF + ((bits >> 16) & 1))) >> np.uint32(16)
-    rounded[np.isfinite(values) & ((rounded & 0x7FFF) == 0x7F80)] -= 1
-    rounded[np.isnan(values)] = 0x7FC0
-    return rounded
+__all__ = [
+    "Message",
+    "Shape",
+    "ValueFormat",
+    "WireError",
+    "decode",
+    "dense_bytes",
+    "describe",
+    "encode",
+    "nonzero_bytes",
+]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, hyperparameters, registry
 from cluster.choices import ChoiceError, build_choice, load_attribute
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
@@ -220,7 +220,10 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
     tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
-    return validate(apply_overrides(tree, overrides))
+    try:
+        return validate(apply_overrides(tree, overrides))
+    except ChoiceError as error:
+        raise ConfigError(str(error)) from None
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
@@ -325,16 +328,21 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             if "name" in value and value["name"] != below.get("name"):
-                below = _kept_on_a_new_choice(key, below)
+                below = _kept_on_a_new_choice(key, below, str(value["name"]))
             result[key] = _merge(below, value)
         else:
             result[key] = value
     return result
 
 
-def _kept_on_a_new_choice(section: str, old: Mapping[str, Any]) -> dict[str, Any]:
-    if section in ("algorithm", "model", "server"):
-        return {key: value for key, value in old.items() if key == "sparsity"}
+def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if section == "algorithm":
+        # Methods are compared at one sparsity; a dense one has no such field.
+        method = load_attribute("algorithm.name", name) if ":" in name else registry().get(name)
+        takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
+        return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
+    if section in ("model", "server"):
+        return {}
     # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
     shared = {"clients", "seed", "validation", "cache"}
     return {key: value for key, value in old.items() if key in shared}

@@ -20,7 +20,7 @@ from algorithms.parameters import ParameterLayout
 #: client has diverged, and its update is refused like a non-finite one.
 GROWTH_LIMIT = 2.0**20
 
-_BLOCK = 1 << 15  # floats a block: the temporaries of one block stay in the cache
+_BLOCK = 1 << 13  # floats a block: the temporaries of one block stay in the cache
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Grid:
     def for_round(cls, global_weights: np.ndarray, samples: int) -> Grid:
         """The grid for updates of ``global_weights`` by clients with ``samples`` samples together.
 
-        The resolution is below 2**-60 of the largest global weight: finer than float32 by far.
+        The resolution is about 2**-60 of the largest global weight: finer than float32 by far.
         """
         largest = float(np.abs(global_weights).max(initial=0.0))
         exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
@@ -172,10 +172,12 @@ class Total:
         return result
 
     def _add(self, span: slice, values: np.ndarray, samples: int) -> None:
+        highs, lows = self.high[span], self.low[span]
+        terms = np.empty(min(_BLOCK, len(values)))
         for start in range(0, len(values), _BLOCK):
-            block = values[start : start + _BLOCK].astype(np.float64)
-            block *= samples
-            high, low = self.grid.split(block)
-            place = slice(span.start + start, span.start + start + len(block))
-            self.high[place] += high
-            self.low[place] += low
+            block = slice(start, min(start + _BLOCK, len(values)))
+            part = terms[: block.stop - start]
+            np.multiply(values[block], float(samples), out=part, dtype=np.float64)
+            high, low = self.grid.split(part)
+            highs[block] += high
+            lows[block] += low

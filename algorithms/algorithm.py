@@ -168,6 +168,8 @@ class Algorithm:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     client: ClassVar[type[Client]] = Client
+    #: Whether clients may differ in their target sparsity (device tiers).
+    unequal_sparsity: ClassVar[bool] = False
 
     #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
     sparsity = 0.0
@@ -186,7 +188,7 @@ class Algorithm:
 
     @property
     def uploads_differences(self) -> bool:
-        """Whether clients send w_i - w_t instead of w_i."""
+        """Whether clients send w_i - w_t instead of w_i, over the trained span; float buffers as they are."""
         return False
 
     @property
@@ -207,9 +209,8 @@ class Algorithm:
         return Instructions(round=state.round + 1, rounds=rounds)
 
     def aggregate(self, state: ServerState, total: Total) -> Tensor:
-        """The clients' common model, float32[size]: the (masked) weighted mean, added to w_t for differences."""
-        mean = torch.from_numpy(total.masked_mean() if self.masked else total.mean())
-        return state.weights + mean if self.uploads_differences else mean
+        """The (masked) weighted mean of what the clients sent, float32[size], in memory of its own."""
+        return torch.from_numpy(total.masked_mean() if self.masked else total.mean())
 
     def next_mask(
         self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
@@ -220,15 +221,23 @@ class Algorithm:
     def advance(
         self, state: ServerState, total: Total, server: ServerOptimizer, layout: ParameterLayout
     ) -> ServerState:
-        """The state after a round: aggregate, server step on the trained parameters, mask again."""
+        """The state after a round: aggregate (differences: add w_t), server step on what is trained, mask."""
         mean = self.aggregate(state, total)
         trained = layout.trained_size
+        if self.uploads_differences:
+            # Of the trained parameters only: float buffers are sent as they are and take the plain mean.
+            mean[:trained] += state.weights[:trained]
         weights = mean.clone()
         weights[:trained], moments = server.step(state.weights[:trained], mean[:trained], state.moments)
         mask = self.next_mask(state, weights, total, layout)
         version = state.mask_version
         if mask is not None:
-            weights[: layout.prunable_size].masked_fill_(~mask, 0.0)
+            prunable, outside = layout.prunable_size, ~mask
+            weights[:prunable].masked_fill_(outside, 0.0)
+            # Outside the mask moments are 0 too: a weight that leaves and comes back starts anew.
+            moments = tuple(
+                torch.cat([m[:prunable].masked_fill(outside, 0.0), m[prunable:]]) for m in moments
+            )
             version += state.mask is None or not torch.equal(mask, state.mask)
         return replace(
             state,

@@ -69,6 +69,7 @@ class SparsyFed(Algorithm):
         "Guastella et al., ICLR 2025, arXiv 2504.05153; Powerpropagation: Schwarz et al., arXiv 2110.00296"
     )
     client = SparsyFedClient
+    unequal_sparsity = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)
     beta: float = hyperparameter(

@@ -14,7 +14,11 @@ def __getattr__(name: str) -> Any:
         from cluster import execution
 
         return getattr(execution, name)
-    if name in ("Config", "ConfigError", "resolve"):
+    if name == "ConfigError":
+        from cluster import trees
+
+        return trees.ConfigError
+    if name in ("Config", "resolve"):
         from cluster import config
 
         return getattr(config, name)

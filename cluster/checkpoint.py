@@ -63,9 +63,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
     path = folder / f"round-{state.round:06d}.safetensors"
     text = json.dumps(meta)
     data = save(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        # Clones: a method's array may be a view of the weights, and safetensors refuses shared memory.
+        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
         {"meta": text, "sha256": _checksum(tensors, text)},
     )
+    for left_by_a_crash in folder.glob(".*.tmp"):
+        left_by_a_crash.unlink()
     write_atomically(path, data)
     keep = {*list_rounds(folder)[-2:], best_round}
     for round_number in list_rounds(folder):
@@ -129,6 +132,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from algorithms import Grid, ParameterLayout, Total
+from algorithms.masks import cut_to_top_k, target_count
 from cluster import seeding, wire
 from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
@@ -79,6 +80,7 @@ class EvaluationChunk:
     split: str  # "test" or "val"
     start: int
     stop: int
+    tier: str | None = None  # evaluate the model cut to this tier's budget
 
 
 class ClientError(RuntimeError):
@@ -135,12 +137,21 @@ class ClientHost:
     ) -> list[tuple[EvaluationChunk, int, float]]:
         """Correct predictions and summed loss of the global model w_t on each chunk."""
         layout = self._trainer.layout
-        weights = torch.from_numpy(broadcast.exact.copy())
-        effective = self._method.effective_weights(weights, layout).numpy()
-        return [
-            (chunk, *self._trainer.evaluate(effective, self._splits[chunk.split], chunk.start, chunk.stop))
-            for chunk in chunks
-        ]
+        models: dict[str | None, np.ndarray] = {}
+        results = []
+        for chunk in chunks:
+            if chunk.tier not in models:
+                weights = torch.from_numpy(broadcast.exact.copy())
+                if chunk.tier is not None:
+                    sparsity = self.config.devices.tiers[chunk.tier].sparsity
+                    keep = target_count(layout.prunable_size, sparsity)
+                    cut_to_top_k(weights[: layout.prunable_size], keep)
+                models[chunk.tier] = self._method.effective_weights(weights, layout).numpy()
+            split = self._splits[chunk.split]
+            results.append(
+                (chunk, *self._trainer.evaluate(models[chunk.tier], split, chunk.start, chunk.stop))
+            )
+        return results
 
     def pid(self) -> int:
         """Process id of this host."""

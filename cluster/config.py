@@ -10,24 +10,22 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, hyperparameters, registry
-from cluster.choices import ChoiceError, build_choice, load_attribute
+from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from cluster.choices import ChoiceError, build_choice
+from cluster.trees import ConfigError, apply_overrides, load_tree
+
+#: Sections whose ``name`` decides what their other keys mean.
+_CHOICES = ("algorithm", "model", "data", "partition", "server")
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
     {"stop_after", "execution", "address", "actors", "cpus_per_actor", "checkpoint_every", "tracking"}
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names each key, what was found and what is allowed."""
 
 
 class _Section(BaseModel):
@@ -84,6 +82,19 @@ class LocalSection(_Section):
     lr_horizon: int | None = Field(None, ge=1, description="rounds until lr_final; default rounds")
     weight_decay: float = Field(0.0, ge=0.0)
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
+
+
+class TierSection(_Section):
+    """One kind of device."""
+
+    share: float = Field(ge=0.0, le=1.0, description="share of the clients")
+    sparsity: float = Field(ge=0.0, le=0.9999, description="target sparsity of the tier's clients")
+
+
+class DevicesSection(_Section):
+    """The devices that clients are; without tiers they are all alike."""
+
+    tiers: dict[str, TierSection] = Field(default_factory=dict, description="kinds of devices by name")
 
 
 class WireSection(_Section):
@@ -145,6 +156,7 @@ class Config(_Section):
     partition: PartitionSection = PartitionSection()
     local: LocalSection = LocalSection()
     server: ServerChoice = ServerChoice()
+    devices: DevicesSection = DevicesSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -163,6 +175,23 @@ class Config(_Section):
             )
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
+        tiers = self.devices.tiers
+        if tiers and abs(sum(tier.share for tier in tiers.values()) - 1.0) > 1e-6:
+            shares = ", ".join(f"{name} {tier.share:g}" for name, tier in tiers.items())
+            problems.append(f"devices.tiers: shares must sum to 1, found {shares}")
+        if tiers and not problems and not self.build_algorithm().unequal_sparsity:
+            able = ", ".join(name for name, method in registry().items() if method.unequal_sparsity)
+            problems.append(
+                f"devices.tiers: {self.algorithm.name} has one sparsity for all clients; "
+                f"tiers work with {able}"
+            )
+        if tiers and not problems:
+            densest = min(tier.sparsity for tier in tiers.values())
+            if self.build_algorithm().sparsity != densest:
+                problems.append(
+                    f"algorithm.sparsity: {self.build_algorithm().sparsity:g} is not the densest tier's "
+                    f"budget; with these devices.tiers set algorithm.sparsity={densest:g}"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -234,61 +263,6 @@ def validate(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_in_plain_words(error)) from None
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply ``key=value`` overrides to a nested mapping and return the new one.
-
-    Overriding a ``name`` drops the fields of the old choice; ``sparsity`` alone stays.
-    """
-    result: dict[str, Any] = json.loads(json.dumps(tree))
-    parsed = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
-        try:
-            parsed.append((key.strip(), _number(yaml.safe_load(text))))
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
-    # Names first: `algorithm.beta=1.3 algorithm.name=sparsyfed` means the same in either order.
-    for key, value in sorted(parsed, key=lambda item: not item[0].endswith(".name")):
-        result = _merge(result, _nested(key, value))
-    return result
-
-
-def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a preset or YAML file as a nested mapping, with what it ``extends`` underneath."""
-    path = find(source)
-    if str(path) in seen:
-        raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    tree = {key: _number(value) for key, value in tree.items()}
-    base = tree.pop("extends", None)
-    return _merge(load_tree(base, (*seen, str(path))), tree) if base else tree
-
-
-def presets() -> dict[str, Path]:
-    """The shipped presets by name."""
-    return {path.stem: path for path in sorted(_preset_folder().glob("*.yaml"))}
-
-
-def find(source: str | Path) -> Path:
-    """The file a preset's name or a path stands for."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    known = presets()
-    if str(source) in known:
-        return known[str(source)]
-    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{source}: neither a file nor a preset.{hint} Presets: {', '.join(known)}")
-
-
 def code_digest() -> str:
     """Short hash of the packages' source: runs are compared and resumed only with the code that made them."""
     digest = hashlib.sha256()
@@ -296,56 +270,6 @@ def code_digest() -> str:
     for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _preset_folder() -> Path:
-    installed = Path(str(files("cluster"))) / "experiments"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "ray_configs" / "experiments"
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; read it as the number it is, at any depth."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    head, _, rest = key.partition(".")
-    return {head: _nested(rest, value) if rest else value}
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in top.items():
-        below = result.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            if "name" in value and value["name"] != below.get("name"):
-                below = _kept_on_a_new_choice(key, below, str(value["name"]))
-            result[key] = _merge(below, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if section == "algorithm":
-        # Methods are compared at one sparsity; a dense one has no such field.
-        method = load_attribute("algorithm.name", name) if ":" in name else registry().get(name)
-        takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
-        return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
-    if section in ("model", "server"):
-        return {}
-    # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
-    shared = {"clients", "seed", "validation", "cache"}
-    return {key: value for key, value in old.items() if key in shared}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -371,11 +295,11 @@ def _in_plain_words(error: ValidationError) -> str:
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}? " if near else ""
             lines.append(f"{where}: unknown key; {hint}Known here: {', '.join(known)}")
+        elif problem["type"] == "model_type":
+            named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
+            lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:
             lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}")
     return "\n".join(lines)
-
-
-__all__ = ["Config", "ConfigError", "apply_overrides", "load_attribute", "presets", "resolve", "validate"]

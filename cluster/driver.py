@@ -5,6 +5,7 @@ One plain class; ``cluster.run`` runs it in this process (``execution: inline``)
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from cluster.checkpoint import (
 )
 from cluster.client import EvaluationChunk, Task, wire_shape
 from cluster.config import code_digest
+from cluster.devices import Devices
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
 from cluster.local_training import Broadcast
@@ -57,7 +59,7 @@ class Driver:
         federation: Data, partition and initial model.
         engine: Where rounds are computed.
         on_line: Called with each new round's line once it is stored.
-        should_stop: Asked after each round; True ends the run with a checkpoint.
+        should_stop: Asked before each round; True ends the run with a checkpoint, once there is a round.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Driver:
         self.method, self.server = config.build_algorithm(), config.build_server()
         self.layout: ParameterLayout = federation.layout
         self._shape = wire_shape(self.layout)
+        self._devices = Devices(config)
         self._digest = f"{config.digest()}-{code_digest()}"
+        folder.heal()
         self._stored = {line["round"]: line for line in folder.rounds()}
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._totals: dict[str, float] = {}
@@ -84,6 +88,7 @@ class Driver:
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._refusals = ""
+        self._ending = False  # what is measured now is the run's last round
         self.state = self._restore() or self._initial_state()
 
     # ------------------------------------------------------------------------------------- the run
@@ -98,7 +103,9 @@ class Driver:
             DivergedError: Every update of three rounds in a row was refused.
         """
         last = self.config.stop_after or self.config.rounds
-        while self.state.round < last and not self._should_stop():
+        while self.state.round < last:
+            if self._should_stop() and self.state.round >= self.method.first_round:
+                break
             self._round()
             if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
                 self._finish_line()
@@ -117,7 +124,8 @@ class Driver:
         instructions = self.method.instruct(state, self.config.rounds, self.config.partition.clients)
         cohort = self._draw_cohort(instructions.round, instructions.cohort or self.config.cohort)
         broadcast, downlink = self._broadcast(state, instructions, cohort)
-        tasks = [Task(int(client), self.method.sparsity) for client in cohort]
+        default = self.method.sparsity
+        tasks = [Task(int(client), self._devices.sparsity(int(client), default)) for client in cohort]
         prepared = time.perf_counter()
         outcome = self.engine.run(broadcast, tasks, self._due_chunks(), self._book_keeping)
         self._write_waiting_line(outcome)
@@ -137,7 +145,9 @@ class Driver:
             "time/prepare_s": prepared - started,
             "time/step_s": stepped - worked,
         }
-        self._after = lambda: self._measure(state, outcome, downlink, refused, times)
+        # Measured while the next round runs, whose broadcast already changes who holds which mask.
+        held = self._held
+        self._after = lambda: self._measure(state, outcome, downlink, refused, times, held)
 
     def _book_keeping(self) -> None:
         """Measure and checkpoint the last round while the next one is already being computed."""
@@ -152,6 +162,7 @@ class Driver:
         downlink: Downlink,
         refused: dict[int, str],
         times: dict[str, float],
+        held: dict[int, int],
     ) -> None:
         state = self.state
         line: Line = {"round": state.round, "timestamp": time.time()}
@@ -167,7 +178,7 @@ class Driver:
         for key in ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse"):
             self._totals[key] = self._totals.get(key, 0) + line[key]
             line[f"{key}_total"] = self._totals[key]
-        line["server/lr"] = self.config.learning_rate(state.round)
+        line["server/lr"] = self.config.learning_rate(max(1, state.round))
         phases = np.array([report.phases for report in outcome.reports]).sum(axis=0)
         line |= times
         line["time/lost_actors"] = outcome.lost_actors
@@ -179,7 +190,7 @@ class Driver:
             self._store(line)
             self._waiting = None
         if state.round % self.config.checkpoint_every == 0:
-            self.checkpoint()
+            self.checkpoint(held)
 
     # ---------------------------------------------------------------------------------- its steps
 
@@ -212,7 +223,7 @@ class Driver:
             message = message or wire.encode(exact, support, shape, value_format=value_format)
             received = wire.decode(message, shape).values
         if mask is not None:
-            self._held |= {int(client): state.mask_version for client in cohort}
+            self._held = self._held | {int(client): state.mask_version for client in cohort}
         samples = int(self.federation.sizes[cohort].sum())
         broadcast = Broadcast(
             weights=received,
@@ -229,7 +240,7 @@ class Driver:
 
     def _evaluation_due(self, round_number: int) -> bool:
         last = self.config.stop_after or self.config.rounds
-        return round_number % self.config.evaluate_every == 0 or round_number == last
+        return round_number % self.config.evaluate_every == 0 or round_number == last or self._ending
 
     def _due_chunks(self) -> list[EvaluationChunk]:
         """Chunks on which this round's broadcast, the last round's result, is evaluated."""
@@ -244,6 +255,7 @@ class Driver:
 
     def _finish_line(self) -> None:
         """Measure and evaluate the last round, with no next round to overlap it with."""
+        self._ending = True
         self._book_keeping()
         if self._waiting is not None:
             state = self.state
@@ -251,7 +263,7 @@ class Driver:
             broadcast, _ = self._broadcast(state, instructions, np.array([], np.int64))
             self._write_waiting_line(self.engine.run(broadcast, [], self._chunks, lambda: None))
         if self.state.round not in list_rounds(self.folder.checkpoints):
-            self.checkpoint()
+            self.checkpoint(self._held)
 
     def _store(self, line: Line) -> None:
         """Write a round's line, or check it against the one stored before the run was interrupted."""
@@ -271,14 +283,19 @@ class Driver:
 
     # --------------------------------------------------------------------------- state on the disk
 
-    def checkpoint(self) -> None:
-        """Write a checkpoint of everything the next round needs."""
+    def checkpoint(self, held: dict[int, int]) -> None:
+        """Write a checkpoint of everything the next round needs.
+
+        Args:
+            held: Version of the mask that each client holds after the round of ``self.state``.
+        """
+        self.folder.sync_rounds()  # a checkpoint never outlives the lines before it
         scores = {r: self._stored[r].get(self.federation.selection_metric) for r in self._stored}
         kept = [r for r in list_rounds(self.folder.checkpoints) if scores.get(r) is not None]
         best = max(kept, key=lambda r: (scores[r], -r), default=None)
         driver = {
             "totals": self._totals,
-            "held": sorted(self._held.items()),
+            "held": sorted(held.items()),
             "refused_rounds": self._refused_rounds,
             "waiting": self._waiting,
         }
@@ -289,8 +306,10 @@ class Driver:
     def save_model(self) -> None:
         """Write the effective weights, so that the plain module loads them and reproduces the accuracy."""
         effective = self.method.effective_weights(self.state.weights, self.layout)
-        tensors = {name: tensor.clone() for name, tensor in self.layout.split(effective).items()}
-        tensors |= self.federation.integer_buffers()
+        # Through the module, so that tied, frozen and integer tensors are there too and the load is strict.
+        model = copy.deepcopy(self.federation.model)
+        self.layout.bind(model, effective)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
         write_atomically(self.folder.model_file, save(tensors))
 
     def _initial_state(self) -> ServerState:

@@ -119,17 +119,26 @@ class RayEngine:
         placement_timeout: float = 30.0,
     ) -> None:
         import ray
+        import ray.util.scheduling_strategies
 
         self._ray = ray
         self.actors = actors
         self._sizes, self._costs = sizes, CostModel()
-        shared = ray.put(workload)
+        self._group = self._reserve(cpus, gpus, placement_timeout)
+        # Kept for as long as the actors: a restarted actor reads its constructor's argument again.
+        self._workload = ray.put(workload)
         # Ray restarts a dead actor for ever; what it was doing is re-dispatched here, never by Ray.
-        remote = ray.remote(ClientHost).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0
-        )
-        self._hosts = [remote.remote(shared) for _ in range(actors)]
-        self._wait_until_placed(cpus, gpus, placement_timeout)
+        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+        remote = ray.remote(ClientHost)
+        self._hosts: list[Any] = [
+            remote.options(**options, scheduling_strategy=strategy(self._group, bundle)).remote(
+                self._workload
+            )
+            for bundle in range(actors)
+        ]
+        # A constructor that raises says why. Starting is slow on a busy machine, and no reason to give up.
+        ray.get([host.__ray_ready__.remote() for host in self._hosts])
 
     def run(
         self,
@@ -150,31 +159,30 @@ class RayEngine:
         return outcome
 
     def close(self) -> None:
-        """Kill the actors."""
+        """Kill the actors and free what they had reserved."""
         for host in self._hosts:
             self._ray.kill(host)
+        self._ray.util.remove_placement_group(self._group)
 
     def pids(self) -> list[int]:
         """Process ids of the actors, for fault tests."""
         return list(self._ray.get([host.pid.remote() for host in self._hosts]))
 
-    def _wait_until_placed(self, cpus: float, gpus: float, timeout: float) -> None:
+    def _reserve(self, cpus: float, gpus: float, timeout: float) -> Any:
+        """One bundle an actor: every GPU of every node is filled, and what does not fit is known at once."""
         ray = self._ray
-        pending = [host.__ray_ready__.remote() for host in self._hosts]
-        deadline = time.monotonic() + timeout
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=timeout)
-            ray.get(ready)  # a constructor that raised says why
-            if pending and time.monotonic() > deadline:
-                asked = f"{self.actors} actors with {cpus:g} CPU and {gpus:g} GPU each"
-                free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                whole = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
-                placed = self.actors - len(pending)
-                self.close()
-                raise PlacementError(
-                    f"only {placed} of {asked} could be placed within {timeout:g} s; free now: {free}, "
-                    f"the whole cluster: {whole}. Lower actors, cpus_per_actor or gpus_per_actor."
-                )
+        bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        group = ray.util.placement_group([bundle] * self.actors, strategy="PACK")
+        if not group.wait(timeout):
+            asked = f"{self.actors} actors with {cpus:g} CPU and {gpus:g} GPU each"
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            whole = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            ray.util.remove_placement_group(group)
+            raise PlacementError(
+                f"{asked} found no room within {timeout:g} s; free now: {free}, the whole cluster: {whole}. "
+                "Lower actors, cpus_per_actor or gpus_per_actor."
+            )
+        return group
 
 
 class PlacementError(RuntimeError):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,14 +18,15 @@ from torch import nn
 
 from cluster import tracking
 from cluster.client import build_model
-from cluster.config import RESULT_FREE, Config, ConfigError, apply_overrides, code_digest, validate
+from cluster.config import RESULT_FREE, Config, validate
 from cluster.driver import Driver, Line
-from cluster.engine import Engine, InlineEngine, RayEngine
+from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
-from cluster.plots import curves
+from cluster.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
+from cluster.ray_session import ClusterError, connected, ray_engine
 from cluster.run_folder import RunFolder, RunFolderError
+from cluster.trees import ConfigError, apply_overrides
 from cluster.workload.datasets import open_dataset, prepare
-from cluster.workload.partition import picture
 
 if TYPE_CHECKING:
     import pandas
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
 TRACKING_DEADLINE_S = 30.0
 
 Progress = Callable[[Line], None]
-
-
-class ClusterError(RuntimeError):
-    """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,12 @@ def run(config: Config, output: str | Path | None = None, *, progress: Progress 
             Before anything was computed; the message says what to do.
         DivergedError: Every update was refused in three rounds in a row.
     """
-    path = Path(output) if output is not None else _default_folder(config)
+    path = Path(output) if output is not None else default_folder(config)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunFolderError(f"{path} exists and is not empty; resume it, or choose another --output")
-    config = _with_tracking(config, path.absolute().parent)
-    _preflight(config)
-    with _connected(config):
+    federation = _preflight(config)
+    config = with_tracking(config, path.absolute().parent)
+    with connected(config, federation.layout.size):
         folder = RunFolder.create(path.absolute(), config)
         try:
             return _execute(folder, config, progress)
@@ -121,8 +116,8 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
                 f"resume accepts {', '.join(sorted(RESULT_FREE))}; start a new run for anything else"
             )
         config = changed
-    _preflight(config)
-    with _connected(config):
+    federation = _preflight(config)
+    with connected(config, federation.layout.size):
         folder.write_config(config)
         return _execute(folder, config, progress)
 
@@ -138,7 +133,7 @@ def conduct(
     config = folder.config()
     federation = Federation.of(config)
     engine = make_engine(config, federation)
-    tracker = _tracker(folder, config, federation)
+    tracker = make_tracker(folder, config, federation)
     try:
 
         def stored(line: Line) -> None:
@@ -154,12 +149,12 @@ def conduct(
             driver.run()
         except BaseException as error:
             if tracker is not None:
-                status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                status: tracking.Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
                 tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
             raise
-        summary = _summary(folder, config, federation, time.perf_counter() - started)
+        summary = summary_of(folder, config, federation, time.perf_counter() - started)
         folder.write_result(summary)
-        artifacts = _artifacts(folder, federation)
+        artifacts = write_artifacts(folder, federation)
         if tracker is not None:
             final = {f"final/{k}": v for k, v in summary.items() if isinstance(v, (int, float))}
             delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
@@ -168,27 +163,6 @@ def conduct(
         return summary
     finally:
         engine.close()
-
-
-def ray_engine(config: Config, federation: Federation) -> RayEngine:
-    """Actors on the connected cluster, one a free core (or GPU share) unless configured."""
-    import ray
-
-    resources = ray.cluster_resources()
-    actors = config.actors
-    if actors is None:
-        actors = int(resources.get("CPU", 1) // config.cpus_per_actor)
-        if config.gpus_per_actor > 0:
-            actors = min(actors, int(resources.get("GPU", 0) / config.gpus_per_actor))
-        actors = max(1, min(actors, config.cohort))
-    _decode_on_every_node(config)
-    return RayEngine(
-        federation.workload(),
-        federation.sizes,
-        actors=actors,
-        cpus=config.cpus_per_actor,
-        gpus=config.gpus_per_actor,
-    )
 
 
 class DriverActor:
@@ -252,7 +226,7 @@ def _on_ray(folder: RunFolder, on_line: Progress) -> dict[str, Any]:
     # The run's folder is on this node; the driver asks for no CPU, so that every core trains.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(DriverActor).options(num_cpus=0, max_concurrency=4, scheduling_strategy=here)
-    driver = actor.remote(folder.path)
+    driver: Any = actor.remote(folder.path)
     finished = driver.conduct.remote()
     seen, done = 0, False
     with _stop_on_signal(lambda: driver.stop.remote()):
@@ -296,180 +270,8 @@ def _stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threadin
             signal.signal(number, handler)
 
 
-@contextmanager
-def _connected(config: Config) -> Iterator[None]:
-    """A connection to the configured cluster, if execution needs one and the caller has none."""
-    if config.execution == "inline":
-        yield
-        return
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    namespace = f"sparsyfed-{os.getpid()}"
-    local = config.address == "local"
-    arguments: dict[str, Any] = (
-        {"include_dashboard": False, "object_store_memory": 512 * 2**20} if local else {}
-    )
-    if not local and _is_user_code(config):
-        arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
-    try:
-        ray.init(
-            address=config.address,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=True,
-            **arguments,
-        )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise ClusterError(
-            f"address: no Ray cluster answers at {config.address!r} ({str(error).splitlines()[0]}); "
-            "start one with `ray start --head`, or use address=local"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _preflight(config: Config) -> None:
+def _preflight(config: Config) -> Federation:
     """Find what is wrong with data, partition, model or tracking before anything starts."""
     if config.tracking.enabled and config.tracking.uri is not None:
         tracking.check(config.tracking.uri)
-    Federation.of(config)
-
-
-def _decode_on_every_node(config: Config) -> None:
-    """Each other node decodes the data set once, into its own cache, before its actors start."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = ray.get_runtime_context().get_node_id()
-    decode = ray.remote(prepare).options(num_cpus=0)
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    arguments = prepare_arguments(config)
-    ray.get(
-        [
-            decode.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                **arguments
-            )
-            for node in others
-        ]
-    )
-
-
-# ------------------------------------------------------------------------------------------ what it leaves
-
-
-def _summary(folder: RunFolder, config: Config, federation: Federation, seconds: float) -> dict[str, Any]:
-    lines = folder.rounds()
-    last = lines[-1]
-    metric = federation.selection_metric
-    measured = [line for line in lines if line.get(metric) is not None]
-    best = max(measured, key=lambda line: (line[metric], -line["round"]))
-    return {
-        "method": config.algorithm.name,
-        "seed": config.seed,
-        "rounds": last["round"],
-        "complete": last["round"] >= config.rounds,
-        "accuracy": measured[-1]["test/accuracy"],
-        "best_accuracy": best["test/accuracy"],
-        "best_round": best["round"],
-        "selected_by": metric,
-        "sparsity": last["sparsity/global"],
-        "uplink_bytes": last["comm/uplink_bytes_total"],
-        "downlink_bytes": last["comm/downlink_bytes_total"],
-        "flops_dense": last["flops/dense_total"],
-        "flops_sparse": last["flops/sparse_total"],
-        "seconds": round(seconds, 3),
-        "config_hash": config.digest(),
-        "code_hash": code_digest(),
-        "partition_hash": federation.partition.digest(),
-        "torch": torch.__version__,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
-    lines = folder.rounds()
-    layers = folder.path / "sparsity_per_layer.csv"
-    names = [entry.name for entry in federation.layout.prunable]
-    rows = [",".join(["round", *names])]
-    rows += [",".join(map(str, [line["round"], *line["sparsity/layers"]])) for line in lines]
-    layers.write_text("\n".join(rows) + "\n")
-    pictures = [folder.path / "partition.png", folder.path / "curves.png"]
-    dataset, config = federation.dataset, federation.config
-    title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
-    picture(federation.partition, dataset.train.labels, dataset.classes, pictures[0], title=title)
-    curves(lines, pictures[1], title=f"{config.algorithm.name}, seed {config.seed}")
-    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *pictures]
-
-
-def _tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:
-    section = config.tracking
-    if not section.enabled or section.uri is None:
-        return None
-    run_name = section.run_name or f"{config.algorithm.name}-s{config.seed}"
-    tags = {
-        "method": config.algorithm.name,
-        "seed": str(config.seed),
-        "config_hash": config.digest(),
-        "code_hash": code_digest(),
-        "partition_hash": federation.partition.digest(),
-        "git_sha": _git_sha(),
-        "kind": "run",
-        **section.tags,
-    }
-    source = config.data.path or config.data.name
-    dataset = {
-        "name": federation.dataset.name,
-        "digest": federation.dataset.fingerprint,
-        "source_type": "local" if config.data.path else "hub",
-        "source": source,
-    }
-    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), run_name)
-    return tracking.Tracker(folder.path, target, params=config.flat(), tags=tags, dataset=dataset)
-
-
-def benchmark_name(config: Config) -> str:
-    """Data and partition, such as ``cifar10-lda0.1``: runs of one benchmark are compared in one experiment."""
-    data = config.data.path or config.data.name
-    partition = config.partition
-    alpha = f"{partition.alpha:g}" if partition.name in ("lda", "dirichlet") else ""
-    return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
-
-
-def _with_tracking(config: Config, root: Path) -> Config:
-    """Runs beside each other share one store, unless the configuration names another."""
-    if not config.tracking.enabled or config.tracking.uri is not None:
-        return config
-    root.mkdir(parents=True, exist_ok=True)
-    tree = config.dump()
-    tree["tracking"]["uri"] = f"sqlite:///{root / 'mlflow.db'}"
-    return validate(tree)
-
-
-def _default_folder(config: Config) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}-{stamp}"
-    path, copy = Path("runs") / name, 1
-    while path.exists():
-        copy += 1
-        path = Path("runs") / f"{name}-{copy}"
-    return path
-
-
-def _is_user_code(config: Config) -> bool:
-    return any(":" in name for name in (config.algorithm.name, config.model.name, config.data.name))
-
-
-def _git_sha() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+    return Federation.of(config)

@@ -68,11 +68,11 @@ class Federation:
     @cached_property
     def layout(self) -> ParameterLayout:
         """The model's flat layout, checked by a dry forward on real images."""
+        model, shape = self.model, self.dataset.image_shape
         example = to_input(self.dataset.train.images[:2], torch.device("cpu"))
         try:
-            return ParameterLayout.of(self.model, example)
+            return ParameterLayout.of(model, example)
         except (ValueError, RuntimeError) as error:
-            shape = self.dataset.image_shape
             raise ModelError(
                 f"model.name: {self.config.model.name} cannot take images of shape {shape}: {error}"
             ) from error
@@ -97,11 +97,13 @@ class Federation:
         return {n: b.clone() for n, b in self.model.named_buffers() if not b.is_floating_point()}
 
     def evaluation_chunks(self, rows: int) -> list[EvaluationChunk]:
-        """The test split, and the validation rows where there are any, in fixed chunks."""
-        lengths = {"test": len(self.dataset.test.labels), "val": len(self.validation)}
+        """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
+        test, val = len(self.dataset.test.labels), len(self.validation)
+        whole: list[tuple[str, int, str | None]] = [("test", test, None), ("val", val, None)]
+        whole += [("test", test, tier) for tier in self.config.devices.tiers]
         return [
-            EvaluationChunk(split, start, min(start + rows, length))
-            for split, length in lengths.items()
+            EvaluationChunk(split, start, min(start + rows, length), tier)
+            for split, length, tier in whole
             for start in range(0, length, rows)
         ]
 

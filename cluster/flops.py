@@ -33,9 +33,11 @@ class LayerFlops:
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
         """Count by one dry forward of ``example``, a batch of any size."""
         counted: dict[str, float] = {}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         handles = [
-            layer.register_forward_hook(_counter(f"{name}.weight", len(example), counted))
-            for name, layer in model.named_modules()
+            # By the weight's name, so that layers with tied weights add up.
+            layer.register_forward_hook(_counter(names[id(layer.weight)], len(example), counted))
+            for layer in model.modules()
             if isinstance(layer, PRUNABLE_LAYERS)
         ]
         was_training = model.training
@@ -47,9 +49,10 @@ class LayerFlops:
             for handle in handles:
                 handle.remove()
         first = next(iter(counted))
-        names = [entry.name for entry in layout.prunable]
+        entries = [entry.name for entry in layout.prunable]
         return cls(
-            np.array([counted.get(name, 0.0) for name in names]), np.array([name != first for name in names])
+            np.array([counted.get(name, 0.0) for name in entries]),
+            np.array([name != first for name in entries]),
         )
 
     def dense(self, samples: int) -> float:
@@ -62,11 +65,15 @@ class LayerFlops:
         return samples * self.forward * (backward_and_forward + activation_density)
 
 
-def _counter(name: str, batch: int, counted: dict[str, float]) -> Callable[[nn.Module, object, Tensor], None]:
-    def hook(module: nn.Module, _inputs: object, output: Tensor) -> None:
+def _counter(
+    name: str, batch: int, counted: dict[str, float]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        # Each output element is a dot product as long as one output channel's weights.
-        counted[name] = counted.get(name, 0.0) + 2.0 * output.numel() / batch * weight.numel() / len(weight)
+        # Each output element is a dot product as long as one output channel's weights; a transposed
+        # convolution is the reverse, its weights are those of one input channel each.
+        elements = inputs[0].numel() if getattr(module, "transposed", False) else output.numel()
+        counted[name] = counted.get(name, 0.0) + 2.0 * elements / batch * weight.numel() / len(weight)
 
     return hook

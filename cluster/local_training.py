@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, Instructions, ParameterLayout, Visit
 from algorithms.layers import pruned_layers
+from algorithms.masks import nonzero_mask
 from cluster import seeding
 from cluster.flops import LayerFlops
 from cluster.workload.datasets import Split
@@ -171,7 +172,7 @@ class Trainer:
             steps_per_epoch=-(-samples // batch),
         )
         client_half = self.method.client(self.method, visit)
-        received = self._global[: layout.prunable_size] != 0
+        received = nonzero_mask(self._global[: layout.prunable_size])
         density_received = self._layer_density(received)
 
         def one_more_batch() -> None:
@@ -190,9 +191,12 @@ class Trainer:
                 self._sgd_step(broadcast.lr)
                 visit.step += 1
                 client_half.after_step()
-        before_cut = visit.prunable != 0
+        before_cut = nonzero_mask(visit.prunable)
         support = client_half.finish()
-        after_cut = visit.prunable != 0
+        result = visit.prunable
+        if self.method.uploads_differences:
+            result = result + self._global[: layout.prunable_size]
+        after_cut = nonzero_mask(result)
         values = self._model
         if self.method.reparameterised:
             # The upload is w, not theta; the float buffers are already in place.

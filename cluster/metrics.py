@@ -94,17 +94,18 @@ def round_metrics(
 
 
 def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, int, float]]) -> dict[str, Any]:
-    """Accuracy and mean cross-entropy of each split, summed in chunk order."""
+    """Accuracy and mean cross-entropy of each split, and accuracy at each tier's budget."""
     metrics: dict[str, Any] = {}
-    for split in sorted({chunk.split for chunk, _, _ in evaluated}):
-        parts = sorted(
-            (
-                (chunk.start, chunk.stop, correct, loss)
-                for chunk, correct, loss in evaluated
-                if chunk.split == split
-            )
-        )
-        rows = sum(stop - start for start, stop, _, _ in parts)
-        metrics[f"{split}/accuracy"] = sum(correct for _, _, correct, _ in parts) / rows
-        metrics[f"{split}/loss"] = finite(sum(loss for _, _, _, loss in parts) / rows)
+    parts: dict[tuple[str, str | None], list[tuple[EvaluationChunk, int, float]]] = {}
+    for part in evaluated:
+        parts.setdefault((part[0].split, part[0].tier), []).append(part)
+    for (split, tier), chunks in sorted(parts.items(), key=str):
+        rows = sum(chunk.stop - chunk.start for chunk, _, _ in chunks)
+        accuracy = sum(correct for _, correct, _ in chunks) / rows
+        if tier is not None:
+            metrics[f"tiers/{tier}/accuracy"] = accuracy
+            continue
+        in_order = sorted(chunks, key=lambda part: part[0].start)
+        metrics[f"{split}/accuracy"] = accuracy
+        metrics[f"{split}/loss"] = finite(sum(loss for _, _, loss in in_order) / rows)
     return metrics

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from cluster.checkpoint import write_atomically
-from cluster.config import Config, ConfigError, validate
+from cluster.config import Config, validate
+from cluster.trees import load_tree
 
 #: Keys of a round's line that depend on the machine: a round computed again may differ in them alone.
 _MACHINE_KEYS = ("time/", "timestamp")
@@ -71,10 +72,7 @@ class RunFolder:
 
     def config(self) -> Config:
         """The run's configuration."""
-        tree = yaml.safe_load((self.path / "config.yaml").read_text())
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{self.path / 'config.yaml'}: expected keys and values")
-        return validate(tree)
+        return validate(load_tree(self.path / "config.yaml"))
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration."""
@@ -82,19 +80,27 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", text.encode())
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The stored lines; a torn last line, left by a crash, is cut off."""
+        """The stored lines, without a last one that is still being written or was torn by a crash."""
         if not self.rounds_file.exists():
             return []
-        text = self.rounds_file.read_text()
-        whole, newline, torn = text.rpartition("\n")
-        if torn:
-            os.truncate(self.rounds_file, len((whole + newline).encode()))
+        whole, _, _ = self.rounds_file.read_text().rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
+
+    def heal(self) -> None:
+        """Cut off a torn last line, left by a crash; for the one who writes, never for a reader."""
+        if self.rounds_file.exists():
+            content = self.rounds_file.read_bytes()
+            os.truncate(self.rounds_file, content.rfind(b"\n") + 1)
 
     def append_round(self, line: dict[str, Any]) -> None:
         """Append one round's line."""
         with open(self.rounds_file, "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync_rounds(self) -> None:
+        """Have the lines on the disk, so that they survive the machine."""
+        with open(self.rounds_file, "a") as file:
+            os.fsync(file.fileno())
 
     def result(self) -> dict[str, Any] | None:
         """The final result, or None while the run is not complete."""

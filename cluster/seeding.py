@@ -5,12 +5,12 @@ Methods compared with one seed therefore share partition, cohorts, batch order a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-Purpose = Literal["initialisation", "cohort", "batches", "torch", "method", "server"]
-_PURPOSES: tuple[Purpose, ...] = ("initialisation", "cohort", "batches", "torch", "method", "server")
+Purpose = Literal["initialisation", "cohort", "batches", "torch", "method", "server", "devices"]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def generator(seed: int, purpose: Purpose, round_number: int = 0, client: int = 0) -> np.random.Generator:

@@ -37,7 +37,7 @@ class Split:
     """One split of a data set.
 
     Attributes:
-        images: uint8 [N, C, H, W], contiguous, read-only and memory-mapped.
+        images: uint8 [N, C, H, W], contiguous, read-only and memory-mapped; or float32, used as they are.
         labels: int64 [N], codes into `Dataset.classes`.
         groups: int64 [N], codes into `Dataset.group_names`; None without a group column. The test split has
             none, because only training data is divided among clients.
@@ -126,7 +126,8 @@ def prepare(
     Args:
         name: `digits`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function without
             arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8 [N, H,
-            W] or [N, H, W, C]; integers [N]) and optionally `classes` and `train_groups`. With `path` it is
+            W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes` and
+            `train_groups`. With `path` it is
             only a name.
         path: Folder with `<split>-*.parquet` or `<split>.parquet`, directly or in its subfolder `data`.
         image_column: Column of encoded images; inferred from the features or the usual names.
@@ -221,9 +222,9 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
         raise DataError(f"data.validation fraction {fraction} of {labels.size} samples is not one sample")
     generator = np.random.Generator(np.random.PCG64(seed))
     _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    shares = counts * total / max(labels.size, 1)
-    quotas = np.floor(shares).astype(np.int64)
-    quotas[np.argsort(quotas - shares, kind="stable")[: total - quotas.sum()]] += 1
+    # In integers, so that equal remainders tie exactly: the lower class gives first.
+    quotas, remainders = np.divmod(counts * total, max(labels.size, 1))
+    quotas[np.argsort(-remainders, kind="stable")[: total - quotas.sum()]] += 1
     held = np.zeros(labels.size, dtype=bool)
     for code, quota in enumerate(quotas):
         held[generator.permutation(np.flatnonzero(codes == code))[:quota]] = True

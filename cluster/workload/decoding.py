@@ -58,10 +58,10 @@ def _write_arrays(folder: Path, arrays: Any, name: str) -> dict[str, Any]:
         images = np.asarray(arrays[f"{split}_images"])
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
+        if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
             raise DataError(
-                f"{split}_images of {name!r} is {images.dtype} {list(images.shape)}; allowed is uint8 "
-                f"[N, H, W] or [N, H, W, C] with 1 to 4 channels last"
+                f"{split}_images of {name!r} is {images.dtype} {list(images.shape)}; allowed is uint8 or "
+                f"float32 [N, H, W] or [N, H, W, C] with 1 to 4 channels last"
             )
         if images.shape[0] == 0 or (shape is not None and images.shape[1:] != shape):
             raise DataError(
@@ -182,6 +182,7 @@ def decode_hub(
         if split not in loaded:
             raise DataError(
                 f"data.{key} = {split!r} is no split of {name!r}{at}; allowed are {sorted(loaded)}"
+                f"{did_you_mean(split, loaded)}"
             )
     return _decode_tables(folder, columns, *(_hub_table(name, split, loaded[split]) for split in splits))
 

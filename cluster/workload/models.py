@@ -63,7 +63,10 @@ def build(
     # torch.manual_seed would also reseed every GPU, which this fork does not restore.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = builder(input_shape=tuple(input_shape), classes=classes, **options)
+        try:
+            model = builder(input_shape=tuple(input_shape), classes=classes, **options)
+        except TypeError as error:
+            raise ModelError(f"model: {name} cannot be built with {options}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name = {name!r} returned {type(model).__name__}, not a torch.nn.Module")
     if not own:

@@ -256,8 +256,8 @@ def picture(
     """Draw who holds what: a heat map of each client's class shares under its number of samples.
 
     A heat map stays readable from 2 to 100 classes and from 10 to 1,000 clients, where bars and bubbles do
-    not; its colours (matplotlib's cividis_r, darker is more, white is none) survive colour blindness and grey
-    printing.
+    not. One hue, darker for more and white for none, survives colour blindness and grey printing; its scale
+    is a square root, so that small shares are seen beside whole ones.
 
     Args:
         partition: The partition.
@@ -267,7 +267,9 @@ def picture(
         title: Heading; by default the numbers of clients, samples and classes a client.
     """
     # Not pyplot: its global state and its choice of a window system have no place in a library.
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap, PowerNorm
     from matplotlib.figure import Figure
 
     histogram = partition.class_histogram(labels, len(classes))
@@ -276,11 +278,10 @@ def picture(
     height = float(np.clip(0.26 * len(classes), 2.4, 8.0))
     figure = Figure(figsize=(9.0, height + 2.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, height])
+    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[0.8, height])
     held = np.median((histogram > 0).sum(axis=1))
-    bars.set_title(
-        title or f"{partition.clients:,} clients, {sizes.sum():,} samples, median {held:g} classes a client"
-    )
+    counts = f"{partition.clients:,} clients, {sizes.sum():,} samples, classes a client: {held:g} (median)"
+    bars.set_title(title or counts)
     bars.stairs(sizes, np.arange(partition.clients + 1) - 0.5, fill=True, color="0.35")
     bars.set_ylabel("samples")
     bars.set_ylim(0, sizes.max() * 1.15)
@@ -288,9 +289,9 @@ def picture(
         np.ma.masked_equal(shares.T, 0.0),
         aspect="auto",
         interpolation="nearest",
-        cmap="cividis_r",
-        vmin=0.0,
-        vmax=shares.max(),
+        # The palest blues are left out: a small share must not look like none.
+        cmap=ListedColormap(colormaps["Blues"](np.linspace(0.18, 1.0, 256))),
+        norm=PowerNorm(0.5, vmin=0.0, vmax=shares.max()),
     )
     cells.set_xlabel("client")
     cells.set_ylabel("class")

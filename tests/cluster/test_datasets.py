@@ -132,7 +132,7 @@ def test_one_colour_image_in_the_test_split_makes_all_of_them_colour(tmp_path):
 
 
 def test_palette_images_become_colour(tmp_path):
-    flat = np.full((4, 4, 3), (200, 10, 30), dtype=np.uint8)  # one colour, which a palette holds exactly
+    flat = np.full((4, 4, 3), (204, 0, 51), dtype=np.uint8)  # in PIL's default palette
     write_split(tmp_path / "set", "train", [encoded(flat, "P")], [0])
     write_split(tmp_path / "set", "test", [encoded(flat)], [0])
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path))
@@ -152,7 +152,7 @@ def test_rows_of_several_files_follow_the_order_of_their_names(tmp_path):
 
 
 def test_features_name_the_columns_and_the_classes(tmp_path):
-    """As in CIFAR-100: two label columns, of which one has a usual name; the image column has an unusual one."""
+    """As in CIFAR-100: two label columns, one with a usual name; the image column has an unusual one."""
     features = {
         "picture": {"_type": "Image"},
         "fine_label": {"_type": "ClassLabel", "names": ["ant", "bee", "cow", "dog"]},
@@ -265,7 +265,7 @@ def test_what_a_killed_decode_left_is_not_used(tmp_path):
 def test_a_failed_decode_leaves_no_folder(tmp_path):
     write_split(tmp_path / "set", "train", [b"no image"], [0])
     write_split(tmp_path / "set", "test", [encoded(pictures(1, (4, 4))[0])], [0])
-    with pytest.raises(DataError, match="image 0 in column 'image'.*cannot be decoded"):
+    with pytest.raises(DataError, match=r"image 0 in column 'image'.*cannot be decoded"):
         prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache")
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
@@ -311,7 +311,7 @@ def test_missing_folders_files_and_splits(tmp_path):
     refused(tmp_path, "parquet files found: none")
     write_dataset(tmp_path / "set" / "plain_text")
     refused(tmp_path, "plain_text/test-00000-of-00001.parquet")
-    refused(tmp_path, "no 'valid-.*", path=str(tmp_path / "set/plain_text"), test_split="valid")
+    refused(tmp_path, r"no 'valid-.*", path=str(tmp_path / "set/plain_text"), test_split="valid")
     (tmp_path / "set" / "train.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "set" / "test.parquet").write_bytes(b"PAR1 not really")
     refused(tmp_path, "train.parquet is not a readable parquet file")
@@ -456,11 +456,11 @@ def test_user_function_is_a_data_set(tmp_path, user_module):
     assert dataset.classes == ("a", "b")
     assert dataset.group_names == ("x", "y")
     assert dataset.train.groups.tolist() == [1, 0, 1]
-    user_module(
-        train_images="np.zeros((3, 4, 4, 2), np.uint8)", test_images="np.zeros((1, 4, 4, 2), np.uint8)"
-    )
+    colour = "np.arange(72, dtype=np.uint8).reshape(3, 4, 3, 2)"
+    user_module(train_images=colour, test_images="np.zeros((1, 4, 3, 2), np.uint8)")
     changed = open_dataset(prepare(name="my_pictures:load", cache_dir=tmp_path / "cache"))
-    assert changed.image_shape == (2, 4, 4)  # the source changed, so it was asked again
+    assert changed.image_shape == (2, 4, 3)  # the source changed, so it was asked again
+    assert changed.train.images[0, 1].tolist() == [[1, 3, 5], [7, 9, 11], [13, 15, 17], [19, 21, 23]]
     assert changed.classes == ("0", "1")
 
 
@@ -503,8 +503,8 @@ def test_user_references_that_lead_nowhere(tmp_path, user_module):
 
 
 def test_hold_out_by_hand():
-    # 6 of class 0, 3 of class 1, 1 of class 2; 0.4 of 10 is 4 samples: shares 2.4, 1.2 and 0.4, so 2, 1 and 0,
-    # and the one left over goes to the largest remainder; 0.4 and 0.4 tie, and the first class wins.
+    # 6 of class 0, 3 of class 1, 1 of class 2; 0.4 of 10 is 4 samples: shares 2.4, 1.2 and 0.4, so 2, 1
+    # and 0, and the one left over goes to the largest remainder; 0.4 and 0.4 tie, and the lower class gives.
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 2])
     kept, held = hold_out(labels, 0.4, seed=3)
     assert np.bincount(labels[held], minlength=3).tolist() == [3, 1, 0]

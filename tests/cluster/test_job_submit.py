@@ -1,4 +1,4 @@
-"""`ray job submit` end to end, as the README shows it: a head with token authentication, a job, its results."""
+"""`ray job submit` end to end, as the README shows it: a head with a token, a job, its results."""
 
 import json
 import os

@@ -13,12 +13,12 @@ import ray
 import cluster
 from cluster.driver import Driver
 from cluster.engine import PlacementError, RayEngine
-from cluster.execution import ClusterError
 from cluster.federation import Federation
+from cluster.ray_session import ClusterError
 from cluster.run_folder import RunFolder, comparable
 
-# A ResNet-18 of full width (11.2 million weights, BatchNorm) and clients of very unequal sizes: sums of this many
-# terms differ in the last bit somewhere if they are grouped differently.
+# A ResNet-18 of full width (11.2 million weights, BatchNorm) and clients of very unequal sizes: sums of this
+# many terms differ in the last bit somewhere if they are grouped differently.
 OVERRIDES = [
     "rounds=2",
     "cohort=6",
@@ -142,12 +142,14 @@ def test_actors_that_cannot_be_placed_name_asked_and_free(local_ray, tmp_path):
 
 def test_a_failing_client_names_itself_and_keeps_its_traceback(local_ray, tmp_path):
     settings = config("model.name=tests.cluster.test_ray:FailingModel", "actors=1")
-    with pytest.raises(Exception, match=r"client \d+ failed in round 1, stage train.*planted failure") as raised:
+    with pytest.raises(
+        Exception, match=r"client \d+ failed in round 1, stage train.*planted failure"
+    ) as raised:
         cluster.run(settings, tmp_path / "run")
     assert "test_ray.py" in str(raised.value)
 
 
-def FailingModel(input_shape, classes):  # noqa: N802
+def FailingModel(input_shape, classes):
     """A user's own model whose training forward raises."""
     from torch import nn
 

@@ -14,10 +14,11 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster import tracking
+from cluster import tracking, tracking_store
 from cluster.tracking import Tracker, TrackingError, TrackingTarget, check, sync
 
 METRICS = {"test/accuracy": 0.5, "comm/uplink_bytes": 1000}
@@ -28,7 +29,7 @@ DEADLINE_S = 60.0
 @pytest.fixture(scope="module", autouse=True)
 def _fast_and_quiet() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in tracking._ENVIRONMENT.items():
+        for key, value in tracking_store.QUIET_DEFAULTS.items():
             patch.setenv(key, value)
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         patch.setattr(tracking, "_GATHER_S", 0.02)
@@ -45,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Server:
-    """A tracking server that can be killed, started again on the same port and store, stopped and continued."""
+    """A tracking server that can be killed, stopped, continued, and started again on its port and store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +64,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(lambda: tracking._answers(self.uri), "the server to answer")
+        wait_for(lambda: tracking_store.answers(self.uri), "the server to answer")
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -165,9 +166,10 @@ def test_a_run_arrives_whole(store: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert stored.data.tags["mlflow.note.content"] == "what it is"
     assert stored.info.run_name == "fedavg-1"
     assert stored.info.status == "FINISHED"
+    assert stored.inputs is not None
     dataset = stored.inputs.dataset_inputs[0].dataset
     assert (dataset.name, dataset.digest, dataset.source) == ("digits", "d" * 36, "scikit-learn")
-    artifacts = tracking.artifact_folder(store) / str(run.run_id) / "artifacts"
+    artifacts = tracking_store.artifact_folder(store) / str(run.run_id) / "artifacts"
     assert [path.name for path in artifacts.iterdir()] == ["partition.png"]
     assert list(elsewhere.iterdir()) == []
 
@@ -202,7 +204,7 @@ def test_a_resumed_run_continues_in_the_same_mlflow_run(store: str, tmp_path: Pa
 def test_a_cursor_that_fell_behind_sends_nothing_twice(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safeguard: str
 ) -> None:
-    """The crash between a delivery and its note in tracking.json; each of the two safeguards alone suffices."""
+    """The crash between a delivery and its note in tracking.json: each of the safeguards alone suffices."""
     from mlflow.tracking import MlflowClient
 
     folder = tmp_path / f"behind-{safeguard.replace(' ', '-')}"
@@ -244,13 +246,15 @@ def test_an_answer_that_got_lost_leads_to_no_second_copy(
 
     folder = tmp_path / f"lost-{call}"
     folder.mkdir()
-    original, calls = getattr(MlflowClient, call), []
+    original = getattr(MlflowClient, call)
+    calls: list[dict[str, Any]] = []
 
-    def lossy(self: MlflowClient, *arguments: object, **named: object) -> object:
-        calls.append(call)
+    def lossy(self: MlflowClient, *arguments: object, **named: Any) -> object:
         result = original(self, *arguments, **named)
-        if len(calls) == 1:
-            raise ConnectionError("the answer got lost")
+        if call != "log_batch" or "metrics" in named:
+            calls.append(named)
+            if len(calls) == 1:
+                raise ConnectionError("the answer got lost")
         return result
 
     monkeypatch.setattr(MlflowClient, call, lossy)
@@ -260,6 +264,10 @@ def test_an_answer_that_got_lost_leads_to_no_second_copy(
     run.start()
     assert finish(run, folder / "rounds.jsonl")
     assert calls
+    # A run found again is not created again, a point found is not sent again.
+    assert call != "create_run" or len(calls) == 1
+    sent = [(point.key, point.step) for named in calls for point in named.get("metrics", ())]
+    assert len(sent) == len(set(sent))
     assert steps(store, run.run_id) == [0, 1, 2, 3]
     assert runs_of(store, folder.name) == [run.run_id]
 
@@ -270,7 +278,7 @@ def test_a_creation_carried_out_late_leaves_one_run(
     """A hung server that creates the run only after it was asked again: the spare one is removed."""
     from mlflow.tracking import MlflowClient
 
-    original, late = MlflowClient.create_run, []
+    original, late = MlflowClient.create_run, list[Callable[[], object]]()
 
     def hung_once(self: MlflowClient, *arguments: object, **named: object) -> object:
         if not late:
@@ -292,19 +300,22 @@ def test_a_creation_carried_out_late_leaves_one_run(
 def test_sync_delivers_from_the_files_alone_and_only_once(store: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    run = tracker(tmp_path, store)  # never started, as if MLflow had been away throughout
+    written = tmp_path / "written"
+    written.mkdir()
+    run = tracker(written, store)  # never started, as if MLflow had been away throughout
     for number in range(600):
-        write(tmp_path, number, **{f"layer/{i}": i for i in range(4)})
-    (tmp_path / "curves.png").write_bytes(b"curves")
-    assert not finish(run, tmp_path / "curves.png", summary={"final/accuracy": 0.5})
+        write(written, number, **{f"layer/{i}": i for i in range(4)})
+    (written / "curves.png").write_bytes(b"curves")
+    assert not finish(run, written / "curves.png", summary={"final/accuracy": 0.5})
     assert run.run_id is None
 
-    report = sync(tmp_path, deadline_s=DEADLINE_S)
+    moved = written.rename(tmp_path / "moved")
+    report = sync(moved, deadline_s=DEADLINE_S)
     assert report.complete
     assert report.problem is None
     assert (report.rounds, report.rounds_in_total) == (600, 600)
     before = MlflowClient(store).get_run(str(report.run_id))
-    again = sync(tmp_path, deadline_s=DEADLINE_S)
+    again = sync(moved, deadline_s=DEADLINE_S)
     assert (again.complete, again.rounds, again.run_id) == (True, 0, report.run_id)
     assert MlflowClient(store).get_run(str(report.run_id)).info.end_time == before.info.end_time
     assert before.info.status == "FINISHED"
@@ -322,6 +333,18 @@ def test_a_round_of_many_metrics_is_split_into_batches(store: str, tmp_path: Pat
     assert steps(store, run.run_id, "wide/2099") == [1]
 
 
+def test_a_half_written_line_waits_for_its_end(store: str, tmp_path: Path) -> None:
+    run = tracker(tmp_path, store)
+    line = json.dumps({"round": 1, **METRICS}) + "\n"
+    (tmp_path / "rounds.jsonl").write_text(line[:20])
+    assert run._delivery.deliver(False, lambda: False)
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write(line[20:])
+    assert run._delivery.deliver(False, lambda: False)
+    assert steps(store, run.run_id) == [1]
+    run._delivery.release()
+
+
 def test_sync_of_an_interrupted_run_marks_it_killed(store: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -336,14 +359,17 @@ def test_sync_of_an_interrupted_run_marks_it_killed(store: str, tmp_path: Path) 
 
 
 def test_sync_leaves_a_run_alone_that_is_still_going(store: str, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
     run = tracker(tmp_path, store)
     run.start()
     wait_for(lambda: run.run_id, "the run")
-    write(tmp_path, 1)  # not announced: nobody delivers it yet
+    write(tmp_path, 1)
     report = sync(tmp_path, deadline_s=0.5)
     assert not report.complete
+    assert report.rounds == 0
     assert "another process" in str(report.problem)
-    assert steps(store, run.run_id) == []
+    assert MlflowClient(store).get_run(str(run.run_id)).info.status == "RUNNING"  # not KILLED
     assert finish(run)
     assert sync(tmp_path, deadline_s=DEADLINE_S).complete
     assert steps(store, run.run_id) == [1]
@@ -399,9 +425,9 @@ def test_a_server_that_hangs_holds_nothing_up(server: Server, tmp_path: Path) ->
         wait_for(lambda: run.problem, "the hang to be noticed")
         assert cursor_of(tmp_path)["rounds_delivered"] == 1
         assert not run.finish("FINISHED", [], {}, 0.2)
+        wait_for(lambda: not run._thread.is_alive(), "the thread to give up after its deadline")
     finally:
         server.signal(signal.SIGCONT)
-    wait_for(lambda: not run._thread.is_alive(), "the thread to give up after its deadline")
     assert sync(tmp_path, deadline_s=DEADLINE_S).complete
     assert steps(server.uri, run.run_id) == list(range(51))
     assert runs_of(server.uri, tmp_path.name) == [run.run_id]
@@ -430,7 +456,9 @@ def test_a_server_that_dies_in_mid_run_gets_everything_once(server: Server, tmp_
 
     client = MlflowClient(server.uri)
     assert [artifact.path for artifact in client.list_artifacts(str(run.run_id))] == ["partition.png"]
-    assert len(client.get_run(str(run.run_id)).inputs.dataset_inputs) == 1
+    inputs = client.get_run(str(run.run_id)).inputs
+    assert inputs is not None
+    assert len(inputs.dataset_inputs) == 1  # not once more after the outage
 
 
 def test_check_accepts_what_can_be_used(store: str, server: Server) -> None:
@@ -452,7 +480,7 @@ def test_check_refuses_what_cannot_and_names_it(tmp_path: Path) -> None:
         check("sqlite:///:memory:")
     text = tmp_path / "notes.db"
     text.write_text("some other file, not a database")
-    with pytest.raises(TrackingError, match="notes.db is not an SQLite database"):
+    with pytest.raises(TrackingError, match=r"notes\.db is not an SQLite database"):
         check(f"sqlite:///{text}")
     for uri in ("file:///tmp/mlruns", "./mlruns", "postgresql://host/db"):
         with pytest.raises(TrackingError, match=f"'{uri}' is not supported"):
@@ -463,10 +491,10 @@ def test_check_refuses_what_cannot_and_names_it(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_a_tracked_run_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="holds no tracking.json"):
+    with pytest.raises(TrackingError, match=r"holds no tracking\.json"):
         sync(tmp_path)
     (tmp_path / "tracking.json").write_text("{")
-    with pytest.raises(TrackingError, match="tracking.json is damaged"):
+    with pytest.raises(TrackingError, match=r"tracking\.json is damaged"):
         sync(tmp_path)
 
 
@@ -486,9 +514,9 @@ def test_the_pages_show_a_run_and_its_artifacts(store: str, tmp_path: Path) -> N
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code = (
-            f"import sys; from cluster.tracking import serve_ui; sys.exit(serve_ui({store!r}, port={port}))"
-        )
+        # Under a shell's `&` SIGINT is ignored; here it is a Ctrl-C.
+        code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += f"from cluster.tracking import serve_ui; sys.exit(serve_ui({store!r}, port={port}))"
         pages = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -506,4 +534,4 @@ def test_the_pages_show_a_run_and_its_artifacts(store: str, tmp_path: Path) -> N
     finally:
         pages.send_signal(signal.SIGINT)
         assert pages.wait(15) == 0
-    assert not tracking._answers(address)
+    assert not tracking_store.answers(address)

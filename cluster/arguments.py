@@ -1,0 +1,265 @@
+"""What the command line accepts, and what its help says.
+
+Nothing heavy is imported here; the help of `run` and `describe` looks up what is declared only when asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+from cluster import __version__
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose help ends with what is only looked up when somebody asks for it."""
+
+    def __init__(self, *args: Any, details: Callable[[], str] | None = None, **options: Any) -> None:
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **options)
+        self.details = details
+
+    def format_help(self) -> str:
+        if self.details is not None:
+            self.epilog = self.details()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n{self.format_usage()}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line; help, version and mistakes end the process (status 0, 0 and 2).
+
+    Returns:
+        ``command``, its options and ``parser``, for mistakes found later. Where keys can be overridden also
+        ``overrides``, and where the experiment is named ``source``, None when it is not.
+    """
+    arguments, extra = _command_parser().parse_known_args(argv)
+    _take_in_late_words(arguments, extra)
+    if "words" in arguments:
+        _sort_words(arguments)
+    return arguments
+
+
+def _command_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sparsyfed",
+        description="Train one sparse model over many devices, each with private data, on a Ray cluster.",
+        epilog=_examples(
+            "sparsyfed run                                  the quickstart: SparsyFed on handwritten digits",
+            "sparsyfed run algorithm.name=topk rounds=10    the same experiment with another method",
+            "sparsyfed describe sparsyfed                   what a method does and its hyperparameters",
+            "sparsyfed describe partition.alpha=0.1         what would run, on what, how large",
+            "sparsyfed ui                                   every run side by side",
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"sparsyfed {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, text: str, **options: Any) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=summary, description=inspect.cleandoc(text), **options)
+        own.set_defaults(command=name, parser=own)
+        return own
+
+    run = command(
+        "run",
+        "run an experiment",
+        """
+        Run an experiment: a preset or a YAML file, with any of its keys overridden.
+
+        Its folder then holds config.yaml, rounds.jsonl (one object a round, written as it happens),
+        result.json, model.safetensors, pictures and checkpoints. Ctrl-C ends it after the round in progress,
+        and `sparsyfed resume` continues it to the same result.""",
+        details=_run_details,
+    )
+    run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
+    run.add_argument("--output", metavar="DIR", help="the run's folder, new or empty; default: one in runs/")
+
+    resume = command(
+        "resume",
+        "continue an interrupted run",
+        """
+        Continue an interrupted run from its last checkpoint, into the same folder and the same MLflow run.
+        The result is that of a run which was never interrupted. Keys that cannot change a result (where and
+        how it is computed) may be overridden; any other is refused by name.""",
+        epilog=_examples(
+            "sparsyfed resume runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
+            "sparsyfed resume DIR stop_after=null    go on to the planned end",
+            "sparsyfed resume DIR actors=4           on more actors",
+        ),
+    )
+    resume.add_argument("folder", metavar="DIR", help="the run's folder")
+    resume.add_argument("words", nargs="*", metavar="key=value")
+
+    sync = command(
+        "sync",
+        "deliver to MLflow what it missed",
+        """
+        Deliver to MLflow what it missed of a run while its server was away: rounds, final values, pictures.
+        Nothing is sent twice; it may be repeated.""",
+        epilog=_examples(
+            "sparsyfed sync runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
+            "for run in runs/*/; do sparsyfed sync $run; done",
+        ),
+    )
+    sync.add_argument("folder", metavar="DIR", help="the run's folder")
+    sync.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (default 600)")
+
+    ui = command(
+        "ui",
+        "open MLflow on the runs",
+        "Serve MLflow's pages for a folder of runs, to compare them side by side, until Ctrl-C.",
+        epilog=_examples(
+            "sparsyfed ui                        the runs in runs/",
+            "sparsyfed ui --root /data/runs      runs made with --output /data/runs/...",
+            "sparsyfed ui --host 0.0.0.0 --port 8080",
+        ),
+    )
+    ui.add_argument("--root", default="runs", metavar="DIR", help="folder that holds the runs (default runs)")
+    ui.add_argument("--store", metavar="URI", help="another tracking store: sqlite:///..., a file or http://")
+    ui.add_argument("--host", default="127.0.0.1", help="interface to listen on (default %(default)s)")
+    ui.add_argument("--port", type=int, default=5000, help="port, or the next free one (default %(default)s)")
+
+    describe = command(
+        "describe",
+        "show a method, or what an experiment would run",
+        """
+        Show a method (what it does, its paper and hyperparameters), or what an experiment would run: its
+        resolved configuration, the model's layers, who holds which data, memory and bytes a round.""",
+        details=_describe_details,
+    )
+    describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|key=value")
+    describe.add_argument("--picture", metavar="FILE", help="the partition's picture (.png, .svg or .pdf)")
+    return parser
+
+
+def _take_in_late_words(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
+    """argparse gives up on words behind an option (`run quickstart --output x rounds=2`); take them in."""
+    for word in extra:
+        if word.startswith("-"):
+            key = word.lstrip("-").partition("=")[0].replace("-", "_")
+            arguments.parser.error(
+                f"there is no option {word}"
+                + (f"; keys of an experiment are written {key}=VALUE" if "words" in arguments else "")
+            )
+        if "words" not in arguments:
+            arguments.parser.error(f"one argument too many: {word}")
+        arguments.words.append(word)
+
+
+def _sort_words(arguments: argparse.Namespace) -> None:
+    words = arguments.words
+    sources = [word for word in words if "=" not in word or Path(word).is_file()]
+    arguments.overrides = [word for word in words if word not in sources]
+    arguments.source = sources[0] if sources else None
+    example = "overrides are written key=value, such as stop_after=5"
+    if len(sources) > 1:
+        arguments.parser.error(f"{' and '.join(sources)} are two experiments; {example}")
+    if sources and arguments.command == "resume":
+        arguments.parser.error(f"{sources[0]!r} is one argument too many; {example}")
+
+
+# --------------------------------------------------------------------------------------------------- help
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(["examples:", *lines])
+
+
+def _run_details() -> str:
+    examples = _examples(
+        "sparsyfed run",
+        "sparsyfed run quickstart algorithm.beta=1.3 seed=1",
+        "sparsyfed run my_experiment.yaml rounds=50 --output runs/mine",
+        "sparsyfed run algorithm.name=topk algorithm.sparsity=0.99 execution=inline",
+    )
+    return f"{examples}\n\n{_choices_text()}\n\n{_keys_text()}"
+
+
+def _describe_details() -> str:
+    examples = _examples(
+        "sparsyfed describe topk                           a method",
+        "sparsyfed describe                                the quickstart",
+        "sparsyfed describe partition.alpha=0.1 --picture alpha0.1.png",
+        "sparsyfed describe my_experiment.yaml model.name=resnet18",
+    )
+    return f"{examples}\n\n{_choices_text()}"
+
+
+def _choices_text() -> str:
+    """Every preset, method, model, server optimizer and partition with its first line, for ``--help``."""
+    from algorithms import SERVER_OPTIMIZERS, registry
+    from cluster.config import PartitionSection
+    from cluster.trees import presets
+    from cluster.workload.models import MODELS
+
+    comments = {name: path.read_text().partition("\n")[0] for name, path in presets().items()}
+    groups: tuple[tuple[str, Mapping[str, str]], ...] = (
+        ("presets", {n: c.lstrip("# ") if c.startswith("#") else "" for n, c in comments.items()}),
+        ("algorithm.name", {name: _first_line(method) for name, method in registry().items()}),
+        ("model.name", {name: _first_line(builder) for name, builder in MODELS.items()}),
+        ("server.name", {name: _first_line(optimizer) for name, optimizer in SERVER_OPTIMIZERS.items()}),
+        ("partition.name", dict.fromkeys(get_args(PartitionSection.model_fields["name"].annotation), "")),
+    )
+    parts = []
+    for title, items in groups:
+        if any(items.values()):
+            parts.append(
+                "\n".join([f"{title}:", *(f"  {name:<16} {text}".rstrip() for name, text in items.items())])
+            )
+        else:
+            parts.append(f"{title}:  {', '.join(items)}")
+    return "\n\n".join(parts)
+
+
+def _keys_text() -> str:
+    """Every key of the configuration with its default and meaning, for ``--help``."""
+    from cluster.config import Config
+
+    rows = [(f"{key}={default}", meaning) for key, default, meaning in _keys(Config, "")]
+    width = max(len(key) for key, _ in rows)
+    lines = [f"  {key:<{width}}  {meaning}".rstrip() for key, meaning in rows]
+    own = "  algorithm.* is what `sparsyfed describe METHOD` lists"
+    return "\n".join(["keys and their defaults:", *lines, own])
+
+
+def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
+    import yaml
+    from pydantic import BaseModel
+
+    rows = []
+    for key, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _keys(kind, f"{prefix}{key}.")
+            continue
+        meaning = field.description or ""
+        if options := _literals(kind):
+            meaning = ", ".join(options) + (f": {meaning}" if meaning else "")
+        rows.append(
+            (
+                prefix + key,
+                yaml.safe_dump(field.get_default(call_default_factory=True)).split("\n")[0],
+                meaning,
+            )
+        )
+    return rows
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return get_args(kind) if isinstance(kind, types.UnionType) and all(map(_literals, get_args(kind))) else ()
+
+
+def _first_line(described: Any) -> str:
+    first = inspect.cleandoc(described.__doc__ or "").partition("\n")[0].replace("``", "")
+    return first.removeprefix(f"{getattr(described, 'name', '')}: ")

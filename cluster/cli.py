@@ -1,0 +1,288 @@
+"""The command line: ``sparsyfed run | resume | sync | ui | describe``; ``python -m cluster`` is the same.
+
+torch, Ray and MLflow are imported by the commands that need them, so that help, version and wrong arguments
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import __version__
+from cluster.arguments import parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cluster.config import Config
+    from cluster.execution import Result
+    from cluster.progress import RunDisplay
+
+#: Errors whose message says everything: 2, a mistake that the user can put right; 1, the run itself failed.
+_EXPECTED = {
+    ("cluster.checkpoint", "CheckpointError"): 2,
+    ("cluster.choices", "ChoiceError"): 2,
+    ("cluster.trees", "ConfigError"): 2,
+    ("cluster.engine", "PlacementError"): 2,
+    ("cluster.ray_session", "ClusterError"): 2,
+    ("cluster.run_folder", "RunFolderError"): 2,
+    ("cluster.tracking_store", "TrackingError"): 2,
+    ("cluster.workload.datasets", "DataError"): 2,
+    ("cluster.workload.models", "ModelError"): 2,
+    ("cluster.workload.partition", "PartitionError"): 2,
+    ("builtins", "PermissionError"): 2,
+    ("cluster.client", "ClientError"): 1,
+    ("cluster.driver", "DivergedError"): 1,
+    ("cluster.driver", "ReplayError"): 1,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; by default the process's.
+
+    Returns:
+        The exit status: 0 done, 1 the run failed, 2 a mistake that the message says how to put right,
+        130 stopped by Ctrl-C.
+    """
+    arguments = parse(argv)
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `sparsyfed ... | head` ended; without this, Python complains once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
+        _complain(_root(error))
+        return status
+
+
+# ------------------------------------------------------------------------------------------- the commands
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    source, overrides = arguments.source, arguments.overrides
+    console = _console()
+    with _busy(console, "loading"):
+        from cluster import execution, grid
+        from cluster.config import resolve
+        from cluster.outputs import default_folder
+        from cluster.progress import announce
+
+        runs = grid.expand(source or "quickstart", overrides)
+        if runs is None:
+            config = resolve(source, overrides)
+    if runs is not None:
+        return _run_grid(console, runs, Path(arguments.output or Path("runs") / Path(source).stem))
+    folder = Path(arguments.output) if arguments.output else default_folder(config)
+    announce(console, config, folder, f"sparsyfed {__version__}: {source or 'quickstart'}")
+    return _follow(
+        console, config, folder, 0, lambda display: execution.run(config, folder, progress=display.on_line)
+    )
+
+
+def _run_grid(console: Console, runs: Mapping[str, Config], folder: Path) -> int:
+    """Every run of a grid, one after the other, then their table."""
+    from rich.table import Table
+
+    from cluster import grid
+    from cluster.progress import shown
+
+    places = list(runs)
+
+    def started(name: str, config: Config) -> Callable[[dict[str, Any]], None]:
+        console.print(
+            f"[bold]{name}[/bold]  ({places.index(name) + 1} of {len(runs)})  {shown(folder / name)}"
+        )
+
+        def on_line(line: dict[str, Any]) -> None:
+            accuracy = line.get("test/accuracy")
+            if accuracy is not None:
+                console.print(
+                    f"  round {line['round']}/{config.rounds}  accuracy {accuracy:6.1%}  "
+                    f"sparsity {line['sparsity/global']:6.1%}",
+                    end="\r" if console.is_terminal and line["round"] < config.rounds else "\n",
+                )
+
+        return on_line
+
+    results = grid.run_grid(runs, folder, started=started)
+    header, *rows = grid.table(results)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"folder    {shown(folder)} (table.md, table.csv)\ncompare   sparsyfed ui --root {shown(folder)}"
+    )
+    return 0 if all(result.summary["complete"] for result in results.values()) else 130
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    folder, overrides = Path(arguments.folder), arguments.overrides
+    console = _console()
+    with _busy(console, "loading"):
+        from cluster import execution
+        from cluster.config import validate
+        from cluster.progress import announce
+        from cluster.run_folder import RunFolder
+        from cluster.trees import apply_overrides
+
+        opened = RunFolder.open(folder)
+        config = validate(apply_overrides(opened.config().dump(), overrides))
+        lines = opened.rounds()
+    done = lines[-1]["round"] if lines else 0
+    announce(console, config, folder, f"sparsyfed {__version__}: resuming after round {done}")
+    return _follow(
+        console,
+        config,
+        folder,
+        done,
+        lambda display: execution.resume(folder, overrides, progress=display.on_line),
+    )
+
+
+def _follow(
+    console: Console,
+    config: Config,
+    folder: Path,
+    done: int,
+    work: Callable[[RunDisplay], Result],
+) -> int:
+    """Show a run while it works and what it left; shared by ``run`` and ``resume``."""
+    from cluster.driver import DivergedError, ReplayError
+    from cluster.progress import RunDisplay, conclude, shown
+
+    try:
+        with RunDisplay(console, config, done) as display:
+            result = work(display)
+    except (Exception, KeyboardInterrupt) as error:
+        # Resuming is no cure for a mistake, nor for what the same rounds would run into again.
+        hopeless = _status(error) == 2 or isinstance(_root(error), (DivergedError, ReplayError))
+        if not hopeless and any((folder / "checkpoints").glob("*.safetensors")):
+            print(f"what was computed is kept: sparsyfed resume {shown(folder)}", file=sys.stderr)
+        raise
+    conclude(console, result)
+    return 130 if result.summary["rounds"] < (config.stop_after or config.rounds) else 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from cluster import tracking
+
+    console = _console()
+    with _busy(console, "delivering to MLflow"):
+        report = tracking.sync(Path(arguments.folder), deadline_s=arguments.timeout)
+    if not report.complete:
+        print(
+            f"error: {report.rounds_in_total} rounds are in MLflow, not yet all: {report.problem}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"MLflow has all {report.rounds_in_total} rounds of run {report.run_id}; {report.rounds} are new")
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from cluster import tracking
+
+    uri: str = arguments.store or f"sqlite:///{Path(arguments.root).absolute() / 'mlflow.db'}"
+    if "://" not in uri and not uri.startswith("sqlite:"):
+        uri = f"sqlite:///{Path(uri).absolute()}"
+    if uri.startswith("sqlite:") and not tracking.sqlite_file(uri).is_file():
+        raise tracking.TrackingError(
+            f"there is no store yet at {tracking.sqlite_file(uri)}; `sparsyfed run` makes one in runs/. "
+            "Name another with --root FOLDER (the one that holds the runs) or --store URI"
+        )
+    print("starting MLflow ...", flush=True)
+    return tracking.serve_ui(uri, arguments.host, arguments.port)
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    what, overrides = arguments.source, arguments.overrides
+    console = _console()
+    with _busy(console, "loading"):
+        from cluster import describe
+        from cluster.config import resolve
+
+        method = describe.method_named(what) if what else None
+        config = None if method else resolve(what, overrides)
+    if method is not None:
+        if overrides:
+            arguments.parser.error(
+                f"{what} is a method; to see a run of it: sparsyfed describe algorithm.name={what} "
+                + " ".join(overrides)
+            )
+        describe.describe_method(console, method)
+    else:
+        assert config is not None
+        picture = Path(arguments.picture) if arguments.picture else None
+        describe.describe_config(console, config, picture)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "resume": _resume,
+    "sync": _sync,
+    "ui": _ui,
+    "describe": _describe,
+}
+
+
+# ------------------------------------------------------------------------------------ errors and terminal
+
+
+def _status(error: BaseException) -> int | None:
+    """Exit code of an expected error; None for any other."""
+    root = _root(error)
+    for (module, name), status in _EXPECTED.items():
+        # What has not been imported has not been raised.
+        if module in sys.modules and isinstance(root, getattr(sys.modules[module], name)):
+            return status
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What went wrong on the actor, where Ray has wrapped it."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    return error
+
+
+def _complain(error: BaseException) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(str(error), soft_wrap=True)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Into a pipe or file: wide enough for every table, whatever the terminal behind it.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+
+
+@contextmanager
+def _busy(console: Console, text: str) -> Iterator[None]:
+    """A spinner on a terminal while nothing else can be shown; nothing elsewhere."""
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

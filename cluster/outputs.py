@@ -1,0 +1,134 @@
+"""What a run leaves: its folder's name, its summary, pictures and tables, and its entry in MLflow."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cluster import tracking
+from cluster.config import Config, code_digest, validate
+from cluster.federation import Federation
+from cluster.plots import curves
+from cluster.run_folder import RunFolder, RunFolderError
+from cluster.workload.partition import picture
+
+if TYPE_CHECKING:
+    pass
+
+
+def summary_of(folder: RunFolder, config: Config, federation: Federation, seconds: float) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    lines = folder.rounds()
+    last = lines[-1]
+    metric = federation.selection_metric
+    measured = [line for line in lines if line.get(metric) is not None]
+    if not measured:
+        raise RunFolderError(
+            f"{folder.path}: round {lines[-1]['round']} is computed, but no round was evaluated yet; "
+            f"raise stop_after (now {config.stop_after})"
+        )
+    best = max(measured, key=lambda line: (line[metric], -line["round"]))
+    return {
+        "method": config.algorithm.name,
+        "seed": config.seed,
+        "rounds": last["round"],
+        "complete": last["round"] >= config.rounds,
+        "accuracy": measured[-1]["test/accuracy"],
+        "best_accuracy": best["test/accuracy"],
+        "best_round": best["round"],
+        "selected_by": metric,
+        "sparsity": last["sparsity/global"],
+        "uplink_bytes": last["comm/uplink_bytes_total"],
+        "downlink_bytes": last["comm/downlink_bytes_total"],
+        "flops_dense": last["flops/dense_total"],
+        "flops_sparse": last["flops/sparse_total"],
+        "seconds": round(seconds, 3),
+        "config_hash": config.digest(),
+        "code_hash": code_digest(),
+        "partition_hash": federation.partition.digest(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
+    """Write tables and pictures; returns every file that MLflow keeps."""
+    lines = folder.rounds()
+    layers = folder.path / "sparsity_per_layer.csv"
+    names = [entry.name for entry in federation.layout.prunable]
+    rows = [",".join(["round", *names])]
+    rows += [",".join(map(str, [line["round"], *line["sparsity/layers"]])) for line in lines]
+    layers.write_text("\n".join(rows) + "\n")
+    pictures = [folder.path / "partition.png", folder.path / "curves.png"]
+    dataset, config = federation.dataset, federation.config
+    title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
+    picture(federation.partition, dataset.train.labels, dataset.classes, pictures[0], title=title)
+    curves(lines, pictures[1], title=f"{config.algorithm.name}, seed {config.seed}")
+    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *pictures]
+
+
+def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:
+    """What delivers the run to MLflow, or None where tracking is off."""
+    section = config.tracking
+    if not section.enabled or section.uri is None:
+        return None
+    run_name = section.run_name or f"{config.algorithm.name}-s{config.seed}"
+    tags = {
+        "method": config.algorithm.name,
+        "seed": str(config.seed),
+        "config_hash": config.digest(),
+        "code_hash": code_digest(),
+        "partition_hash": federation.partition.digest(),
+        "git_sha": _git_sha(),
+        "kind": "run",
+        **section.tags,
+    }
+    source = config.data.path or config.data.name
+    dataset = {
+        "name": federation.dataset.name,
+        "digest": federation.dataset.fingerprint,
+        "source_type": "local" if config.data.path else "hub",
+        "source": source,
+    }
+    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), run_name)
+    return tracking.Tracker(folder.path, target, params=config.flat(), tags=tags, dataset=dataset)
+
+
+def benchmark_name(config: Config) -> str:
+    """Data and partition, as in ``cifar10-lda0.1``; runs of one benchmark are compared in one experiment."""
+    data = config.data.path or config.data.name
+    partition = config.partition
+    alpha = f"{partition.alpha:g}" if partition.name in ("lda", "dirichlet") else ""
+    return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
+
+
+def with_tracking(config: Config, root: Path) -> Config:
+    """Runs beside each other share one store, unless the configuration names another."""
+    if not config.tracking.enabled or config.tracking.uri is not None:
+        return config
+    tree = config.dump()
+    tree["tracking"]["uri"] = f"sqlite:///{root / 'mlflow.db'}"
+    return validate(tree)
+
+
+def default_folder(config: Config) -> Path:
+    """A new folder under ``runs/``, named after benchmark, method, seed and time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}-{stamp}"
+    path, copy = Path("runs") / name, 1
+    while path.exists():
+        copy += 1
+        path = Path("runs") / f"{name}-{copy}"
+    return path
+
+
+def _git_sha() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"

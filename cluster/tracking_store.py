@@ -1,0 +1,280 @@
+"""The MLflow store itself: whether it answers, how it is opened, and its pages in the browser."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+# A call may not hang for minutes (MLflow's defaults: 120 s, 7 retries); this module retries by itself.
+QUIET_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class TrackingError(ValueError):
+    """A tracking store or a run's tracking file that cannot be used; says which and what to do."""
+
+
+def check(uri: str, timeout_s: float = 5.0) -> None:
+    """Refuses a store that cannot be used, before anything starts and without importing MLflow.
+
+    Args:
+        uri: The tracking store.
+        timeout_s: Longest wait for a server in seconds.
+
+    Raises:
+        TrackingError: Names the uri, what is wrong with it and what would be right.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        if parts.username or parts.password:  # they would end up in files and messages
+            raise TrackingError(
+                f"tracking store at {parts.hostname}: give the login as MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, not inside the address"
+            )
+        _check_server(uri, timeout_s)
+    elif parts.scheme == "sqlite":
+        database = sqlite_file(uri)
+        if not database.parent.is_dir():
+            raise TrackingError(f"tracking store {uri}: the folder {database.parent} does not exist")
+        if not os.access(database if database.exists() else database.parent, os.W_OK):
+            raise TrackingError(f"tracking store {uri}: {database} cannot be written")
+        if database.exists() and not _is_sqlite(database):
+            raise TrackingError(f"tracking store {uri}: {database} is not an SQLite database")
+    else:
+        hint = " (MLflow 3 has given up its file store)" if parts.scheme in ("", "file") else ""
+        raise TrackingError(
+            f"tracking store {uri!r} is not supported{hint}; give sqlite:////folder/mlflow.db or the "
+            "http(s) address of an `mlflow server`, which may keep its data in any database"
+        )
+
+
+def _check_server(uri: str, timeout_s: float) -> None:
+    fix = "start it, correct the address, or track into sqlite:////folder/mlflow.db"
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout_s) as answer:
+            healthy = answer.read(64).strip() == b"OK"
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # a proxy in front that wants the login which MLflow's client will send
+            return
+        raise TrackingError(f"tracking server {uri} answers with HTTP {error.code}; {fix}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(f"tracking server {uri} does not answer ({reason}); {fix}") from error
+    if not healthy:
+        raise TrackingError(f"{uri} answers but is not an MLflow tracking server; {fix}")
+
+
+def _is_sqlite(database: Path) -> bool:
+    if not database.is_file():
+        return False
+    with database.open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\0")
+
+
+def sqlite_file(uri: str) -> Path:
+    """The absolute path of the database file of an `sqlite:///` uri."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if not uri.startswith("sqlite:///") or not path or path == ":memory:":
+        raise TrackingError(f"tracking store {uri} names no file; write sqlite:////folder/mlflow.db")
+    return Path(os.path.abspath(path))
+
+
+def absolute_uri(uri: str) -> str:
+    """The uri that means the same from any working directory."""
+    if not uri.startswith("sqlite:"):
+        return uri.rstrip("/")
+    return f"sqlite:///{sqlite_file(uri)}" + "".join(uri.partition("?")[1:])
+
+
+def artifact_folder(uri: str) -> Path:
+    """Where an SQLite store's artifacts lie: beside it, not in the working directory as MLflow has it."""
+    return sqlite_file(uri).parent / "mlartifacts"
+
+
+def creation_lock(uri: str) -> FileLock:
+    """The lock under which an SQLite store is opened.
+
+    MLflow guards only a part of a new store's creation: of three processes opening one at the same moment,
+    two failed with "duplicate column name".
+    """
+    database = sqlite_file(uri)
+    return FileLock(database.with_name(database.name + ".lock"), timeout=120)
+
+
+def use_quiet_defaults(environment: MutableMapping[str, str]) -> None:
+    """Sets MLflow's switches (bounded calls, no telemetry, no chatter) where the user has not."""
+    for key, value in QUIET_DEFAULTS.items():
+        environment.setdefault(key, value)
+
+
+def connect(uri: str) -> MlflowClient:
+    """Opens the store; the first opening of an SQLite store migrates it, for seconds."""
+    use_quiet_defaults(os.environ)
+    from mlflow.tracking import MlflowClient
+
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(uri)
+    with creation_lock(uri):
+        return MlflowClient(uri)
+
+
+def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Finds the experiment or creates it, also when another run does so at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = str(artifact_folder(uri)) if uri.startswith("sqlite:") else None
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        raise TrackingError(f"the experiment {name!r} cannot be created nor found in MLflow")
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"the experiment {name!r} was deleted in MLflow: choose another name, or "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return experiment.experiment_id
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, cut to 300 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Serves MLflow's pages for a store until Ctrl-C (or SIGTERM, or the terminal closes).
+
+    One worker and no job runners: up in 6 s with 2 processes and 0.5 GB, where MLflow's defaults take 28 s
+    with 15 processes and 2.4 GB (2 cores). A name under which it is reached, other than localhost and private
+    addresses, has to be listed in MLFLOW_SERVER_ALLOWED_HOSTS.
+
+    Args:
+        uri: The tracking store; that of a server is only named, since its pages are served already.
+        host: The interface to listen on.
+        port: The port; the next free one is taken, with a message, if it is in use.
+
+    Returns:
+        The exit status for the command line.
+
+    Raises:
+        TrackingError: The store cannot be used, or no port is free.
+    """
+    check(uri)
+    if not uri.startswith("sqlite:"):
+        print(f"MLflow is served at {uri}", flush=True)
+        return 0
+    free = _free_port(host, port)
+    if free != port:
+        print(f"port {port} is in use, taking {free}", flush=True)
+    environment = dict(os.environ)
+    use_quiet_defaults(environment)
+    environment.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--workers",
+        "1",
+        "--host",
+        host,
+        "--port",
+        str(free),
+    ]
+    command += [
+        "--backend-store-uri",
+        absolute_uri(uri),
+        "--artifacts-destination",
+        str(artifact_folder(uri)),
+    ]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # A signal that is ignored already (nohup) stays ignored.
+    wanted = (signal.SIGTERM, signal.SIGHUP)
+    stopping = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in stopping]
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    # In a process group of its own, so that a Ctrl-C reaches only this process and all of them end here.
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{free}"
+        with creation_lock(uri):
+            while server.poll() is None and not answers(address):
+                time.sleep(0.2)
+        if server.poll() is None:
+            print(f"MLflow is served at {address} (Ctrl-C ends it)", flush=True)
+        status = server.wait()
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
+        print(
+            f"the MLflow server ended with status {status}:\n{log.read().decode(errors='replace')}",
+            flush=True,
+        )
+        return status or 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        for number, handler in zip(stopping, before, strict=True):
+            signal.signal(number, handler)
+        _end_group(server)
+        log.close()
+
+
+def answers(address: str) -> bool:
+    """Whether a tracking server answers at ``address``."""
+    try:
+        check(address, timeout_s=2.0)
+    except TrackingError:
+        return False
+    return True
+
+
+def _free_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in range(port, min(port + 100, 65536)):
+        try:
+            with socket.create_server((host, candidate), family=family):
+                return candidate
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise TrackingError(f"cannot listen on {host}: {error}") from error
+    raise TrackingError(f"no port from {port} on is free on {host}")
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):  # the group is gone
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(patience_s)

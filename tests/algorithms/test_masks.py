@@ -1,0 +1,137 @@
+"""Masks: exactly K, ties by lower index, consensus against brute force, overlap."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algorithms.masks import (
+    consensus,
+    cut_to_top_k,
+    intersection_over_union,
+    kth_largest,
+    target_count,
+    top_k_mask,
+)
+
+# Few distinct values, so that ties are the rule.
+TIED = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0, 3.0]), min_size=1, max_size=40)
+
+
+@given(TIED, st.data())
+@settings(max_examples=100, deadline=None)
+def test_exactly_the_k_largest_and_ties_go_to_the_lower_index(scores, data):
+    k = data.draw(st.integers(0, len(scores)))
+    mask = top_k_mask(torch.tensor(scores), k)
+    # A stable sort by descending score: among equals the lower index comes first.
+    ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
+    assert torch.nonzero(mask).flatten().tolist() == sorted(ranked[:k])
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=40), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_cut_keeps_values_and_leaves_positive_zeros(values, data):
+    k = data.draw(st.integers(0, len(values)))
+    weights = torch.tensor(values)
+    mask = cut_to_top_k(weights, k)
+    assert int(mask.sum()) == k
+    assert torch.equal(weights[mask], torch.tensor(values)[mask])
+    assert not torch.signbit(weights[~mask]).any()
+    assert not weights[~mask].any()
+    smallest_kept = weights[mask].abs().min() if k else math.inf
+    assert torch.tensor(values)[~mask].abs().max().item() <= smallest_kept if k < len(values) else True
+
+
+def test_worked_by_hand():
+    weights = torch.tensor([-2.0, 1.0, 0.5, -1.0, 3.0])
+    # K = 3: 3, 2 and the first of the two ones.
+    assert cut_to_top_k(weights, 3).tolist() == [True, True, False, False, True]
+    assert weights.tolist() == [-2.0, 1.0, 0.0, 0.0, 3.0]
+
+
+def test_a_cut_may_keep_zeros():
+    # K positions even where fewer are nonzero: a mask may hold weights whose value is 0.
+    assert cut_to_top_k(torch.tensor([0.0, 0.0, 5.0, 0.0]), 2).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_scores_do_not_raise_and_still_give_k(bad):
+    # They stay in the update, so that the aggregation refuses it.
+    weights = torch.tensor([1.0, bad, 2.0, 3.0])
+    mask = cut_to_top_k(weights, 2)
+    assert int(mask.sum()) == 2
+    assert mask[1]
+    assert not torch.isfinite(weights).all()
+
+
+def test_the_sum_of_large_finite_scores_may_overflow():
+    scores = torch.tensor([3e38, 2e38, 1e38, 3.2e38])
+    assert top_k_mask(scores, 2).tolist() == [True, False, False, True]
+
+
+@given(TIED, st.data())
+@settings(max_examples=50, deadline=None)
+def test_kth_largest(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    tensor = torch.tensor(scores)
+    assert kth_largest(tensor, k) == sorted(scores, reverse=True)[k - 1]
+    assert tensor.tolist() == scores  # the selection works on a copy
+
+
+@pytest.mark.parametrize(
+    ("size", "sparsity", "expected"),
+    [(684, 0.95, 34), (10, 0.0, 10), (11_164_362, 0.999, 11_164), (1000, 0.9999, 0)],
+)
+def test_target_count(size, sparsity, expected):
+    # 684 * 0.05 = 34.2; 11164362 * 0.001 = 11164.4; 1000 * 0.0001 = 0.1
+    assert target_count(size, sparsity) == expected
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda m: st.lists(st.lists(st.booleans(), min_size=m, max_size=m), min_size=1, max_size=25)
+    )
+)
+@settings(max_examples=80, deadline=None)
+def test_consensus_is_the_mean_overlap_of_all_pairs(columns):
+    masks = np.array(columns).T  # [m, n]
+    count = len(masks)
+    pairs = [int((a & b).sum()) for a, b in itertools.combinations(masks, 2)]
+    mean_size = masks.sum() / count
+    found = consensus(masks.sum(axis=0), count)
+    if mean_size == 0:
+        assert found is None
+    else:
+        assert found == pytest.approx(np.mean(pairs) / mean_size)
+        assert 0.0 <= found <= 1.0
+
+
+def test_consensus_worked_by_hand():
+    # Three masks of two: {0, 1}, {0, 2}, {0, 1}. Votes 3, 2, 1, 0. Pairs: C(3,2) + C(2,2) = 3 + 1 = 4,
+    # of C(3,2) * 2 = 6 possible.
+    assert consensus(np.array([3, 2, 1, 0], np.int32), 3) == pytest.approx(4 / 6)
+    assert consensus(np.array([3, 3, 0], np.int32), 3) == 1.0
+    assert consensus(np.array([1, 1, 1], np.int32), 3) == 0.0
+
+
+def test_consensus_of_one_mask_or_of_nothing_is_absent():
+    assert consensus(np.array([1, 0, 1], np.int32), 1) is None
+    assert consensus(np.zeros(3, np.int32), 4) is None
+
+
+def test_consensus_does_not_overflow():
+    # 1000 clients over 11 million positions: 5.5e12 pairs, beyond int32.
+    assert consensus(np.full(11_000_000, 1000, np.int32), 1000) == 1.0
+
+
+def test_intersection_over_union():
+    first, second = np.array([True, True, False, False]), np.array([True, False, True, False])
+    assert intersection_over_union(first, second) == pytest.approx(1 / 3)
+    assert intersection_over_union(first, first) == 1.0
+    assert intersection_over_union(~first & first, ~second & second) is None

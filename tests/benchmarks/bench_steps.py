@@ -1,0 +1,127 @@
+"""A SparsyFed local step against a dense one: ``python -m tests.benchmarks.bench_steps [repeats]``.
+
+One thread, the quickstart's model and client (48 samples, 5 epochs, batches of 16: 15 steps a visit), weights
+as clients get them from round 2 on. Visits of all variants are interleaved and the CPU time of the thread is
+taken, so that a busy machine slows them alike: read the ratios of the medians. ``visit`` is the whole of
+``Trainer.visit`` (load, steps, cut, measurements) per step, ``step`` is forward, backward and update alone,
+``map`` the part of it in the method's hooks (w -> theta, dL/dtheta -> dL/dw).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from algorithms import Algorithm, Client, Instructions
+from algorithms.fedavg import FedAvg
+from algorithms.sparsyfed import SparsyFed
+from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.workload import models
+from cluster.workload.datasets import Split
+
+SAMPLES, EPOCHS, BATCH = 48, 5, 16
+STEPS = EPOCHS * -(-SAMPLES // BATCH)
+
+
+def _images(side: int) -> Split:
+    digits = load_digits()
+    small = (digits.images[:SAMPLES] / 16 * 255).astype(np.uint8)
+    if side == 28:  # each pixel three times, in a border of two
+        small = np.pad(np.kron(small, np.ones((1, 3, 3), np.uint8)), ((0, 0), (2, 2), (2, 2)))
+    return Split(np.ascontiguousarray(small[:, None]), digits.target[:SAMPLES].astype(np.int64), None)
+
+
+class _Variant:
+    """A trainer and the weights a client of round 2 receives; collects times of a step."""
+
+    def __init__(self, method: Algorithm, split: Split) -> None:
+        model = models.build("small_cnn", input_shape=split.images.shape[1:], classes=10, seed=1)
+        settings = LocalSettings(seed=0, epochs=EPOCHS, batch_size=BATCH, weight_decay=0.0, proximal=0.0)
+        self.method = method
+        self.trainer = Trainer(model, method, settings, split, torch.device("cpu"))
+        layout = self.trainer.layout
+        state = method.initial_state(layout.flatten(self.trainer.module), layout, np.random.default_rng(0))
+        self.weights = state.weights.numpy()
+        self.weights = self.play(1).values.copy()
+        self.visits: list[float] = []
+        self.steps: list[float] = []
+        self.maps: list[float] = []
+        self._spent = {"step": 0.0, "map": 0.0}
+        # Instance attributes hide the methods: the product itself carries no stopwatch.
+        self.trainer._backward = self._timed("step", self._with_timed_hooks(self.trainer._backward))
+        self.trainer._sgd_step = self._timed("step", self.trainer._sgd_step)
+
+    def play(self, round_number: int) -> Any:
+        instructions = Instructions(round=round_number, rounds=2)
+        broadcast = Broadcast(self.weights, self.weights, None, instructions, 0.1, 2.0**20, SAMPLES)
+        return self.trainer.visit(0, np.arange(SAMPLES), self.method.sparsity, broadcast)
+
+    def measure(self) -> None:
+        self._spent = {"step": 0.0, "map": 0.0}
+        start = time.thread_time()
+        self.play(2)
+        self.visits.append((time.thread_time() - start) / STEPS)
+        self.steps.append(self._spent["step"] / STEPS)
+        self.maps.append(self._spent["map"] / STEPS)
+
+    def _with_timed_hooks(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(client: Client, *batch: Any) -> Any:
+            if "before_forward" not in vars(client):
+                client.before_forward = self._timed("map", client.before_forward)
+                client.after_backward = self._timed("map", client.after_backward)
+            return backward(client, *batch)
+
+        return timed
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.thread_time()
+            result = function(*arguments)
+            self._spent[part] += time.thread_time() - start
+            return result
+
+        return timed
+
+
+def _variants(sparsity: float) -> dict[str, Algorithm]:
+    return {
+        "sparsyfed, first_batch": SparsyFed(sparsity=sparsity),
+        "sparsyfed, every_batch": SparsyFed(sparsity=sparsity, threshold="every_batch"),
+        "  powerpropagation only": SparsyFed(sparsity=sparsity, activation_pruning=False),
+        "  activation pruning only": SparsyFed(sparsity=sparsity, beta=1.0),
+    }
+
+
+def main() -> None:
+    """Print one line for each image size, sparsity and variant."""
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    torch.set_num_threads(1)
+    print(f"{'images':>7} {'sparsity':>8} {'method':<26}", end="")
+    print(f" {'step ms':>8} {'ratio':>6} {'map ms':>7} {'visit ms':>9} {'ratio':>6}")
+    for side in (8, 28):
+        split = _images(side)
+        runs = {(0.0, "dense (fedavg)"): _Variant(FedAvg(), split)}
+        for sparsity in (0.9, 0.95):
+            runs |= {(sparsity, name): _Variant(m, split) for name, m in _variants(sparsity).items()}
+        for _ in range(repeats):
+            for run in runs.values():
+                run.measure()
+        dense = next(iter(runs.values()))
+        for (sparsity, name), run in runs.items():
+            step, visit = median(run.steps), median(run.visits)
+            print(
+                f"{side:>4}x{side:<2} {sparsity:>8} {name:<26}"
+                f" {1e3 * step:>8.2f} {step / median(dense.steps):>6.2f} {1e3 * median(run.maps):>7.2f}"
+                f" {1e3 * visit:>9.2f} {visit / median(dense.visits):>6.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

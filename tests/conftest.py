@@ -1,0 +1,30 @@
+"""What every test shares: quiet libraries, one torch thread, data sets that are decoded once."""
+
+import os
+
+# Before any of them is imported.
+os.environ.update(
+    MLFLOW_DISABLE_TELEMETRY="true",
+    GIT_PYTHON_REFRESH="quiet",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Folder of decoded data sets (``data.cache``), shared by all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs without their pictures, which take longer to draw than tiny runs to compute."""
+    from cluster import execution
+
+    for name in ("picture", "curves"):
+        monkeypatch.setattr(execution, name, lambda *_, **__: None)

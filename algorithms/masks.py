@@ -167,11 +167,24 @@ def layer_counts(mask: Tensor, layers: Sequence[Entry]) -> np.ndarray:
     return np.array([int(torch.count_nonzero(mask[layer.span])) for layer in layers], np.int64)
 
 
-def layer_wise_top_k(scores: Tensor, counts: np.ndarray, layers: Sequence[Entry]) -> Tensor:
-    """Mask of the ``counts[l]`` largest scores of each layer l; ties go to the lower index."""
+def layer_wise_top_k(
+    scores: Tensor, counts: np.ndarray, layers: Sequence[Entry], among: Tensor | None = None
+) -> Tensor:
+    """Mask of the ``counts[l]`` largest scores of each layer l; ties go to the lower index.
+
+    Args:
+        scores: Non-negative, float32[prunable].
+        counts: Positions of each layer, int64[layers].
+        layers: The prunable layers.
+        among: Only positions of this mask are taken, whatever the scores, all of them where they are too few.
+    """
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     for layer, count in zip(layers, counts, strict=True):
-        mask[layer.span] = top_k_mask(scores[layer.span], int(count))
+        if among is None:
+            mask[layer.span] = top_k_mask(scores[layer.span], int(count))
+        else:
+            positions = torch.nonzero(among[layer.span]).reshape(-1) + layer.start
+            mask[positions] = top_k_mask(scores[positions], int(count))
     return mask
 
 
@@ -183,11 +196,6 @@ def random_mask(counts: np.ndarray, layers: Sequence[Entry], rng: np.random.Gene
 def uniform_scores(size: int, rng: np.random.Generator) -> Tensor:
     """``size`` uniform numbers in [0, 1), float32: scores whose top is a random choice."""
     return torch.from_numpy(rng.random(size, dtype=np.float32))
-
-
-def only(mask: Tensor, scores: Tensor) -> Tensor:
-    """``scores``, non-negative, where ``mask`` holds and -1 elsewhere: nothing outside outranks it."""
-    return torch.where(mask, scores, scores.new_tensor(-1.0))
 
 
 def exchangeable(rate: float, counts: np.ndarray, layers: Sequence[Entry]) -> np.ndarray:
@@ -222,8 +230,8 @@ def prune_and_grow(
     Returns:
         What is kept and what is grown, two disjoint bool[prunable].
     """
-    kept = layer_wise_top_k(only(mask, magnitudes), layer_counts(mask, layers) - drops, layers)
-    return kept, layer_wise_top_k(only(~kept, scores), growths, layers)
+    kept = layer_wise_top_k(magnitudes, layer_counts(mask, layers) - drops, layers, mask)
+    return kept, layer_wise_top_k(scores, growths, layers, ~kept)
 
 
 def top_of_union(
@@ -239,11 +247,11 @@ def top_of_union(
         counts: Positions of each layer, int64[layers].
         layers: The prunable layers.
     """
-    mask = layer_wise_top_k(only(union, magnitudes), np.minimum(counts, layer_counts(union, layers)), layers)
-    missing = counts - layer_counts(mask, layers)
-    if missing.any():
-        rest = magnitudes.new_full(magnitudes.shape, -1.0) if before is None else only(before, magnitudes)
-        mask |= layer_wise_top_k(rest.masked_fill(mask, -2.0), missing, layers)
+    mask = layer_wise_top_k(magnitudes, counts, layers, union)
+    for rest in (before, ~union):
+        missing = counts - layer_counts(mask, layers)
+        if rest is not None and missing.any():
+            mask |= layer_wise_top_k(magnitudes, missing, layers, rest & ~mask)
     return mask
 
 
@@ -253,7 +261,7 @@ def nested_mask(magnitudes: Tensor, mask: Tensor, k: int, layers: Sequence[Entry
     Positions are ranked by their quantile among their layer's |w| (ties by lower index): masks of two budgets
     are nested exactly, and a layer's part of the budget is its part of the mask to within rounding.
     """
-    quantiles = torch.full_like(magnitudes, -1.0)
+    quantiles = torch.zeros_like(magnitudes)  # those of the mask are above 0
     for layer in layers:
         positions = torch.nonzero(mask[layer.span]).reshape(-1) + layer.start
         order = torch.argsort(magnitudes[positions], descending=True, stable=True)

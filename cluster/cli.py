@@ -105,9 +105,8 @@ def _run_grid(console: Console, runs: Mapping[str, Config], folder: Path) -> int
     places = list(runs)
 
     def started(name: str, config: Config) -> Callable[[dict[str, Any]], None]:
-        console.print(
-            f"[bold]{name}[/bold]  ({places.index(name) + 1} of {len(runs)})  {shown(folder / name)}"
-        )
+        place = f"({places.index(name) + 1} of {len(runs)})"
+        console.print(f"{name}  {place}  {shown(folder / name)}", style="bold")
 
         def on_line(line: dict[str, Any]) -> None:
             accuracy = line.get("test/accuracy")

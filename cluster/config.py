@@ -249,6 +249,8 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
     tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
+    if "grid" in tree:
+        raise ConfigError(f"{source} is a grid of several runs: sparsyfed run {source}")
     try:
         return validate(apply_overrides(tree, overrides))
     except ChoiceError as error:

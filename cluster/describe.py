@@ -22,10 +22,10 @@ from cluster import seeding, wire
 from cluster.choices import load_attribute
 from cluster.client import wire_shape
 from cluster.config import Config
-from cluster.outputs import benchmark_name
 from cluster.federation import Federation
 from cluster.flops import LayerFlops
 from cluster.local_training import to_input
+from cluster.outputs import benchmark_name
 from cluster.progress import local_actors, place, shown
 from cluster.workload.partition import picture
 

@@ -109,6 +109,7 @@ class Driver:
             self._round()
             if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
                 self._finish_line()
+                self.save_model()
                 raise DivergedError(
                     f"every update was refused in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
                     f"{self.state.round}: {self._refusals}. The global model is unharmed. A smaller local.lr "
@@ -178,7 +179,7 @@ class Driver:
         for key in ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse"):
             self._totals[key] = self._totals.get(key, 0) + line[key]
             line[f"{key}_total"] = self._totals[key]
-        line["server/lr"] = self.config.learning_rate(max(1, state.round))
+        line["train/lr"] = self.config.learning_rate(max(1, state.round))
         phases = np.array([report.phases for report in outcome.reports]).sum(axis=0)
         line |= times
         line["time/lost_actors"] = outcome.lost_actors

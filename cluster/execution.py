@@ -130,6 +130,16 @@ def conduct(
 ) -> dict[str, Any]:
     """Run the experiment in ``path`` to its end on one engine; returns what ``result.json`` holds."""
     folder = RunFolder.open(path)
+    with folder.locked():
+        return _conduct(folder, make_engine, on_line, should_stop)
+
+
+def _conduct(
+    folder: RunFolder,
+    make_engine: Callable[[Config, Federation], Engine],
+    on_line: Progress,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
     config = folder.config()
     federation = Federation.of(config)
     engine = make_engine(config, federation)

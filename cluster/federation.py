@@ -92,10 +92,6 @@ class Federation:
         """What the best checkpoint is chosen by: validation accuracy where data was held out."""
         return "val/accuracy" if len(self.validation) else "test/accuracy"
 
-    def integer_buffers(self) -> dict[str, Tensor]:
-        """BatchNorm's counters, which the flat vector does not hold."""
-        return {n: b.clone() for n, b in self.model.named_buffers() if not b.is_floating_point()}
-
     def evaluation_chunks(self, rows: int) -> list[EvaluationChunk]:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
         test, val = len(self.dataset.test.labels), len(self.validation)

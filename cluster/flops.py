@@ -35,8 +35,9 @@ class LayerFlops:
         counted: dict[str, float] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         handles = [
-            # By the weight's name, so that layers with tied weights add up.
-            layer.register_forward_hook(_counter(names[id(layer.weight)], len(example), counted))
+            # By the weight's name, so that layers with tied weights add up; a weight that is no parameter
+            # (computed by torch's parametrizations) has no name and is not prunable.
+            layer.register_forward_hook(_counter(names.get(id(layer.weight), ""), len(example), counted))
             for layer in model.modules()
             if isinstance(layer, PRUNABLE_LAYERS)
         ]

@@ -67,7 +67,7 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
     _check_answer(config.address)
     arguments: dict[str, Any] = {}
     if local:
-        # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and room to spare.
+        # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and spare room.
         actors = config.actors or os.cpu_count() or 1
         store = 2**28 + 2 * model_size * (20 * actors + 16)
         arguments = {"include_dashboard": False, "object_store_memory": store}

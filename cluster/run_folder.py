@@ -6,11 +6,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from cluster.checkpoint import write_atomically
 from cluster.config import Config, validate
@@ -69,6 +72,19 @@ class RunFolder:
     def model_file(self) -> Path:
         """Effective weights that load into the plain module."""
         return self.path / "model.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running in this folder.
+
+        Raises:
+            RunFolderError: Another process is running it.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise RunFolderError(f"{self.path} is being run by another process") from None
 
     def config(self) -> Config:
         """The run's configuration."""

@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs without their pictures, which take longer to draw than tiny runs to compute."""
-    from cluster import execution
+    from cluster import outputs
 
     for name in ("picture", "curves"):
-        monkeypatch.setattr(execution, name, lambda *_, **__: None)
+        monkeypatch.setattr(outputs, name, lambda *_, **__: None)

@@ -20,7 +20,6 @@ from algorithms.masks import (
     layer_sizes,
     layer_wise_top_k,
     nested_mask,
-    only,
     prune_and_grow,
     random_mask,
     top_of_union,
@@ -163,6 +162,10 @@ def test_layer_wise_top_k_by_hand():
     scores = torch.tensor([5.0, 1.0, 5.0, 5.0, 9.0, 0.0, 2.0])
     # Two of the three fives of the first layer, the lower indices; nine and two of the second.
     assert torch.equal(layer_wise_top_k(scores, np.array([2, 2]), layers), bools("1010 101"))
+    # Among some positions only: the first five is none of them; a zero is taken before any other; and where
+    # three are asked for and two allowed, two are taken.
+    among = bools("0110 011")
+    assert torch.equal(layer_wise_top_k(scores, np.array([1, 3]), layers, among), bools("0010 011"))
 
 
 def test_prune_and_grow_by_hand():
@@ -271,7 +274,3 @@ def test_masks_of_smaller_budgets_are_nested_and_keep_the_layers_shares(seed):
         share = layer_counts(mask, layers) * budget / 30
         assert (np.abs(layer_counts(smaller, layers) - share) <= 1.0 + 1e-6).all()
         larger = smaller
-
-
-def test_only():
-    assert only(bools("101"), torch.tensor([0.0, 5.0, 2.0])).tolist() == [0.0, -1.0, 2.0]

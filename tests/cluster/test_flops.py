@@ -94,6 +94,11 @@ def test_calls_and_tied_weights_add_up():
     assert flops.needs_input_gradient.tolist() == [True, False]
 
 
+def test_a_parametrised_weight_is_not_prunable():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert count(nn.Sequential(normed, nn.Linear(4, 2)), torch.zeros(1, 4)).forward.tolist() == [16]
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 2)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -112,5 +112,7 @@ def test_chunks_in_any_order_give_the_same_bits():
     assert metrics["test/loss"] == ((0.1 + 0.2) + 0.3) / 10
     assert metrics["val/accuracy"] == 1.0
     assert evaluation_metrics(chunks[::-1]) == metrics
+    tier = (EvaluationChunk("test", 0, 10, "weak"), 4, 0.9)
+    assert evaluation_metrics([*chunks, tier]) == metrics | {"tiers/weak/accuracy": 0.4}
     assert evaluation_metrics([]) == {}
     assert evaluation_metrics([(EvaluationChunk("test", 0, 1), 0, float("inf"))])["test/loss"] is None

@@ -97,6 +97,12 @@ VARIANTS = {
     "flash, sensitivity": {
         "algorithm": {"name": "flash", "sparsity": 0.8, "stage1": "sensitivity", "refresh_interval": 2},
     },
+    "topk on tiers": {
+        "algorithm": {"name": "topk", "sparsity": 0.5},
+        "devices": {
+            "tiers": {"weak": {"share": 0.5, "sparsity": 0.9}, "strong": {"share": 0.5, "sparsity": 0.5}}
+        },
+    },
     "fedavg, batch norm": {
         "algorithm": {"name": "fedavg"},
         "model": {"name": "tests.naive:tiny_model"},

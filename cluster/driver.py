@@ -38,7 +38,7 @@ from cluster.run_folder import RunFolder, comparable
 REFUSED_ROUNDS_LIMIT = 3
 
 #: Rows of one evaluation chunk.
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 256
 
 Line = dict[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from algorithms import Total
-from cluster.client import ClientHost, ClientReport, EvaluationChunk, Task, Workload
+from cluster.client import ClientError, ClientHost, ClientReport, EvaluationChunk, Task, Workload
 from cluster.local_training import Broadcast
 from cluster.placement import CostModel, chunk_size, longest_first
 
@@ -23,6 +23,12 @@ Evaluated = list[tuple[EvaluationChunk, int, float]]
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2
+
+#: Deaths of its actor that a client may see in one round.
+DEATHS_A_CLIENT = 3
+
+#: Seconds for which every actor may be dead before the run ends.
+ALL_DOWN_S = 120.0
 
 
 @dataclass
@@ -211,7 +217,9 @@ class _Round:
         self._played: list[set[int]] = [set() for _ in range(engine.actors)]
         self._total: Total | None = None
         self._evaluated: Evaluated = []
+        self._down: dict[int, float] = {}  # actor -> when its death was noticed
         self._lost = 0
+        self._losses: Counter[int] = Counter()  # client -> how often its actor died under it
         self._hand_out()
 
     def finish(self) -> Outcome:
@@ -219,13 +227,13 @@ class _Round:
         ray = self._ray
         started = time.perf_counter()
         collect_started = started
-        while self._calls or self._waiting or self._chunks or any(self._played):
-            if not self._calls:
+        while self._waiting or self._chunks or self._working() or any(self._played):
+            if not (self._waiting or self._chunks or self._working()):
                 # All clients are played: ask each actor for its partial total.
                 collect_started = time.perf_counter()
                 for actor, played in enumerate(self._played):
                     if played:
-                        self._call(actor, "collect", frozenset(played))
+                        self._call(actor, "collect", None)
             ready, _ = ray.wait(list(self._calls), num_returns=1)
             for reference in ready:
                 self._take_in(reference)
@@ -233,21 +241,24 @@ class _Round:
         seconds = {"work": collect_started - started, "merge": time.perf_counter() - collect_started}
         return Outcome(self._total, reports, self._evaluated, seconds, self._lost)
 
+    def _working(self) -> bool:
+        return any(kind != "probe" for _, kind, _ in self._calls.values())
+
     def _hand_out(self) -> None:
-        """Give every actor with room its next calls, while there is work left."""
+        """Give every live actor with room its next calls, while there is work left.
+
+        Clients come first and the small evaluation chunks last, which keeps the actors level at the end.
+        """
         busy = Counter(actor for actor, _, _ in self._calls.values())
         actors = self._engine.actors
         for turn in range(CALLS_IN_FLIGHT):
             for actor in range(actors):
-                if busy[actor] > turn or not (self._chunks or self._waiting):
+                if busy[actor] > turn or actor in self._down or not (self._chunks or self._waiting):
                     continue
                 busy[actor] += 1
-                if self._chunks:
-                    take = max(1, len(self._chunks) // actors)
-                    self._call(actor, "evaluate", [self._chunks.popleft() for _ in range(take)])
-                else:
-                    take = chunk_size(len(self._waiting), actors)
-                    self._call(actor, "play", [self._waiting.popleft() for _ in range(take)])
+                kind, queue = ("play", self._waiting) if self._waiting else ("evaluate", self._chunks)
+                take = chunk_size(len(queue), actors)
+                self._call(actor, kind, [queue.popleft() for _ in range(take)])
 
     def _call(self, actor: int, kind: str, work: Any) -> None:
         host = self._engine._hosts[actor]
@@ -255,8 +266,10 @@ class _Round:
             reference = host.evaluate.remote(self._broadcast, work)
         elif kind == "play":
             reference = host.play.remote(self._broadcast, work)
-        else:
+        elif kind == "collect":
             reference = host.collect.remote(self._number)
+        else:
+            reference = host.__ray_ready__.remote()
         self._calls[reference] = (actor, kind, work)
 
     def _take_in(self, reference: Any) -> None:
@@ -264,8 +277,8 @@ class _Round:
         try:
             result = self._ray.get(reference)
         except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
-            self._lost += 1
             self._put_back(actor, kind, work)
+            self._probe(actor, failed=kind == "probe")
             self._hand_out()
             return
         if kind == "evaluate":
@@ -273,9 +286,30 @@ class _Round:
         elif kind == "play":
             self._reports |= {report.client: report for report in result}
             self._played[actor] |= {report.client for report in result}
-        else:
+        elif kind == "collect":
             self._merge(actor, result)
+        else:
+            del self._down[actor]
         self._hand_out()
+
+    def _probe(self, actor: int, *, failed: bool) -> None:
+        """Ask a dead actor whether Ray has restarted it; the others go on with its work meanwhile."""
+        if actor in self._down and not failed:
+            return  # a second call that the same death took; one probe is under way
+        if actor not in self._down:
+            self._down[actor] = time.monotonic()
+            self._lost += 1
+        elif (
+            len(self._down) == self._engine.actors
+            and time.monotonic() - max(self._down.values()) > ALL_DOWN_S
+        ):
+            raise PlacementError(
+                f"every actor died and none came back within {ALL_DOWN_S:g} s in round {self._number}; "
+                "the checkpoints are kept: resume the run when the cluster has room again"
+            )
+        if failed:
+            time.sleep(0.2)  # calls to a restarting actor fail at once
+        self._call(actor, "probe", None)
 
     def _merge(self, actor: int, total: Total | None) -> None:
         played = self._played[actor]
@@ -306,6 +340,13 @@ class _Round:
             self._chunks.extend(work)
         elif kind == "play":
             self._waiting.extend(work)
+            self._losses.update(task.client for task in work)
+            if self._losses.most_common(1)[0][1] >= DEATHS_A_CLIENT:
+                clients = ", ".join(str(task.client) for task in work)
+                raise ClientError(
+                    f"client {clients} failed in round {self._number}, stage train: the actor that played it "
+                    f"died {DEATHS_A_CLIENT} times (out of memory, or a crash in native code?)"
+                )
         for client in self._played[actor]:
             self._reports.pop(client, None)
             self._waiting.append(self._tasks[client])

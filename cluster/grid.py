@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import Config, validate
+from cluster.config import RESULT_FREE, Config, validate
 from cluster.execution import Result, resume, run
 from cluster.run_folder import RunFolder
 from cluster.trees import ConfigError, apply_overrides, load_tree, merge, nested
@@ -53,6 +54,10 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Confi
         return None
     if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
         raise ConfigError(f"{source}: grid: expected dotted keys, each with a list of values; found {grid!r}")
+    fixed = [o for o in overrides if any(_covers(key, o.partition("=")[0]) for key in grid)]
+    if fixed:
+        raise ConfigError(f"{source}: {', '.join(fixed)}: the grid itself varies {', '.join(grid)}")
+    tree = apply_overrides(tree, overrides)
     runs: dict[str, Config] = {}
     for values in itertools.product(*grid.values()):
         point = tree
@@ -61,7 +66,7 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Confi
         name = "-".join(_short(key, value) for key, value in zip(grid, values, strict=True))
         if name in runs:
             raise ConfigError(f"{source}: grid: two runs are named {name}")
-        runs[name] = validate(apply_overrides(point, overrides))
+        runs[name] = validate(point)
     return runs
 
 
@@ -92,10 +97,13 @@ def run_grid(
             if result is not None and result["complete"]:
                 results[name] = Result(path, result)
                 continue
-            results[name] = resume(path, progress=started(name, config))
+            now = [f"{key}={json.dumps(config.dump()[key])}" for key in RESULT_FREE - {"tracking"}]
+            results[name] = resume(path, now, progress=started(name, config))
         else:
             results[name] = run(config, path, progress=started(name, config))
         write_table(results, output)
+        if results[name].summary["rounds"] < (config.stop_after or config.rounds):
+            break  # stopped by Ctrl-C
     write_table(results, output)
     return results
 
@@ -122,6 +130,11 @@ def write_table(results: Mapping[str, Result], folder: Path) -> None:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     (folder / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _covers(key: str, override: str) -> bool:
+    """Whether an override sets what the grid key sets; ``algorithm.sparsity`` is the point's to inherit."""
+    return override == key or (key.startswith(f"{override}.")) or override == f"{key}.name"
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> float | None:

@@ -16,6 +16,7 @@ def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         title: Its title.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -39,6 +40,7 @@ def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
     axes[1, 1].set(ylabel="agreement of masks (%)", xlabel="round", ylim=(0, 103))
     for place in axes.flat:
         place.grid(alpha=0.25)
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.spines[["top", "right"]].set_visible(False)
         if place.get_legend_handles_labels()[0]:
             place.legend(frameon=False, fontsize=9)

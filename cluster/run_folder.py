@@ -81,7 +81,7 @@ class RunFolder:
             RunFolderError: Another process is running it.
         """
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            with FileLock(self.checkpoints / ".lock", timeout=0):
                 yield
         except Timeout:
             raise RunFolderError(f"{self.path} is being run by another process") from None

@@ -230,11 +230,11 @@ def test_what_a_layer_can_exchange():
 
 def test_top_of_union_by_hand():
     layers = layers_of((5, 1), (4, 1))
-    magnitudes = torch.tensor([1.0, 5.0, 3.0, 0.0, 9.0, 0.0, 0.0, 7.0, 2.0])
-    union, before = bools("11110 1000"), bools("01001 0101")
+    magnitudes = torch.tensor([1.0, 5.0, 3.0, 0.0, 9.0, 3.0, 0.0, 7.0, 2.0])
+    union, before = bools("11110 1000"), bools("01001 1101")
     mask = top_of_union(magnitudes, union, before, np.array([2, 2]), layers)
-    # First layer: 5 and 3 of the union; 9 is nobody's. Second: the union's one position, though it is 0, then
-    # the 2 of the old mask; 7 is in neither.
+    # First layer: 5 and 3 of the union; 9 is nobody's. Second: the 3, the union's one position, then the 2
+    # of the old mask, which holds the 3 as well; 7 is in neither.
     assert torch.equal(mask, bools("01100 1001"))
 
 

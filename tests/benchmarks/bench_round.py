@@ -131,12 +131,16 @@ def measure(side: int, method: str, actors: int, cohort: int, rounds: int, folde
         pipe.send(False)
     engine.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
+    lines = run_folder.rounds()[5:]
+    phases = [key for key in lines[0] if key.startswith("time/") and key.endswith("_s")]
+    split = {key[5:-2]: statistics.median(line[key] for line in lines) * 1e3 for key in phases}
     print(
         f"{side}x{side}  {method:<10} cohort {cohort:>4}  ray {medians['ray'] * 1e3:8.1f} ms  "
         f"bare {medians['bare'] * 1e3:8.1f} ms  ratio {medians['ray'] / medians['bare']:.3f}  "
         f"driver {psutil.Process().memory_info().rss / 2**20:.0f} MiB",
         flush=True,
     )
+    print("    ms by phase: " + "  ".join(f"{name} {ms:.1f}" for name, ms in split.items()), flush=True)
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""The rooms keep their walls, and an installed wheel runs in an empty folder."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD = sys.stdlib_module_names
+
+
+def imported(path):
+    """Top-level names of everything a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def test_algorithms_knows_torch_and_numpy_only():
+    for path in (ROOT / "algorithms").rglob("*.py"):
+        assert set(imported(path)) - STANDARD <= {"torch", "numpy", "algorithms"}, path
+
+
+def test_cluster_does_not_import_tuning():
+    for path in (ROOT / "cluster").rglob("*.py"):
+        if path.name != "cli.py":
+            assert "tuning" not in imported(path), path
+
+
+def test_an_actor_imports_neither_mlflow_nor_optuna_nor_datasets():
+    code = (
+        "import sys, cluster.client; print([m for m in ('mlflow','optuna','datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, unpacked where nothing of the checkout is importable."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    return site
+
+
+def test_an_installed_wheel_runs_in_an_empty_folder(installed, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    overrides = ["rounds=1", "local.epochs=1", "execution=inline", "tracking.enabled=false"]
+    command = [sys.executable, "-m", "cluster", "run", *overrides, "--output", "run"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["complete"]
+    where = [sys.executable, "-c", "import cluster; print(cluster.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    assert str(installed) in found.stdout

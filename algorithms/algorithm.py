@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.aggregation import Total
-from algorithms.masks import target_count
+from algorithms.masks import cut_to_top_k, target_count
 from algorithms.parameters import ParameterLayout
 from algorithms.server_optimizers import ServerOptimizer
 
@@ -234,7 +234,7 @@ class Algorithm:
         if mask is not None:
             prunable, outside = layout.prunable_size, ~mask
             weights[:prunable].masked_fill_(outside, 0.0)
-            # Outside the mask moments are 0 too: a weight that leaves and comes back starts anew.
+            # Moments outside the mask are 0, so that they do not move a weight that comes back.
             moments = tuple(
                 torch.cat([m[:prunable].masked_fill(outside, 0.0), m[prunable:]]) for m in moments
             )
@@ -252,6 +252,10 @@ class Algorithm:
 
     def prepare(self, model: nn.Module) -> None:
         """Swap layers of the plain model in place; called once an actor."""
+
+    def cut(self, weights: Tensor, mask: Tensor | None, keep: int, layout: ParameterLayout) -> None:
+        """Cut ``weights``, float32[prunable], in place to a device tier's budget of ``keep`` weights."""
+        cut_to_top_k(weights, keep)
 
     def effective_weights(self, weights: Tensor, layout: ParameterLayout) -> Tensor:
         """theta: what the plain module computes with, float32[size], from the state's ``weights``."""

@@ -22,6 +22,7 @@ from algorithms.masks import (
     exchangeable,
     layer_counts,
     layer_sizes,
+    nested_mask,
     prune_and_grow,
     random_mask,
     target_count,
@@ -92,6 +93,7 @@ class Flash(Algorithm):
     name = "flash"
     paper = "Babakniya et al., TMLR 2023, arXiv 2208.13092"
     client = FlashClient
+    unequal_sparsity = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights outside the mask", low=0.0, high=0.9999)
     stage1: str = hyperparameter(
@@ -198,6 +200,13 @@ class Flash(Algorithm):
         mask = random_mask(self._mean_counts(total, layout), layout.prunable, rng)
         weights = inside(mask, state.arrays["initial_weights"])
         return ServerState(round=0, weights=weights, mask=mask, mask_version=state.mask_version + 1)
+
+    def cut(self, weights: Tensor, mask: Tensor | None, keep: int, layout: ParameterLayout) -> None:
+        """A tier's budget keeps the top of the larger mask, as its clients do."""
+        if mask is None:
+            super().cut(weights, mask, keep, layout)
+        else:
+            weights.masked_fill_(~nested_mask(weights.abs(), mask, keep, layout.prunable), 0.0)
 
     def _mean_counts(self, total: Total, layout: ParameterLayout) -> np.ndarray:
         """d_l |P_l|, d_l the n_i-weighted mean of the clients' densities of layer l, scaled to the target."""

@@ -16,6 +16,7 @@ from algorithms.hyperparameters import hyperparameter
 from algorithms.layers import (
     ActivationPruning,
     Powerpropagation,
+    draws_every_batch,
     inverse_power,
     power,
     prune_inputs,
@@ -136,11 +137,9 @@ class SparsyFed(Algorithm):
         def choose(name: str, layer: nn.Module) -> ActivationPruning | None:
             if self._is_plain(name):
                 return None
-            reuses = {"every_batch": False, "first_batch": True}.get(
-                self.threshold, not isinstance(layer, nn.Linear)
-            )
+            every_batch = draws_every_batch(self.threshold, linear=isinstance(layer, nn.Linear))
             return ActivationPruning(
-                density=None, every_batch=not reuses, minimum_density=self.min_activation_density
+                density=None, every_batch=every_batch, minimum_density=self.min_activation_density
             )
 
         prune_inputs(model, choose)

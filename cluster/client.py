@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from algorithms import Grid, ParameterLayout, Total
-from algorithms.masks import cut_to_top_k, target_count
+from algorithms.masks import target_count
 from cluster import seeding, wire
 from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
@@ -145,7 +145,8 @@ class ClientHost:
                 if chunk.tier is not None:
                     sparsity = self.config.devices.tiers[chunk.tier].sparsity
                     keep = target_count(layout.prunable_size, sparsity)
-                    cut_to_top_k(weights[: layout.prunable_size], keep)
+                    mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
+                    self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
                 models[chunk.tier] = self._method.effective_weights(weights, layout).numpy()
             split = self._splits[chunk.split]
             results.append(

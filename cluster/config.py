@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
 from cluster.choices import ChoiceError, build_choice
@@ -60,6 +60,12 @@ class DataSection(_Section):
     test_split: str = Field("test", description="name of the test split")
     validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
     cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
+
+    @field_validator("path", "cache")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        # Actors and a later resume run in other working directories.
+        return None if value is None else str(Path(value).expanduser().absolute())
 
 
 class PartitionSection(_Section):
@@ -266,7 +272,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 
 def code_digest() -> str:
-    """Short hash of the packages' source: runs are compared and resumed only with the code that made them."""
+    """Short hash of the packages' source, kept with every result."""
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
     for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):

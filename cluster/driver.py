@@ -88,6 +88,7 @@ class Driver:
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._refusals = ""
+        self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
         self.state = self._restore() or self._initial_state()
 
@@ -117,7 +118,7 @@ class Driver:
                 )
         self._finish_line()
         self.save_model()
-        return self._stored[self.state.round]
+        return self._stored[self.state.round] | self._final
 
     def _round(self) -> None:
         started = time.perf_counter()
@@ -134,6 +135,11 @@ class Driver:
         refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
         if len(refused) == len(outcome.reports):
             self._refused_rounds += 1
+            if instructions.round < 1:
+                raise DivergedError(
+                    f"every update of the stage before round 1 was refused: {refused}. "
+                    "A smaller local.lr is the usual cure."
+                )
             self.state = replace(state, round=state.round + 1)
         else:
             self._refused_rounds = 0
@@ -258,11 +264,15 @@ class Driver:
         """Measure and evaluate the last round, with no next round to overlap it with."""
         self._ending = True
         self._book_keeping()
-        if self._waiting is not None:
-            state = self.state
+        state = self.state
+        evaluated = self._stored.get(state.round, {}).get("test/accuracy") is not None
+        if self._waiting is not None or not evaluated:
             instructions = self.method.instruct(state, self.config.rounds, self.config.partition.clients)
             broadcast, _ = self._broadcast(state, instructions, np.array([], np.int64))
-            self._write_waiting_line(self.engine.run(broadcast, [], self._chunks, lambda: None))
+            outcome = self.engine.run(broadcast, [], self._chunks, lambda: None)
+            self._write_waiting_line(outcome)
+            # A run that was stopped elsewhere may have stored this round's line without an evaluation.
+            self._final = evaluation_metrics(outcome.evaluated)
         if self.state.round not in list_rounds(self.folder.checkpoints):
             self.checkpoint(self._held)
 

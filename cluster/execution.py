@@ -118,7 +118,8 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
         config = changed
     federation = _preflight(config)
     with connected(config, federation.layout.size):
-        folder.write_config(config)
+        with folder.locked():  # of another process's run not even the configuration is touched
+            folder.write_config(config)
         return _execute(folder, config, progress)
 
 
@@ -141,10 +142,11 @@ def _conduct(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     config = folder.config()
+    torch.set_num_threads(config.threads)
     federation = Federation.of(config)
     engine = make_engine(config, federation)
-    tracker = make_tracker(folder, config, federation)
     try:
+        tracker = make_tracker(folder, config, federation)
 
         def stored(line: Line) -> None:
             if tracker is not None:
@@ -156,15 +158,15 @@ def _conduct(
             tracker.start()
         started = time.perf_counter()
         try:
-            driver.run()
+            last = driver.run()
+            summary = summary_of(folder, config, federation, last, time.perf_counter() - started)
+            folder.write_result(summary)
+            artifacts = write_artifacts(folder, federation)
         except BaseException as error:
             if tracker is not None:
                 status: tracking.Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
                 tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
             raise
-        summary = summary_of(folder, config, federation, time.perf_counter() - started)
-        folder.write_result(summary)
-        artifacts = write_artifacts(folder, federation)
         if tracker is not None:
             final = {f"final/{k}": v for k, v in summary.items() if isinstance(v, (int, float))}
             delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
@@ -216,7 +218,6 @@ class DriverActor:
 def _execute(folder: RunFolder, config: Config, progress: Progress | None) -> Result:
     on_line = progress or (lambda line: None)
     if config.execution == "inline":
-        torch.set_num_threads(config.threads)
         with _stop_on_signal() as stopped:
             summary = conduct(
                 folder.path,

@@ -6,7 +6,6 @@ and leaves the update in a flat buffer. No DataLoader, no optimizer object, no r
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass
 
@@ -75,7 +74,6 @@ class Trained:
         deactivated: |{w_t != 0 and w_i = 0}| after it.
         flops_dense: Dense-equivalent training FLOPs.
         flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
-        seconds: Wall-clock time of the visit.
     """
 
     values: np.ndarray
@@ -88,7 +86,6 @@ class Trained:
     deactivated: int
     flops_dense: float
     flops_sparse: np.ndarray
-    seconds: float
 
 
 class Trainer:
@@ -145,7 +142,6 @@ class Trainer:
             sparsity: The client's target sparsity.
             broadcast: The round's global model and instructions.
         """
-        started = time.perf_counter()
         instructions, settings = broadcast.instructions, self.settings
         stream = (settings.seed, instructions.round, client)
         torch.manual_seed(seeding.integer(stream[0], "torch", *stream[1:]))
@@ -175,7 +171,11 @@ class Trainer:
         received = nonzero_mask(self._global[: layout.prunable_size])
         density_received = self._layer_density(received)
 
+        extra_samples = 0
+
         def one_more_batch() -> None:
+            nonlocal extra_samples
+            extra_samples += min(batch, samples)
             chosen = torch.from_numpy(order.permutation(samples)[:batch]).to(self.device)
             self._backward(client_half, images[chosen], labels[chosen])
 
@@ -218,10 +218,9 @@ class Trainer:
             regrown_before_cut=int(torch.count_nonzero(before_cut & ~received)),
             regrown=int(torch.count_nonzero(after_cut & ~received)),
             deactivated=int(torch.count_nonzero(received & ~after_cut)),
-            flops_dense=self.flops.dense(samples * epochs),
+            flops_dense=self.flops.dense(samples * epochs + extra_samples),
             flops_sparse=self.flops.sparse(first, density_received, activations)
-            + self.flops.sparse(samples * epochs - first, density_training, activations),
-            seconds=time.perf_counter() - started,
+            + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
         )
 
     def evaluate(self, effective: np.ndarray, split: Split, start: int, stop: int) -> tuple[int, float]:

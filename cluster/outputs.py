@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,31 +13,24 @@ from cluster import tracking
 from cluster.config import Config, code_digest, validate
 from cluster.federation import Federation
 from cluster.plots import curves
-from cluster.run_folder import RunFolder, RunFolderError
+from cluster.run_folder import RunFolder
 from cluster.workload.partition import picture
 
-if TYPE_CHECKING:
-    pass
 
-
-def summary_of(folder: RunFolder, config: Config, federation: Federation, seconds: float) -> dict[str, Any]:
-    """What ``result.json`` holds."""
-    lines = folder.rounds()
-    last = lines[-1]
+def summary_of(
+    folder: RunFolder, config: Config, federation: Federation, last: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What ``result.json`` holds; ``last`` is the last round's line with its evaluation."""
+    lines = [*folder.rounds()[:-1], last]
     metric = federation.selection_metric
     measured = [line for line in lines if line.get(metric) is not None]
-    if not measured:
-        raise RunFolderError(
-            f"{folder.path}: round {lines[-1]['round']} is computed, but no round was evaluated yet; "
-            f"raise stop_after (now {config.stop_after})"
-        )
     best = max(measured, key=lambda line: (line[metric], -line["round"]))
     return {
         "method": config.algorithm.name,
         "seed": config.seed,
         "rounds": last["round"],
         "complete": last["round"] >= config.rounds,
-        "accuracy": measured[-1]["test/accuracy"],
+        "accuracy": last["test/accuracy"],
         "best_accuracy": best["test/accuracy"],
         "best_round": best["round"],
         "selected_by": metric,

@@ -8,15 +8,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.config import Config
 from cluster.engine import RayEngine
 from cluster.federation import Federation, prepare_arguments
 from cluster.workload.datasets import prepare
-
-if TYPE_CHECKING:
-    pass
 
 
 class ClusterError(RuntimeError):
@@ -27,13 +24,10 @@ def ray_engine(config: Config, federation: Federation) -> RayEngine:
     """Actors on the connected cluster, one a free core (or GPU share) unless configured."""
     import ray
 
-    resources = ray.cluster_resources()
     actors = config.actors
     if actors is None:
-        actors = int(resources.get("CPU", 1) // config.cpus_per_actor)
-        if config.gpus_per_actor > 0:
-            actors = min(actors, int(resources.get("GPU", 0) / config.gpus_per_actor))
-        actors = max(1, min(actors, config.cohort))
+        room = sum(_actors_on(node["Resources"], config) for node in ray.nodes() if node["Alive"])
+        actors = max(1, min(room, config.cohort))
     _decode_on_every_node(config)
     return RayEngine(
         federation.workload(),
@@ -42,6 +36,15 @@ def ray_engine(config: Config, federation: Federation) -> RayEngine:
         cpus=config.cpus_per_actor,
         gpus=config.gpus_per_actor,
     )
+
+
+def _actors_on(resources: dict[str, float], config: Config) -> int:
+    """How many actors one node holds; an actor's share never spans two GPUs."""
+    room = int(resources.get("CPU", 0) / config.cpus_per_actor + 1e-9)
+    gpus, share = resources.get("GPU", 0.0), config.gpus_per_actor
+    if share > 0:
+        room = min(room, int(gpus // share) if share >= 1 else int(gpus) * int(1 / share + 1e-9))
+    return room
 
 
 @contextmanager
@@ -68,7 +71,8 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
     arguments: dict[str, Any] = {}
     if local:
         # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and spare room.
-        actors = config.actors or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+        actors = config.actors or max(1, min(config.cohort, int(cores / config.cpus_per_actor)))
         store = 2**28 + 2 * model_size * (20 * actors + 16)
         arguments = {"include_dashboard": False, "object_store_memory": store}
     if not local and _is_user_code(config):

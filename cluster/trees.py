@@ -14,9 +14,6 @@ import yaml
 from algorithms import hyperparameters, registry
 from cluster.choices import ChoiceError, load_attribute
 
-#: Sections whose ``name`` decides what their other keys mean.
-_CHOICES = ("algorithm", "model", "data", "partition", "server")
-
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names each key, what was found and what is allowed."""

@@ -284,7 +284,7 @@ def test_a_run_that_is_stopped_is_evaluated(cache, tmp_path, monkeypatch):
     assert last["round"] == 2
     assert ["test/accuracy" in line for line in folder.rounds()] == [False, True]
     assert list_rounds(folder.checkpoints) == [2]
-    assert outputs.summary_of(folder, config, federation, 1.0)["accuracy"] == last["test/accuracy"]
+    assert outputs.summary_of(folder, config, federation, last, 1.0)["accuracy"] == last["test/accuracy"]
 
 
 def test_accuracy_and_loss_of_each_split(cache, tmp_path):
@@ -327,7 +327,7 @@ def test_the_best_checkpoint_is_kept(cache, tmp_path):
     # The last round's own score is not known when its checkpoint is written.
     best = max(range(1, 8), key=lambda r: (scores[r], -r))
     assert set(list_rounds(folder.checkpoints)) == {7, 8, best}
-    summary = outputs.summary_of(folder, config, run.driver.federation, 1.0)
+    summary = outputs.summary_of(folder, config, run.driver.federation, folder.rounds()[-1], 1.0)
     assert summary["best_round"] == max(scores, key=lambda r: (scores[r], -r))
     assert summary["accuracy"] == scores[8]
 

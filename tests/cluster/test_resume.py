@@ -195,11 +195,16 @@ def test_an_interruption_between_evaluations(cache, tmp_path):
     assert models[0] == models[1]
 
 
-def test_resuming_before_the_first_evaluation_says_so(cache, tmp_path):
+def test_a_run_ended_earlier_than_it_had_come_is_evaluated_there(cache, tmp_path):
+    """Rounds 1 to 3 have no accuracy yet; ending the run after round 2 measures the model it ends with."""
     config = federated(cache, evaluate_every=5)
     drive(RunFolder.create(tmp_path / "run", config), Federation.of(config), killed_at=3)
-    with pytest.raises(RunFolderError, match=r"no round was evaluated yet; raise stop_after \(now 2\)"):
-        cluster.resume(tmp_path / "run", ["stop_after=2"])
+    result = cluster.resume(tmp_path / "run", ["stop_after=2"])
+    expected = cluster.run(config.model_copy(update={"stop_after": 2}), tmp_path / "reference")
+    assert result.summary["rounds"] == 2
+    assert result.summary["accuracy"] == expected.summary["accuracy"]
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "reference")]
+    assert models[0] == models[1]
 
 
 @pytest.mark.parametrize("method", ["sparsyfed", "fixed_mask"])

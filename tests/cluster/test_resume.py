@@ -233,6 +233,14 @@ def test_a_resnet_with_batch_norm(cache, tmp_path, method):
 
 # ------------------------------------------------------------------------------------------- SIGKILL
 
+#: 700,000 weights and clients of unequal size: sums that were grouped differently would show.
+WIDE = {
+    "data": {"name": "digits"},
+    "model": {"name": "resnet18", "width": 16},
+    "partition": {"clients": 60, "alpha": 0.3},
+    "cohort": 3,
+}
+
 KILL = """
 import os, signal, sys, time
 from pathlib import Path
@@ -278,7 +286,8 @@ def python(code, *arguments):
 
 
 def test_sigkill_at_the_worst_moments(cache, tmp_path):
-    config = federated(cache, **VARIANTS["feddst, momentum"])
+    config = federated(cache, **VARIANTS["feddst, momentum"], **WIDE)
+    assert len(set(Federation.of(config).sizes.tolist())) > 5
     cluster.run(config, tmp_path / "reference")
     ended = python(KILL, tmp_path / "reference", tmp_path)
     points = dict(line.split() for line in ended.stdout.splitlines())
@@ -340,8 +349,8 @@ def points_in_mlflow(database):
 def test_sigkill_before_the_flush_to_mlflow(cache, tmp_path):
     database = tmp_path / "mlflow.db"
     tracked = {"enabled": True, "uri": f"sqlite:///{database}"}
-    config = federated(cache, tracking=tracked)
-    untracked = federated(cache)
+    config = federated(cache, tracking=tracked, **WIDE)
+    untracked = federated(cache, **WIDE)
     cluster.run(untracked, tmp_path / "reference")
     # The configuration travels in a folder of its own: nothing may be in the run's.
     RunFolder.create(tmp_path / "asked", config)

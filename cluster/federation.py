@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from algorithms import ParameterLayout
 from cluster.client import EvaluationChunk, Workload, build_model
 from cluster.config import Config
+from cluster.devices import Devices
+from cluster.flops import LayerFlops, count_activations
 from cluster.local_training import to_input
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.models import ModelError
@@ -41,7 +43,7 @@ class Federation:
         """Decode the data once, hold validation out, then divide the rest among the clients.
 
         Raises:
-            DataError, PartitionError, ModelError: Naming the key, what was found and the fix.
+            DataError, PartitionError, ModelError, DeviceError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition.seed)
@@ -58,6 +60,7 @@ class Federation:
         )
         federation = cls(config, dataset, divided, validation)
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        Devices(config).check(federation.training_bytes)
         return federation
 
     @cached_property
@@ -69,13 +72,28 @@ class Federation:
     def layout(self) -> ParameterLayout:
         """The model's flat layout, checked by a dry forward on real images."""
         model, shape = self.model, self.dataset.image_shape
-        example = to_input(self.dataset.train.images[:2], torch.device("cpu"))
         try:
-            return ParameterLayout.of(model, example)
+            return ParameterLayout.of(model, self._example)
         except (ValueError, RuntimeError) as error:
             raise ModelError(
                 f"model.name: {self.config.model.name} cannot take images of shape {shape}: {error}"
             ) from error
+
+    @cached_property
+    def flops(self) -> LayerFlops:
+        """Training FLOPs of the plain model's prunable layers."""
+        return LayerFlops.of(self.model, self.layout, self._example)
+
+    @cached_property
+    def training_bytes(self) -> int:
+        """Bytes that training takes on a device: weights, gradient and a batch's activations, float32."""
+        trained = self.layout.trained_size * (2 if self.config.build_algorithm().reparameterised else 1)
+        activations = self.config.local.batch_size * count_activations(self.model, self._example)
+        return 4 * (self.layout.size + trained + activations)
+
+    @property
+    def _example(self) -> Tensor:
+        return to_input(self.dataset.train.images[:2], torch.device("cpu"))
 
     @property
     def initial_weights(self) -> Tensor:
@@ -96,7 +114,8 @@ class Federation:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
         test, val = len(self.dataset.test.labels), len(self.validation)
         whole: list[tuple[str, int, str | None]] = [("test", test, None), ("val", val, None)]
-        whole += [("test", test, tier) for tier in self.config.devices.tiers]
+        tiers = self.config.devices.tiers.items()
+        whole += [("test", test, name) for name, tier in tiers if tier.sparsity is not None]
         return [
             EvaluationChunk(split, start, min(start + rows, length), tier)
             for split, length, tier in whole

@@ -39,6 +39,7 @@ def summary_of(
         "downlink_bytes": last["comm/downlink_bytes_total"],
         "flops_dense": last["flops/dense_total"],
         "flops_sparse": last["flops/sparse_total"],
+        "simulated_s": last["time/simulated_s"],
         "seconds": round(seconds, 3),
         "config_hash": config.digest(),
         "code_hash": code_digest(),

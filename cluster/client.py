@@ -25,6 +25,7 @@ from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
+from cluster.workload.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Workload:
         indices: Rows of the training split, client after client, int64.
         offsets: Client i owns ``indices[offsets[i]:offsets[i + 1]]``, int64[clients + 1].
         validation: Rows held out of the training split.
+        shifted: Who owns which rows after the first, second ... shift of the data.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Workload:
     indices: np.ndarray
     offsets: np.ndarray
     validation: np.ndarray
+    shifted: tuple[Partition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Task:
 class ClientReport:
     """What a host tells the driver of one visit, beside the total.
 
-    ``visit_s`` is simulated. ``late`` updates are left out; ``folded`` ones are in the host's total; a
-    ``message`` is one that the driver decides about.
+    ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
+    are in the host's total; a ``message`` is one that the driver decides about.
     """
 
     client: int
@@ -91,9 +94,9 @@ class ClientReport:
     flops_dense: float
     flops_sparse: np.ndarray
     refused: str | None
-    visit_s: float = 0.0
+    visit_s: float = math.inf
     late: bool = False
-    folded: bool = True
+    folded: bool = False
     message: bytes | None = None
 
     @property
@@ -197,6 +200,8 @@ class ClientHost:
     def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
         offsets = self._workload.offsets
         rows = self._workload.indices[offsets[task.client] : offsets[task.client + 1]]
+        if broadcast.period:
+            rows = self._workload.shifted[broadcast.period - 1].client(task.client)
         stage = "train"
         try:
             marks = [time.perf_counter()]

@@ -59,9 +59,9 @@ class Clock(Generic[Event]):
             raise ValueError(f"an event at {time} s lies before now, {self.now} s")
         heapq.heappush(self._ahead, (time, sequence, event))
 
-    def next_time(self) -> float:
-        """When the first event is; infinity when there is none."""
-        return self._ahead[0][0] if self._ahead else float("inf")
+    def next_event(self) -> tuple[float, int]:
+        """Time and sequence number of the first event; at infinity when there is none."""
+        return self._ahead[0][:2] if self._ahead else (float("inf"), 0)
 
     def advance(self) -> Event:
         """Move to the first event and return it."""

@@ -132,10 +132,10 @@ class Config(Section):
                 )
             buffer = section.buffer or self.cohort
             concurrency = section.concurrency or 2 * buffer
-            if concurrency > self.partition.clients:
+            if concurrency + buffer > self.partition.clients:
                 yield (
-                    f"schedule.concurrency: {concurrency} clients at a time, but partition.clients is "
-                    f"{self.partition.clients}"
+                    f"schedule.concurrency: {concurrency} clients in flight and {buffer} in the buffer are "
+                    f"more than partition.clients, {self.partition.clients}"
                 )
         for key in others:
             if getattr(section, key) is not None:
@@ -152,6 +152,14 @@ class Config(Section):
             return
         if shift.round > self.rounds:
             yield f"shift.round: {shift.round} is beyond rounds: {self.rounds}"
+        try:
+            PartitionSection.model_validate({**self.partition.model_dump(), **shift.partition})
+        except ValidationError as error:
+            for problem in error.errors():
+                key, found = ".".join(map(str, problem["loc"])), problem["input"]
+                known = f"; known here: {', '.join(PartitionSection.model_fields)}"
+                known = known if problem["type"] == "extra_forbidden" else ""
+                yield f"shift.partition.{key}: {problem['msg']}, found {found!r}{known}"
         if "clients" in shift.partition:
             yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 

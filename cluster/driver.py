@@ -32,6 +32,7 @@ from cluster.federation import Federation
 from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 from cluster.run_folder import RunFolder, comparable
 from cluster.schedule import Snapshot, make_schedule
+from cluster.shift import shift_metrics
 
 #: Rounds in a row in which every update was refused, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3
@@ -227,6 +228,7 @@ class Driver:
 
     def _store(self, line: Line) -> None:
         """Write a round's line, or check it against the one stored before the run was interrupted."""
+        line |= shift_metrics(self.config, self._stored, line)
         stored = self._stored.get(line["round"])
         if stored is None:
             self.folder.append_round(line)
@@ -257,11 +259,14 @@ class Driver:
             "totals": self._totals,
             "held": sorted(snapshot.held.items()),
             "simulated_s": snapshot.simulated_s,
+            "flight": snapshot.flight,
             "refused_rounds": self._refused_rounds,
             "waiting": self._waiting,
         }
         save_checkpoint(
-            self.folder.checkpoints, Checkpoint(self.state, driver, self._digest), best_round=best
+            self.folder.checkpoints,
+            Checkpoint(self.state, driver, self._digest, snapshot.bases),
+            best_round=best,
         )
 
     def save_model(self) -> None:
@@ -286,7 +291,8 @@ class Driver:
             raise CheckpointError(f"{path} belongs to another configuration (hash {stored.digest})")
         self._totals = dict(stored.driver["totals"])
         held = {int(client): int(version) for client, version in stored.driver["held"]}
-        self._schedule.restore(Snapshot(stored.driver["simulated_s"], held))
+        simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
+        self._schedule.restore(Snapshot(simulated_s, held, flight, dict(stored.bases)), stored.state)
         self._refused_rounds = int(stored.driver["refused_rounds"])
         self._waiting = stored.driver["waiting"]
         return stored.state

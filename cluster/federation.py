@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.devices import Devices
 from cluster.flops import LayerFlops, count_activations
 from cluster.local_training import to_input
+from cluster.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.models import ModelError
 from cluster.workload.partition import Partition, partition
@@ -31,12 +32,14 @@ class Federation:
         dataset: The decoded data set.
         partition: Who owns which rows of the training split.
         validation: Rows held out of the training split.
+        shifted: Who owns which rows after the first, second ... shift of the data.
     """
 
     config: Config
     dataset: Dataset
     partition: Partition
     validation: np.ndarray
+    shifted: tuple[Partition, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Federation:
@@ -47,18 +50,23 @@ class Federation:
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition.seed)
-        section = config.partition
-        divided = partition(
-            section.name,
-            dataset.train.labels,
-            clients=section.clients,
-            seed=section.seed,
-            alpha=section.alpha,
-            shards_per_client=section.shards_per_client,
-            groups=dataset.train.groups,
-            available=kept,
-        )
-        federation = cls(config, dataset, divided, validation)
+        labels = dataset.train.labels
+        periods = []
+        for period in range(1 + period_of(config.shift, config.rounds)):
+            section = partition_of(config, period)
+            periods.append(
+                partition(
+                    section.name,
+                    labels,
+                    clients=section.clients,
+                    seed=section.seed,
+                    alpha=section.alpha,
+                    shards_per_client=section.shards_per_client,
+                    groups=dataset.train.groups,
+                    available=rows_of(config, period, kept, labels),
+                )
+            )
+        federation = cls(config, dataset, periods[0], validation, tuple(periods[1:]))
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
         Devices(config).check(federation.training_bytes)
         return federation
@@ -105,6 +113,10 @@ class Federation:
         """Samples of every client, int64[clients]."""
         return self.partition.sizes
 
+    def sizes_in(self, period: int) -> np.ndarray:
+        """Samples of every client after so many shifts of the data, int64[clients]."""
+        return self.shifted[period - 1].sizes if period else self.sizes
+
     @property
     def selection_metric(self) -> str:
         """What the best checkpoint is chosen by: validation accuracy where data was held out."""
@@ -130,6 +142,7 @@ class Federation:
             indices=self.partition.indices,
             offsets=self.partition.offsets,
             validation=self.validation,
+            shifted=self.shifted,
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from algorithms import Algorithm, Grid, Instructions, ServerState, Total
 from cluster import seeding, wire
@@ -25,6 +26,7 @@ from cluster.federation import Federation
 from cluster.local_training import Broadcast
 from cluster.metrics import Downlink
 from cluster.samplers import Candidates, draw
+from cluster.shift import period_of
 
 #: Simulated seconds after which the server asks again when nobody answers and there is no deadline.
 IDLE_S = 60.0
@@ -37,14 +39,14 @@ class Snapshot:
     Attributes:
         simulated_s: Simulated seconds since the run began.
         held: Version of the mask that each client holds.
-        flight: Clients in flight, plain JSON values (buffered).
-        bases: Versions of the model that they started from, by round (buffered).
+        flight: The next dispatch's number and the clients in flight, plain JSON values (buffered).
+        bases: Weights that they started from by version, float32[size] (buffered).
     """
 
     simulated_s: float = 0.0
     held: dict[int, int] = field(default_factory=dict)
-    flight: dict[str, Any] = field(default_factory=dict)
-    bases: dict[int, ServerState] = field(default_factory=dict)
+    flight: Any = None
+    bases: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Schedule(ABC):
         """What :meth:`restore` continues from after the rounds so far."""
         return Snapshot(self.clock.now, self.sender.held)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a checkpoint."""
+    def restore(self, snapshot: Snapshot, state: ServerState) -> None:
+        """Continue from a checkpoint of ``state``."""
         self.clock, self.sender.held = Clock(snapshot.simulated_s), snapshot.held
 
     def evaluate(
@@ -115,15 +117,19 @@ class Schedule(ABC):
         """What the next round's clients are told."""
         return self.method.instruct(state, self.config.rounds, self.config.partition.clients)
 
-    def draw(self, count: int, round_number: int, stream: int) -> np.ndarray:
-        """Ask the sampler for clients, int64, ascending; ``stream`` numbers the draws of a run."""
+    def sizes(self, round_number: int) -> np.ndarray:
+        """Samples of every client in a round, int64[clients]."""
+        return self.federation.sizes_in(period_of(self.config.shift, round_number))
+
+    def draw(self, count: int, round_number: int, rng: np.random.Generator) -> np.ndarray:
+        """Ask the sampler for clients, int64, ascending."""
         candidates = Candidates(
-            self.federation.sizes,
+            self.sizes(round_number),
             lambda clients: self.devices.available(clients, self.clock.now),
             round_number,
             self.clock.now,
         )
-        return draw(self._sampler, seeding.generator(self.config.seed, "cohort", stream), count, candidates)
+        return draw(self._sampler, rng, count, candidates)
 
     def broadcast(self, parcel: Parcel, instructions: Instructions, samples: int) -> Broadcast:
         """What every actor gets for clients with ``samples`` samples together."""
@@ -135,6 +141,7 @@ class Schedule(ABC):
             lr=self.config.learning_rate(max(1, instructions.round)),
             limit=Grid.for_round(parcel.exact, samples).limit,
             samples=samples,
+            period=period_of(self.config.shift, instructions.round),
         )
 
     def tasks(
@@ -147,10 +154,10 @@ class Schedule(ABC):
         """
         epochs = instructions.epochs or self.config.local.epochs
         default, spares = self.method.sparsity, self.config.devices.flops == "sparse"
-        tasks, bounds = [], []
+        sizes, tasks, bounds = self.sizes(instructions.round), [], []
         for client, device in zip(clients.tolist(), self.devices.of(clients), strict=True):
             size = self.sender.bytes_for(client, parcel)
-            samples = int(self.federation.sizes[client]) * epochs
+            samples = int(sizes[client]) * epochs
             bounds.append(device.duration(size, 0.0 if spares else self.federation.flops.dense(samples), 0))
             tasks.append(Task(client, self.devices.sparsity(client, default), device, size))
         return tasks, np.array(bounds)
@@ -185,7 +192,8 @@ class Synchronous(Schedule):
         section, started = self.config.schedule, self.clock.now
         instructions = self.instruct(state)
         number, wanted = instructions.round, instructions.cohort or self.config.cohort
-        asked = self.draw(math.ceil(wanted * section.over_selection - 1e-9), number, number)
+        rng = seeding.generator(self.config.seed, "cohort", number)
+        asked = self.draw(math.ceil(wanted * section.over_selection - 1e-9), number, rng)
         reached = asked[self.devices.available(asked, started)]
         parcel = self.sender.parcel(state)
         tasks, bounds = self.tasks(reached, parcel, instructions)
@@ -202,11 +210,11 @@ class Synchronous(Schedule):
             for task, lost in zip(sent, gone, strict=True)
             if not lost
         ]
-        samples = int(self.federation.sizes[clients[~gone]].sum())
+        samples = int(self.sizes(number)[clients[~gone]].sum())
         broadcast = self.broadcast(parcel, instructions, samples)
         prepared = time.perf_counter()
         outcome = self.engine.run(broadcast, playing, chunks, meanwhile)
-        arrivals = {report.client: report.visit_s for report in outcome.reports}
+        arrivals = {r.client: r.visit_s for r in outcome.reports if r.visit_s < math.inf}
         first = first_arrivals(((s, client) for client, s in arrivals.items()), wanted, deadline)
         self._settle(outcome, broadcast, set(first))
         self.clock.now = started + self._length(first, arrivals, wanted, len(sent))
@@ -225,7 +233,7 @@ class Synchronous(Schedule):
         total, layout = outcome.total, self.federation.layout
         for place, report in enumerate(outcome.reports):
             if report.client not in first:
-                report = replace(report, late=True, message=None)
+                report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
                 total = total or Total.zero(
                     Grid(broadcast.limit, broadcast.samples), layout, masked=self.method.masked
@@ -249,4 +257,7 @@ class Synchronous(Schedule):
 
 def make_schedule(federation: Federation, engine: Engine, method: Algorithm) -> Schedule:
     """The configured schedule."""
-    return Synchronous(federation, engine, method)
+    from cluster.buffered import Buffered
+
+    kinds = {"synchronous": Synchronous, "buffered": Buffered}
+    return kinds[federation.config.schedule.name](federation, engine, method)

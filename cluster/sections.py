@@ -139,7 +139,7 @@ class DevicesSection(Section):
             return value
         own = value.get("tiers") or {}
         tiers = {name: {**tier, **own.get(name, {})} for name, tier in PROFILES[profile].items()}
-        return {**value, "tiers": {**own, **tiers}}
+        return {**value, "tiers": {**tiers, **{name: own[name] for name in own if name not in tiers}}}
 
     @property
     def kinds(self) -> dict[str, TierSection]:

@@ -155,14 +155,15 @@ def test_the_mask_holds_exactly_k_and_zeros_stay_exactly_zero(tmp_path):
 
 def expected_downlink(run) -> list[int]:
     """Each round's bytes down, from the states and cohorts alone."""
-    driver, held, bills = run.driver, {}, []
+    held, bills = {}, []
+    shape = run.driver._schedule.shape
     for before, line in zip(run.states, run.lines, strict=False):
         exact, mask = before.weights.numpy(), before.mask
-        support = exact[: driver._schedule.shape.prunable] != 0 if mask is None else mask.numpy()
-        full = len(wire.encode(exact, support, driver._schedule.shape))
+        support = exact[: shape.prunable] != 0 if mask is None else mask.numpy()
+        full = len(wire.encode(exact, support, shape))
         # Values alone: the header, K masked and all other values, 4 bytes each.
-        header = wire.describe(wire.encode(exact, support, driver._schedule.shape))["header_bytes"]
-        values = header + 4 * (int(support.sum()) + driver._schedule.shape.size - driver._shape.prunable)
+        header = wire.describe(wire.encode(exact, support, shape))["header_bytes"]
+        values = header + 4 * (int(support.sum()) + shape.size - shape.prunable)
         bill = 0
         for client in sorted(client for number, client in run.uploads if number == line["round"]):
             knows = mask is not None and held.get(client) == before.mask_version

@@ -20,7 +20,9 @@ from algorithms.masks import cut_to_top_k, target_count
 from cluster import seeding, wire
 from cluster.choices import load_attribute
 from cluster.client import wire_shape
+from cluster.clock import Device
 from cluster.config import Config
+from cluster.devices import Devices
 from cluster.federation import Federation
 from cluster.flops import count_activations
 from cluster.local_training import to_input
@@ -138,6 +140,7 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
     _model(console, federation)
     _partition(console, federation, picture_file or Path(f"partition-{benchmark_name(config)}.png"))
     _bytes(console, federation)
+    _devices(console, federation)
     _memory(console, federation, before)
 
 
@@ -242,6 +245,30 @@ def _bytes(console: Console, federation: Federation) -> None:
         "A download holds the union of the cohort's supports: as small as an upload where the masks agree.",
         style="dim",
     )
+
+
+def _devices(console: Console, federation: Federation) -> None:
+    """What each tier is like, and how long a visit with a dense model takes its median device."""
+    config, devices = federation.config, Devices(federation.config)
+    dense = wire.dense_bytes(wire_shape(federation.layout))
+    flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
+    profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
+    _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")
+    table = _table("tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit")
+    counts = np.bincount(devices.tiers, minlength=len(devices.kinds))
+    for (name, tier), count in zip(config.devices.kinds.items(), counts, strict=True):
+        seconds = Device(tier.compute, tier.downlink, tier.uplink, tier.latency).duration(dense, flops, dense)
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{tier.compute / 1e9:,.1f}",
+            f"{tier.uplink / _MEGA:,.1f}",
+            f"{tier.downlink / _MEGA:,.1f}",
+            f"{tier.dropout:.0%}",
+            tier.availability.name,
+            f"{seconds:,.2f} s",
+        )
+    console.print(table)
 
 
 def _memory(console: Console, federation: Federation, process: int) -> None:

@@ -82,6 +82,7 @@ class Schedule(ABC):
         self.shape = wire_shape(federation.layout)
         self.sender = Sender(self.shape, config.wire.downlink)
         self._sampler = config.build_sampler()
+        self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
         self.clock: Clock[Any] = Clock()
 
     @abstractmethod
@@ -119,7 +120,10 @@ class Schedule(ABC):
 
     def sizes(self, round_number: int) -> np.ndarray:
         """Samples of every client in a round, int64[clients]."""
-        return self.federation.sizes_in(period_of(self.config.shift, round_number))
+        period = period_of(self.config.shift, round_number)
+        if period not in self._sizes:
+            self._sizes = {period: self.federation.sizes_in(period)}
+        return self._sizes[period]
 
     def draw(self, count: int, round_number: int, rng: np.random.Generator) -> np.ndarray:
         """Ask the sampler for clients, int64, ascending."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -272,6 +273,11 @@ def _in_plain_words(error: ValidationError) -> str:
         elif problem["type"] == "model_type":
             named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
             lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
+        elif problem["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            near = difflib.get_close_matches(str(problem["input"]), allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -134,12 +134,16 @@ class DevicesSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _on_top_of_profile(cls, value: Any) -> Any:
-        profile = value.get("profile") if isinstance(value, dict) else None
-        if profile not in PROFILES:
+        known = PROFILES.get(value.get("profile")) if isinstance(value, dict) else None
+        own = (value.get("tiers") or {}) if known else None
+        if not known or not isinstance(own, dict):
             return value
-        own = value.get("tiers") or {}
-        tiers = {name: {**tier, **own.get(name, {})} for name, tier in PROFILES[profile].items()}
-        return {**value, "tiers": {**tiers, **{name: own[name] for name in own if name not in tiers}}}
+        tiers = dict(own)
+        for name, tier in known.items():
+            on_top = own.get(name, {})
+            tiers[name] = {**tier, **on_top} if isinstance(on_top, dict) else on_top
+        # The profile's tiers first, in its order.
+        return {**value, "tiers": {name: tiers[name] for name in dict.fromkeys([*known, *own])}}
 
     @property
     def kinds(self) -> dict[str, TierSection]:

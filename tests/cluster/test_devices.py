@@ -208,7 +208,7 @@ def test_tiers_with_and_without_a_budget_mix():
             "devices.tiers.large.comptue=1e9",
             r"devices.tiers.large.comptue: unknown .* mean .*compute",
         ),
-        ("devices.profile=phone", r"devices.profile: .*'phones'.* found 'phone'"),
+        ("devices.profile=phone", r"devices.profile: .*'phones'.* found 'phone'; did you mean phones\?"),
         (
             "devices.tiers.large.availability.name=trace",
             "the CSV file of a trace, found None with name",

@@ -134,7 +134,7 @@ class DevicesSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _on_top_of_profile(cls, value: Any) -> Any:
-        known = PROFILES.get(value.get("profile")) if isinstance(value, dict) else None
+        known = PROFILES.get(str(value.get("profile"))) if isinstance(value, dict) else None
         own = (value.get("tiers") or {}) if known else None
         if not known or not isinstance(own, dict):
             return value

@@ -145,6 +145,20 @@ class Total:
         self.samples += samples
         self.clients.append(client)
 
+    def shift(self, values: np.ndarray, samples: int) -> None:
+        """Add ``samples * values`` to what was folded, without counting an update.
+
+        Args:
+            values: float32[n] for the first n positions, none larger than ``grid.limit``.
+            samples: The n_i of the update that is moved.
+
+        Raises:
+            OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
+        """
+        if not np.abs(values).max(initial=0.0) <= self.grid.limit:
+            raise OverflowError(f"a value is not finite or exceeds {self.grid.limit:.3g}")
+        self._add(slice(0, len(values)), values, samples)
+
     def merge(self, other: Total) -> Total:
         """Add ``other`` to this total, in place."""
         self.high += other.high

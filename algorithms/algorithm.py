@@ -170,6 +170,9 @@ class Algorithm:
     client: ClassVar[type[Client]] = Client
     #: Whether clients may differ in their target sparsity (device tiers).
     unequal_sparsity: ClassVar[bool] = False
+    #: Whether the updates of a server step may start from different versions of the model (the buffered
+    #: schedule): ``advance`` asks the total for its (masked) mean alone, and no mask or phase changes.
+    asynchronous: ClassVar[bool] = False
 
     #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
     sparsity = 0.0

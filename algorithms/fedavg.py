@@ -13,3 +13,4 @@ class FedAvg(Algorithm):
 
     name = "fedavg"
     paper = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
+    asynchronous = True

@@ -70,6 +70,7 @@ class FedDST(FixedMask):
     name = "feddst"
     paper = "Bibikar et al., AAAI 2022, arXiv 2112.09824"
     client = FedDSTClient
+    asynchronous = False  # masks move
 
     readjust_interval: int = hyperparameter(
         15,

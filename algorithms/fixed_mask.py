@@ -107,6 +107,7 @@ class FixedMask(Algorithm):
     name = "fixed_mask"
     paper = "RandomMask, the control of Bibikar et al., AAAI 2022, arXiv 2112.09824"
     client = MaskedClient
+    asynchronous = True
 
     sparsity: float = hyperparameter(
         0.95, "share of prunable weights outside the mask", low=0.0, high=0.9999, source="section 4"

@@ -71,6 +71,7 @@ class SparsyFed(Algorithm):
     )
     client = SparsyFedClient
     unequal_sparsity = True
+    asynchronous = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)
     beta: float = hyperparameter(

@@ -90,6 +90,7 @@ class ZeroFL(Algorithm):
     name = "zerofl"
     paper = "Qiu et al., ICLR 2022, arXiv 2208.02507; SWAT: Raihan and Aamodt, NeurIPS 2020"
     client = ZeroFLClient
+    asynchronous = True
 
     sparsity: float = hyperparameter(
         0.95, "share of each layer's weights and activations cut in local training", low=0.0, high=0.9999

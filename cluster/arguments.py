@@ -198,6 +198,8 @@ def _choices_text() -> str:
     """Every preset, method, model, server optimizer and partition with its first line, for ``--help``."""
     from algorithms import SERVER_OPTIMIZERS, registry
     from cluster.config import PartitionSection
+    from cluster.profiles import PROFILES
+    from cluster.samplers import SAMPLERS
     from cluster.trees import presets
     from cluster.workload.models import MODELS
 
@@ -207,6 +209,8 @@ def _choices_text() -> str:
         ("algorithm.name", {name: _first_line(method) for name, method in registry().items()}),
         ("model.name", {name: _first_line(builder) for name, builder in MODELS.items()}),
         ("server.name", {name: _first_line(optimizer) for name, optimizer in SERVER_OPTIMIZERS.items()}),
+        ("sampler.name", {name: _first_line(sampler) for name, sampler in SAMPLERS.items()}),
+        ("devices.profile", dict.fromkeys(PROFILES, "")),
         ("partition.name", dict.fromkeys(get_args(PartitionSection.model_fields["name"].annotation), "")),
     )
     parts = []

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ class Checkpoint:
         state: The server's state after ``state.round`` rounds.
         driver: The driver's own bookkeeping, plain JSON values.
         digest: Hash of configuration and code that made it.
+        bases: Older weights that clients in flight started from, by version.
     """
 
     state: ServerState
     driver: dict[str, Any]
     digest: str
+    bases: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | None) -> Path:
@@ -54,6 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
         tensors["mask"] = state.mask
     tensors |= {f"moment.{index}": moment for index, moment in enumerate(state.moments)}
     tensors |= {f"array.{name}": array for name, array in state.arrays.items()}
+    tensors |= {f"base.{version}": weights for version, weights in checkpoint.bases.items()}
     meta = {
         "round": state.round,
         "mask_version": state.mask_version,
@@ -103,7 +107,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         moments=tuple(tensors[name] for name in sorted(tensors) if name.startswith("moment.")),
         arrays={n.removeprefix("array."): t for n, t in tensors.items() if n.startswith("array.")},
     )
-    return Checkpoint(state, meta["driver"], meta["digest"])
+    bases = {int(n.removeprefix("base.")): t for n, t in tensors.items() if n.startswith("base.")}
+    return Checkpoint(state, meta["driver"], meta["digest"], bases)
 
 
 def latest(folder: Path) -> Path | None:

@@ -29,6 +29,8 @@ _EXPECTED = {
     ("cluster.checkpoint", "CheckpointError"): 2,
     ("cluster.choices", "ChoiceError"): 2,
     ("cluster.trees", "ConfigError"): 2,
+    ("cluster.devices", "DeviceError"): 2,
+    ("cluster.samplers", "SamplerError"): 2,
     ("cluster.engine", "PlacementError"): 2,
     ("cluster.ray_session", "ClusterError"): 2,
     ("cluster.run_folder", "RunFolderError"): 2,

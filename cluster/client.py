@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import traceback
@@ -19,10 +20,12 @@ from torch import nn
 from algorithms import Grid, ParameterLayout, Total
 from algorithms.masks import target_count
 from cluster import seeding, wire
+from cluster.clock import Device
 from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
+from cluster.workload.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Workload:
         indices: Rows of the training split, client after client, int64.
         offsets: Client i owns ``indices[offsets[i]:offsets[i + 1]]``, int64[clients + 1].
         validation: Rows held out of the training split.
+        shifted: Who owns which rows after the first, second ... shift of the data.
     """
 
     config: Config
@@ -42,19 +46,38 @@ class Workload:
     indices: np.ndarray
     offsets: np.ndarray
     validation: np.ndarray
+    shifted: tuple[Partition, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One client to play."""
+    """One client to play.
+
+    Attributes:
+        client: Index of the client.
+        sparsity: Its target sparsity.
+        device: What the simulated time of its visit follows from.
+        downlink_bytes: Bytes that it was sent.
+        deadline: Simulated seconds after which its update is late and left out.
+        fold_before: Simulated seconds before which its update surely counts, so that it is folded here; a
+            later one goes to the driver, which knows when the others arrived.
+    """
 
     client: int
     sparsity: float
+    device: Device
+    downlink_bytes: int
+    deadline: float = math.inf
+    fold_before: float = math.inf
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a host tells the driver of one visit, beside the total."""
+    """What a host tells the driver of one visit, beside the total.
+
+    ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
+    are in the host's total; a ``message`` is one that the driver decides about.
+    """
 
     client: int
     samples: int
@@ -71,6 +94,15 @@ class ClientReport:
     flops_dense: float
     flops_sparse: np.ndarray
     refused: str | None
+    visit_s: float = math.inf
+    late: bool = False
+    folded: bool = False
+    message: bytes | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the update is part of the round's total."""
+        return self.refused is None and not self.late
 
 
 @dataclass(frozen=True)
@@ -144,6 +176,7 @@ class ClientHost:
                 weights = torch.from_numpy(broadcast.exact.copy())
                 if chunk.tier is not None:
                     sparsity = self.config.devices.tiers[chunk.tier].sparsity
+                    assert sparsity is not None
                     keep = target_count(layout.prunable_size, sparsity)
                     mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
                     self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
@@ -167,6 +200,8 @@ class ClientHost:
     def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
         offsets = self._workload.offsets
         rows = self._workload.indices[offsets[task.client] : offsets[task.client + 1]]
+        if broadcast.period:
+            rows = self._workload.shifted[broadcast.period - 1].client(task.client)
         stage = "train"
         try:
             marks = [time.perf_counter()]
@@ -185,7 +220,14 @@ class ClientHost:
             received = wire.decode(message, self.shape, held=broadcast.mask)
             marks.append(time.perf_counter())
             stage = "fold"
-            refused = self._fold(broadcast, task.client, received, trained.samples)
+            # From the bytes and FLOPs that the visit really caused.
+            sparse = self.config.devices.flops == "sparse"
+            flops = float(trained.flops_sparse.sum()) if sparse else trained.flops_dense
+            visit_s = task.device.duration(task.downlink_bytes, flops, len(message))
+            late, here = visit_s > task.deadline, visit_s < task.fold_before
+            refused = None
+            if here and not late:
+                refused = self._fold(broadcast, task.client, received, trained.samples)
             marks.append(time.perf_counter())
         except Exception as error:
             raise ClientError(
@@ -210,25 +252,42 @@ class ClientHost:
             flops_dense=trained.flops_dense,
             flops_sparse=trained.flops_sparse,
             refused=refused,
+            visit_s=visit_s,
+            late=late,
+            folded=here and not late and refused is None,
+            message=None if here or late else message,
         )
 
     def _fold(self, broadcast: Broadcast, client: int, received: wire.Message, samples: int) -> str | None:
         """Fold what crossed the wire; returns why it was refused, if it was."""
-        values, limit = received.values, self.config.max_update_norm
-        if limit is not None:
-            trained = self.shape.trained
-            reference = 0.0 if self._method.uploads_differences else broadcast.weights[:trained]
-            distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
-            if not distance <= limit:
-                return (
-                    f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
-                )
         assert self._total is not None
-        try:
-            self._total.fold(client, values, received.support, samples, self._trainer.layout)
-        except OverflowError as error:
-            return f"its update cannot be averaged: {error}"
-        return None
+        layout = self._trainer.layout
+        return fold_update(self._total, broadcast, client, received, samples, layout, self.config)
+
+
+def fold_update(
+    total: Total,
+    broadcast: Broadcast,
+    client: int,
+    received: wire.Message,
+    samples: int,
+    layout: ParameterLayout,
+    config: Config,
+) -> str | None:
+    """Fold a decoded update into ``total``; returns why it was refused, if it was."""
+    values, limit = received.values, config.max_update_norm
+    if limit is not None:
+        trained = layout.trained_size
+        differences = config.build_algorithm().uploads_differences
+        reference = 0.0 if differences else broadcast.weights[:trained]
+        distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
+        if not distance <= limit:
+            return f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
+    try:
+        total.fold(client, values, received.support, samples, layout)
+    except OverflowError as error:
+        return f"its update cannot be averaged: {error}"
+    return None
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
 from cluster.choices import ChoiceError, build_choice
+from cluster.samplers import Sampler, build_sampler
 from cluster.sections import (
     AlgorithmChoice,
     DataSection,
@@ -24,15 +26,18 @@ from cluster.sections import (
     LocalSection,
     ModelChoice,
     PartitionSection,
+    SamplerChoice,
+    ScheduleSection,
     Section,
     ServerChoice,
+    ShiftSection,
     TrackingSection,
     WireSection,
 )
 from cluster.trees import ConfigError, apply_overrides, load_tree
 
 #: Sections whose ``name`` decides what their other keys mean.
-_CHOICES = ("algorithm", "model", "data", "partition", "server")
+_CHOICES = ("algorithm", "model", "data", "partition", "server", "sampler", "schedule")
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
@@ -65,13 +70,16 @@ class Config(Section):
     local: LocalSection = LocalSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
+    schedule: ScheduleSection = ScheduleSection()
+    sampler: SamplerChoice = SamplerChoice()
+    shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         problems = []
-        for build in (self.build_algorithm, self.build_server):
+        for build in (self.build_algorithm, self.build_server, self.build_sampler):
             try:
                 build()
             except ChoiceError as error:
@@ -83,26 +91,78 @@ class Config(Section):
             )
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
-        tiers = self.devices.tiers
-        if tiers and abs(sum(tier.share for tier in tiers.values()) - 1.0) > 1e-6:
-            shares = ", ".join(f"{name} {tier.share:g}" for name, tier in tiers.items())
-            problems.append(f"devices.tiers: shares must sum to 1, found {shares}")
-        if tiers and not problems and not self.build_algorithm().unequal_sparsity:
-            able = ", ".join(name for name, method in registry().items() if method.unequal_sparsity)
-            problems.append(
-                f"devices.tiers: {self.algorithm.name} has one sparsity for all clients; "
-                f"tiers work with {able}"
-            )
-        if tiers and not problems:
-            densest = min(tier.sparsity for tier in tiers.values())
-            if self.build_algorithm().sparsity != densest:
-                problems.append(
-                    f"algorithm.sparsity: {self.build_algorithm().sparsity:g} is not the densest tier's "
-                    f"budget; with these devices.tiers set algorithm.sparsity={densest:g}"
-                )
+        if not problems:
+            problems += [*self._device_problems(), *self._schedule_problems(), *self._shift_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _device_problems(self) -> Iterator[str]:
+        kinds = self.devices.kinds
+        if abs(sum(tier.share for tier in kinds.values()) - 1.0) > 1e-6:
+            shares = ", ".join(f"{name} {tier.share:g}" for name, tier in kinds.items())
+            yield f"devices.tiers: shares must sum to 1, found {shares}"
+        method = self.build_algorithm()
+        if all(tier.sparsity is None for tier in kinds.values()):
+            return
+        if not method.unequal_sparsity:
+            able = ", ".join(name for name, known in registry().items() if known.unequal_sparsity)
+            yield (
+                f"devices.tiers: {self.algorithm.name} has one sparsity for all clients; "
+                f"tiers with a sparsity work with {able}"
+            )
+            return
+        densest = min(method.sparsity if tier.sparsity is None else tier.sparsity for tier in kinds.values())
+        if method.sparsity != densest:
+            yield (
+                f"algorithm.sparsity: {method.sparsity:g} is not the densest tier's budget; with these "
+                f"devices.tiers set algorithm.sparsity={densest:g}"
+            )
+
+    def _schedule_problems(self) -> Iterator[str]:
+        section, method = self.schedule, self.build_algorithm()
+        if section.name == "synchronous":
+            others = ["buffer", "concurrency", "max_staleness"]
+        else:
+            others = ["deadline"] + ["over_selection"] * (section.over_selection > 1.0)
+            if not method.asynchronous:
+                able = ", ".join(name for name, known in registry().items() if known.asynchronous)
+                yield (
+                    f"schedule.name: {self.algorithm.name} needs all clients of a round on one model; "
+                    f"buffered works with {able}"
+                )
+            buffer = section.buffer or self.cohort
+            concurrency = section.concurrency or 2 * buffer
+            if concurrency + buffer > self.partition.clients:
+                yield (
+                    f"schedule.concurrency: {concurrency} clients in flight and {buffer} in the buffer are "
+                    f"more than partition.clients, {self.partition.clients}"
+                )
+        for key in others:
+            if getattr(section, key) is not None:
+                yield f"schedule.{key}: has no meaning with schedule.name={section.name}; leave it out"
+
+    def _shift_problems(self) -> Iterator[str]:
+        shift = self.shift
+        if shift.round is None:
+            yield from (
+                f"shift.{key}: needs shift.round, the first round on the new data"
+                for key in ("every", "partition", "classes")
+                if getattr(shift, key)
+            )
+            return
+        if shift.round > self.rounds:
+            yield f"shift.round: {shift.round} is beyond rounds: {self.rounds}"
+        try:
+            PartitionSection.model_validate({**self.partition.model_dump(), **shift.partition})
+        except ValidationError as error:
+            for problem in error.errors():
+                key, found = ".".join(map(str, problem["loc"])), problem["input"]
+                known = f"; known here: {', '.join(PartitionSection.model_fields)}"
+                known = known if problem["type"] == "extra_forbidden" else ""
+                yield f"shift.partition.{key}: {problem['msg']}, found {found!r}{known}"
+        if "clients" in shift.partition:
+            yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 
     def build_algorithm(self) -> Algorithm:
         """The method with its hyperparameters."""
@@ -115,6 +175,10 @@ class Config(Section):
             "server", self.server.name, self.server.options, SERVER_OPTIMIZERS
         )
         return optimizer
+
+    def build_sampler(self) -> Sampler:
+        """Who is asked to train."""
+        return build_sampler(self.sampler.name, self.sampler.options)
 
     def learning_rate(self, round_number: int) -> float:
         """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, constant from T on; lr0 where lr_final is unset."""
@@ -199,7 +263,8 @@ def _in_plain_words(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             section: Any = Config
             for part in problem["loc"][:-1]:
-                section = section.model_fields[part].annotation
+                # Of a mapping of sections, such as the tiers by name, each value is one.
+                section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
             prefix = ".".join(str(part) for part in problem["loc"][:-1])
             known = list(section.model_fields)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
@@ -208,6 +273,11 @@ def _in_plain_words(error: ValidationError) -> str:
         elif problem["type"] == "model_type":
             named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
             lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
+        elif problem["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            near = difflib.get_close_matches(str(problem["input"]), allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -14,16 +14,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
 from algorithms.masks import cut_to_top_k, target_count
 from cluster import seeding, wire
 from cluster.choices import load_attribute
 from cluster.client import wire_shape
+from cluster.clock import Device
 from cluster.config import Config
+from cluster.devices import Devices
 from cluster.federation import Federation
-from cluster.flops import LayerFlops
+from cluster.flops import count_activations
 from cluster.local_training import to_input
 from cluster.outputs import benchmark_name
 from cluster.progress import local_actors, place, shown
@@ -136,14 +137,10 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
         _complete(config), default_flow_style=None, sort_keys=False, width=console.width - 2
     )
     console.print(text.rstrip(), soft_wrap=True)
-    flops = LayerFlops.of(
-        federation.model,
-        federation.layout,
-        to_input(federation.dataset.train.images[:2], torch.device("cpu")),
-    )
-    _model(console, federation, flops)
+    _model(console, federation)
     _partition(console, federation, picture_file or Path(f"partition-{benchmark_name(config)}.png"))
     _bytes(console, federation)
+    _devices(console, federation)
     _memory(console, federation, before)
 
 
@@ -155,8 +152,9 @@ def _complete(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _model(console: Console, federation: Federation, flops: LayerFlops) -> None:
-    layout, sparsity = federation.layout, federation.config.build_algorithm().sparsity
+def _model(console: Console, federation: Federation) -> None:
+    layout, flops = federation.layout, federation.flops
+    sparsity = federation.config.build_algorithm().sparsity
     prunable = layout.prunable_size
     _heading(console, "model", f"{federation.config.model.name}: {layout.trained_size:,} trained parameters")
     table = _table("prunable layer", "shape", "weights", "share", "forward kFLOP a sample")
@@ -249,6 +247,30 @@ def _bytes(console: Console, federation: Federation) -> None:
     )
 
 
+def _devices(console: Console, federation: Federation) -> None:
+    """What each tier is like, and how long a visit with a dense model takes its median device."""
+    config, devices = federation.config, Devices(federation.config)
+    dense = wire.dense_bytes(wire_shape(federation.layout))
+    flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
+    profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
+    _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")
+    table = _table("tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit")
+    counts = np.bincount(devices.tiers, minlength=len(devices.kinds))
+    for (name, tier), count in zip(config.devices.kinds.items(), counts, strict=True):
+        seconds = Device(tier.compute, tier.downlink, tier.uplink, tier.latency).duration(dense, flops, dense)
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{tier.compute / 1e9:,.1f}",
+            f"{tier.uplink / _MEGA:,.1f}",
+            f"{tier.downlink / _MEGA:,.1f}",
+            f"{tier.dropout:.0%}",
+            tier.availability.name,
+            f"{seconds:,.2f} s",
+        )
+    console.print(table)
+
+
 def _memory(console: Console, federation: Federation, process: int) -> None:
     """An estimate from the arrays that an actor holds (`Trainer` and `Total`)."""
     config, layout, dataset = federation.config, federation.layout, federation.dataset
@@ -257,7 +279,8 @@ def _memory(console: Console, federation: Federation, process: int) -> None:
     total = 16 * layout.size + (12 if method.masked else 4) * layout.prunable_size
     image = int(np.prod(dataset.image_shape))
     client = int(federation.sizes.max()) * (4 * image + 8)
-    activations = 4 * config.local.batch_size * _activations(federation)
+    example = to_input(dataset.train.images[:1], torch.device("cpu"))
+    activations = 4 * config.local.batch_size * count_activations(federation.model, example)
     mapped = sum(file.stat().st_size for file in dataset.folder.glob("*.npy"))
     ray = _RAY_BYTES if config.execution == "ray" else 0
     actors, actor = local_actors(config), process + ray + vectors + total + client + activations
@@ -287,23 +310,6 @@ def _memory(console: Console, federation: Federation, process: int) -> None:
     free = psutil.virtual_memory().available / _MEGA
     console.print(f"would run on {place(config)}")
     console.print(f"this machine has {psutil.cpu_count()} cores and {free:,.0f} MB of memory free")
-
-
-def _activations(federation: Federation) -> int:
-    """Values that all leaf modules put out for one sample."""
-    counted = 0
-
-    def count(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal counted
-        counted += output[0].numel() if isinstance(output, torch.Tensor) else 0
-
-    model = federation.model
-    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
-    with torch.no_grad():
-        model.eval()(to_input(federation.dataset.train.images[:1], torch.device("cpu")))
-    for handle in handles:
-        handle.remove()
-    return counted
 
 
 def _heading(console: Console, title: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The driver: draws cohorts, broadcasts, collects totals, advances the server, measures, logs, checkpoints.
+"""The driver: has the schedule collect totals, advances the server, measures, logs, checkpoints.
 
 One plain class; ``cluster.run`` runs it in this process (``execution: inline``) or inside the driver actor.
 """
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save
 
-from algorithms import Grid, ParameterLayout, ServerState
-from cluster import seeding, wire
+from algorithms import ParameterLayout, ServerState
+from cluster import seeding
 from cluster.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -25,14 +25,14 @@ from cluster.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from cluster.client import EvaluationChunk, Task, wire_shape
+from cluster.client import EvaluationChunk
 from cluster.config import code_digest
-from cluster.devices import Devices
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
-from cluster.local_training import Broadcast
 from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 from cluster.run_folder import RunFolder, comparable
+from cluster.schedule import Snapshot, make_schedule
+from cluster.shift import shift_metrics
 
 #: Rounds in a row in which every update was refused, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3
@@ -76,14 +76,12 @@ class Driver:
         config = self.config = federation.config
         self.method, self.server = config.build_algorithm(), config.build_server()
         self.layout: ParameterLayout = federation.layout
-        self._shape = wire_shape(self.layout)
-        self._devices = Devices(config)
+        self._schedule = make_schedule(federation, engine, self.method)
         self._digest = f"{config.digest()}-{code_digest()}"
         folder.heal()
         self._stored = {line["round"]: line for line in folder.rounds()}
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._totals: dict[str, float] = {}
-        self._held: dict[int, int] = {}  # client -> version of the mask it got last
         self._refused_rounds = 0
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
@@ -123,38 +121,36 @@ class Driver:
     def _round(self) -> None:
         started = time.perf_counter()
         state = self.state
-        instructions = self.method.instruct(state, self.config.rounds, self.config.partition.clients)
-        cohort = self._draw_cohort(instructions.round, instructions.cohort or self.config.cohort)
-        broadcast, downlink = self._broadcast(state, instructions, cohort)
-        default = self.method.sparsity
-        tasks = [Task(int(client), self._devices.sparsity(int(client), default)) for client in cohort]
-        prepared = time.perf_counter()
-        outcome = self.engine.run(broadcast, tasks, self._due_chunks(), self._book_keeping)
+        result = self._schedule.round(state, self._due_chunks(), self._book_keeping)
+        outcome = result.outcome
         self._write_waiting_line(outcome)
         worked = time.perf_counter()
         refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
-        if len(refused) == len(outcome.reports):
-            self._refused_rounds += 1
-            if instructions.round < 1:
-                raise DivergedError(
-                    f"every update of the stage before round 1 was refused: {refused}. "
-                    "A smaller local.lr is the usual cure."
-                )
-            self.state = replace(state, round=state.round + 1)
+        if outcome.total is None:
+            self._without_update(refused)
         else:
             self._refused_rounds = 0
-            assert outcome.total is not None
             self.state = self.method.advance(state, outcome.total, self.server, self.layout)
         stepped = time.perf_counter()
         self._refusals = "; ".join(f"client {client}: {reason}" for client, reason in refused.items())
-        times = {
+        metrics = result.metrics | {
             "time/round_s": stepped - started,
-            "time/prepare_s": prepared - started,
+            "time/prepare_s": result.prepared - started,
             "time/step_s": stepped - worked,
         }
         # Measured while the next round runs, whose broadcast already changes who holds which mask.
-        held = self._held
-        self._after = lambda: self._measure(state, outcome, downlink, refused, times, held)
+        snapshot = self._schedule.snapshot()
+        self._after = lambda: self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
+
+    def _without_update(self, refused: dict[int, str]) -> None:
+        """A round that leaves the model as it is: every update was refused, or none arrived in time."""
+        if self.state.round + 1 < 1:
+            raise DivergedError(
+                "no update of the stage before round 1 was accepted: "
+                + (f"{refused}. A smaller local.lr is the usual cure." if refused else "no client answered.")
+            )
+        self._refused_rounds += bool(refused)
+        self.state = replace(self.state, round=self.state.round + 1)
 
     def _book_keeping(self) -> None:
         """Measure and checkpoint the last round while the next one is already being computed."""
@@ -168,8 +164,8 @@ class Driver:
         outcome: Outcome,
         downlink: Downlink,
         refused: dict[int, str],
-        times: dict[str, float],
-        held: dict[int, int],
+        metrics: dict[str, Any],
+        snapshot: Snapshot,
     ) -> None:
         state = self.state
         line: Line = {"round": state.round, "timestamp": time.time()}
@@ -186,8 +182,8 @@ class Driver:
             self._totals[key] = self._totals.get(key, 0) + line[key]
             line[f"{key}_total"] = self._totals[key]
         line["train/lr"] = self.config.learning_rate(max(1, state.round))
-        phases = np.array([report.phases for report in outcome.reports]).sum(axis=0)
-        line |= times
+        phases = np.array([report.phases for report in outcome.reports]).reshape(-1, 4).sum(axis=0)
+        line |= metrics
         line["time/lost_actors"] = outcome.lost_actors
         line |= {f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()}
         names = ("train", "encode", "decode", "fold")
@@ -197,53 +193,9 @@ class Driver:
             self._store(line)
             self._waiting = None
         if state.round % self.config.checkpoint_every == 0:
-            self.checkpoint(held)
+            self.checkpoint(snapshot)
 
     # ---------------------------------------------------------------------------------- its steps
-
-    def _draw_cohort(self, round_number: int, size: int) -> np.ndarray:
-        rng = seeding.generator(self.config.seed, "cohort", round_number)
-        clients = self.config.partition.clients
-        return np.sort(rng.choice(clients, size=min(size, clients), replace=False))
-
-    def _broadcast(
-        self, state: ServerState, instructions: Any, cohort: np.ndarray
-    ) -> tuple[Broadcast, Downlink]:
-        """Encode w_t to what the cohort is sent; what clients train from is what they would decode."""
-        exact, shape = state.weights.numpy(), self._shape
-        mask = None if state.mask is None else state.mask.numpy()
-        support = exact[: shape.prunable] != 0 if mask is None else mask
-        value_format = self.config.wire.downlink
-        holders = (
-            sum(self._held.get(int(client)) == state.mask_version for client in cohort)
-            if mask is not None
-            else 0
-        )
-        total, message = 0, b""
-        if holders < len(cohort):
-            message = wire.encode(exact, support, shape, value_format=value_format)
-            total += len(message) * (len(cohort) - holders)
-        if holders:
-            total += len(wire.encode(exact, support, shape, held=mask, value_format=value_format)) * holders
-        received = exact
-        if value_format != "float32":
-            message = message or wire.encode(exact, support, shape, value_format=value_format)
-            received = wire.decode(message, shape).values
-        if mask is not None:
-            self._held = self._held | {int(client): state.mask_version for client in cohort}
-        samples = int(self.federation.sizes[cohort].sum())
-        broadcast = Broadcast(
-            weights=received,
-            exact=exact,
-            mask=mask,
-            instructions=instructions,
-            lr=self.config.learning_rate(max(1, instructions.round)),
-            limit=Grid.for_round(exact, samples).limit,
-            samples=samples,
-        )
-        clients = len(cohort)
-        dense = wire.dense_bytes(shape) * clients
-        return broadcast, Downlink(total, wire.nonzero_bytes(exact, shape) * clients, dense)
 
     def _evaluation_due(self, round_number: int) -> bool:
         last = self.config.stop_after or self.config.rounds
@@ -267,17 +219,16 @@ class Driver:
         state = self.state
         evaluated = self._stored.get(state.round, {}).get("test/accuracy") is not None
         if self._waiting is not None or not evaluated:
-            instructions = self.method.instruct(state, self.config.rounds, self.config.partition.clients)
-            broadcast, _ = self._broadcast(state, instructions, np.array([], np.int64))
-            outcome = self.engine.run(broadcast, [], self._chunks, lambda: None)
+            outcome = self._schedule.evaluate(state, self._chunks, lambda: None)
             self._write_waiting_line(outcome)
             # A run that was stopped elsewhere may have stored this round's line without an evaluation.
             self._final = evaluation_metrics(outcome.evaluated)
         if self.state.round not in list_rounds(self.folder.checkpoints):
-            self.checkpoint(self._held)
+            self.checkpoint(self._schedule.snapshot())
 
     def _store(self, line: Line) -> None:
         """Write a round's line, or check it against the one stored before the run was interrupted."""
+        line |= shift_metrics(self.config, self._stored, line)
         stored = self._stored.get(line["round"])
         if stored is None:
             self.folder.append_round(line)
@@ -294,11 +245,11 @@ class Driver:
 
     # --------------------------------------------------------------------------- state on the disk
 
-    def checkpoint(self, held: dict[int, int]) -> None:
+    def checkpoint(self, snapshot: Snapshot) -> None:
         """Write a checkpoint of everything the next round needs.
 
         Args:
-            held: Version of the mask that each client holds after the round of ``self.state``.
+            snapshot: What the schedule remembers after the round of ``self.state``.
         """
         self.folder.sync_rounds()  # a checkpoint never outlives the lines before it
         scores = {r: self._stored[r].get(self.federation.selection_metric) for r in self._stored}
@@ -306,12 +257,16 @@ class Driver:
         best = max(kept, key=lambda r: (scores[r], -r), default=None)
         driver = {
             "totals": self._totals,
-            "held": sorted(held.items()),
+            "held": sorted(snapshot.held.items()),
+            "simulated_s": snapshot.simulated_s,
+            "flight": snapshot.flight,
             "refused_rounds": self._refused_rounds,
             "waiting": self._waiting,
         }
         save_checkpoint(
-            self.folder.checkpoints, Checkpoint(self.state, driver, self._digest), best_round=best
+            self.folder.checkpoints,
+            Checkpoint(self.state, driver, self._digest, snapshot.bases),
+            best_round=best,
         )
 
     def save_model(self) -> None:
@@ -335,7 +290,9 @@ class Driver:
         if stored.digest.split("-")[0] != self._digest.split("-")[0]:
             raise CheckpointError(f"{path} belongs to another configuration (hash {stored.digest})")
         self._totals = dict(stored.driver["totals"])
-        self._held = {int(client): int(version) for client, version in stored.driver["held"]}
+        held = {int(client): int(version) for client, version in stored.driver["held"]}
+        simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
+        self._schedule.restore(Snapshot(simulated_s, held, flight, dict(stored.bases)), stored.state)
         self._refused_rounds = int(stored.driver["refused_rounds"])
         self._waiting = stored.driver["waiting"]
         return stored.state

@@ -285,7 +285,8 @@ class _Round:
             self._evaluated.extend(result)
         elif kind == "play":
             self._reports |= {report.client: report for report in result}
-            self._played[actor] |= {report.client for report in result}
+            # What was not folded needs no collecting, and cannot be lost any more.
+            self._played[actor] |= {report.client for report in result if report.folded}
         elif kind == "collect":
             self._merge(actor, result)
         else:
@@ -313,8 +314,7 @@ class _Round:
 
     def _merge(self, actor: int, total: Total | None) -> None:
         played = self._played[actor]
-        accepted = sorted(client for client in played if self._reports[client].refused is None)
-        if total is None or sorted(total.clients) != accepted:
+        if total is None or sorted(total.clients) != sorted(played):
             # The actor died and came back in between: what it had folded is gone, or was put back already.
             self._put_back(actor, "collect", played)
             return

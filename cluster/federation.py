@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from algorithms import ParameterLayout
 from cluster.client import EvaluationChunk, Workload, build_model
 from cluster.config import Config
+from cluster.devices import Devices
+from cluster.flops import LayerFlops, count_activations
 from cluster.local_training import to_input
+from cluster.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.models import ModelError
 from cluster.workload.partition import Partition, partition
@@ -29,35 +32,43 @@ class Federation:
         dataset: The decoded data set.
         partition: Who owns which rows of the training split.
         validation: Rows held out of the training split.
+        shifted: Who owns which rows after the first, second ... shift of the data.
     """
 
     config: Config
     dataset: Dataset
     partition: Partition
     validation: np.ndarray
+    shifted: tuple[Partition, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Federation:
         """Decode the data once, hold validation out, then divide the rest among the clients.
 
         Raises:
-            DataError, PartitionError, ModelError: Naming the key, what was found and the fix.
+            DataError, PartitionError, ModelError, DeviceError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition.seed)
-        section = config.partition
-        divided = partition(
-            section.name,
-            dataset.train.labels,
-            clients=section.clients,
-            seed=section.seed,
-            alpha=section.alpha,
-            shards_per_client=section.shards_per_client,
-            groups=dataset.train.groups,
-            available=kept,
-        )
-        federation = cls(config, dataset, divided, validation)
+        labels = dataset.train.labels
+        periods = []
+        for period in range(1 + period_of(config.shift, config.rounds)):
+            section = partition_of(config, period)
+            periods.append(
+                partition(
+                    section.name,
+                    labels,
+                    clients=section.clients,
+                    seed=section.seed,
+                    alpha=section.alpha,
+                    shards_per_client=section.shards_per_client,
+                    groups=dataset.train.groups,
+                    available=rows_of(config, period, kept, labels),
+                )
+            )
+        federation = cls(config, dataset, periods[0], validation, tuple(periods[1:]))
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        Devices(config).check(federation.training_bytes)
         return federation
 
     @cached_property
@@ -69,13 +80,28 @@ class Federation:
     def layout(self) -> ParameterLayout:
         """The model's flat layout, checked by a dry forward on real images."""
         model, shape = self.model, self.dataset.image_shape
-        example = to_input(self.dataset.train.images[:2], torch.device("cpu"))
         try:
-            return ParameterLayout.of(model, example)
+            return ParameterLayout.of(model, self._example)
         except (ValueError, RuntimeError) as error:
             raise ModelError(
                 f"model.name: {self.config.model.name} cannot take images of shape {shape}: {error}"
             ) from error
+
+    @cached_property
+    def flops(self) -> LayerFlops:
+        """Training FLOPs of the plain model's prunable layers."""
+        return LayerFlops.of(self.model, self.layout, self._example)
+
+    @cached_property
+    def training_bytes(self) -> int:
+        """Bytes that training takes on a device: weights, gradient and a batch's activations, float32."""
+        trained = self.layout.trained_size * (2 if self.config.build_algorithm().reparameterised else 1)
+        activations = self.config.local.batch_size * count_activations(self.model, self._example)
+        return 4 * (self.layout.size + trained + activations)
+
+    @property
+    def _example(self) -> Tensor:
+        return to_input(self.dataset.train.images[:2], torch.device("cpu"))
 
     @property
     def initial_weights(self) -> Tensor:
@@ -87,6 +113,10 @@ class Federation:
         """Samples of every client, int64[clients]."""
         return self.partition.sizes
 
+    def sizes_in(self, period: int) -> np.ndarray:
+        """Samples of every client after so many shifts of the data, int64[clients]."""
+        return self.shifted[period - 1].sizes if period else self.sizes
+
     @property
     def selection_metric(self) -> str:
         """What the best checkpoint is chosen by: validation accuracy where data was held out."""
@@ -96,7 +126,8 @@ class Federation:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
         test, val = len(self.dataset.test.labels), len(self.validation)
         whole: list[tuple[str, int, str | None]] = [("test", test, None), ("val", val, None)]
-        whole += [("test", test, tier) for tier in self.config.devices.tiers]
+        tiers = self.config.devices.tiers.items()
+        whole += [("test", test, name) for name, tier in tiers if tier.sparsity is not None]
         return [
             EvaluationChunk(split, start, min(start + rows, length), tier)
             for split, length, tier in whole
@@ -111,6 +142,7 @@ class Federation:
             indices=self.partition.indices,
             offsets=self.partition.offsets,
             validation=self.validation,
+            shifted=self.shifted,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,26 @@ class LayerFlops:
         """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
         backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
         return samples * self.forward * (backward_and_forward + activation_density)
+
+
+def count_activations(model: nn.Module, example: Tensor) -> int:
+    """Values that all leaf modules of ``model`` put out for one sample of ``example``."""
+    counted = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal counted
+        counted += output[0].numel() if isinstance(output, Tensor) else 0
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return counted
 
 
 def _counter(

@@ -48,6 +48,7 @@ class Broadcast:
         lr: Learning rate of the round.
         limit: Largest magnitude an update may hold (see ``Grid``).
         samples: Samples of the whole cohort.
+        period: Number of shifts of the data so far, which tells who holds what.
     """
 
     weights: np.ndarray
@@ -57,6 +58,7 @@ class Broadcast:
     lr: float
     limit: float
     samples: int
+    period: int = 0
 
 
 @dataclass

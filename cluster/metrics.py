@@ -43,7 +43,7 @@ def round_metrics(
         layout: The model's layout.
         before: w_t, float32[size].
         after: w_(t+1), float32[size].
-        total: The round's total; None when every update was refused.
+        total: The round's total; None when no update was accepted.
         reports: One report a client, in client order.
         downlink: What the cohort was sent.
     """
@@ -51,11 +51,11 @@ def round_metrics(
     old, new = before[:prunable] != 0, after[:prunable] != 0
     nonzeros = int(np.count_nonzero(new))
     regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
-    accepted = [report for report in reports if report.refused is None]
+    accepted = [report for report in reports if report.accepted]
     samples = sum(report.samples for report in accepted)
     loss = sum(report.loss * report.samples for report in accepted) / samples if samples else None
     uplink = sum(report.uplink_bytes for report in reports)
-    flops_layers = np.sum([report.flops_sparse for report in reports], axis=0)
+    flops_layers = sum((report.flops_sparse for report in reports), np.zeros(len(layout.prunable)))
 
     def mean(values: Sequence[float]) -> float | None:
         return float(np.mean(values)) if len(values) else None
@@ -79,8 +79,8 @@ def round_metrics(
         "masks/overlap": intersection_over_union(old, new),
         "comm/uplink_bytes": uplink,
         "comm/downlink_bytes": downlink.total,
-        "comm/uplink_bytes_per_client": uplink / len(reports),
-        "comm/downlink_bytes_per_client": downlink.total / len(reports),
+        "comm/uplink_bytes_per_client": uplink / max(1, len(reports)),
+        "comm/downlink_bytes_per_client": downlink.total / max(1, len(reports)),
         "comm/uplink_nonzero_bytes": sum(report.uplink_nonzero_bytes for report in reports),
         "comm/downlink_nonzero_bytes": downlink.nonzeros,
         "comm/dense_bytes": downlink.dense,
@@ -88,7 +88,7 @@ def round_metrics(
         "flops/sparse": float(flops_layers.sum()),
         "flops/layers": [float(flops) for flops in flops_layers],
         "clients/trained": len(reports),
-        "clients/refused": len(reports) - len(accepted),
+        "clients/refused": sum(report.refused is not None for report in reports),
         "clients/samples": samples,
     }
 

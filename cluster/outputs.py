@@ -12,7 +12,7 @@ import torch
 from cluster import tracking
 from cluster.config import Config, code_digest, validate
 from cluster.federation import Federation
-from cluster.plots import curves
+from cluster.plots import curves, population
 from cluster.run_folder import RunFolder
 from cluster.workload.partition import picture
 
@@ -39,6 +39,7 @@ def summary_of(
         "downlink_bytes": last["comm/downlink_bytes_total"],
         "flops_dense": last["flops/dense_total"],
         "flops_sparse": last["flops/sparse_total"],
+        "simulated_s": last["time/simulated_s"],
         "seconds": round(seconds, 3),
         "config_hash": config.digest(),
         "code_hash": code_digest(),
@@ -56,11 +57,16 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
     rows = [",".join(["round", *names])]
     rows += [",".join(map(str, [line["round"], *line["sparsity/layers"]])) for line in lines]
     layers.write_text("\n".join(rows) + "\n")
-    pictures = [folder.path / "partition.png", folder.path / "curves.png"]
+    pictures = [folder.path / f"{name}.png" for name in ("partition", "curves", "devices")]
     dataset, config = federation.dataset, federation.config
     title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
     picture(federation.partition, dataset.train.labels, dataset.classes, pictures[0], title=title)
     curves(lines, pictures[1], title=f"{config.algorithm.name}, seed {config.seed}")
+    population(federation, pictures[2])
+    if federation.shifted:
+        pictures.append(folder.path / "partition_shifted.png")
+        shifted = f"{title}, from round {config.shift.round} on"
+        picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
     return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *pictures]
 
 

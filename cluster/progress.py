@@ -163,6 +163,7 @@ class RunDisplay:
             f"round {line['round']:>{width}}/{self._last}  accuracy {percent(_accuracy(line)):>6}"
             f"  loss {number(line['train/loss'], '.3f')}  sparsity {percent(line['sparsity/global'])}"
             f"  up {megabytes(line, 'uplink')} MB  down {megabytes(line, 'downlink')} MB"
+            f"  simulated {duration(line['time/simulated_s'])}"
             f"  {duration(time.monotonic() - self._started)}{left}"
         )
 
@@ -244,6 +245,7 @@ def conclude(console: Console, result: Result) -> None:
         + Text(f" final, {percent(summary['best_accuracy'])} best{best}", "not bold default"),
     )
     grid.add_row("sparsity", percent(summary["sparsity"]))
+    grid.add_row("simulated", f"{duration(summary['simulated_s'])} on the devices' clock")
     console.print(grid)
     costs = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for head in ("", "this run", "dense", "dense is"):

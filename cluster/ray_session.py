@@ -140,4 +140,5 @@ def _decode_on_every_node(config: Config) -> None:
 
 
 def _is_user_code(config: Config) -> bool:
-    return any(":" in name for name in (config.algorithm.name, config.model.name, config.data.name))
+    choices = (config.algorithm, config.model, config.data, config.sampler)
+    return any(":" in choice.name for choice in choices)

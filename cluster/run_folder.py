@@ -135,7 +135,11 @@ class RunFolder:
 
 def comparable(line: dict[str, Any]) -> dict[str, Any]:
     """What of a round's line must be equal when the round is computed again."""
-    return {key: value for key, value in line.items() if not key.startswith(_MACHINE_KEYS)}
+    return {
+        key: value
+        for key, value in line.items()
+        if "simulated" in key or not key.startswith(_MACHINE_KEYS)  # simulated time is no machine's
+    }
 
 
 def finite(value: float | None) -> float | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cluster.profiles import PROFILES
 
 
 class Section(BaseModel):
@@ -72,17 +74,117 @@ class LocalSection(Section):
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
 
 
+class AvailabilitySection(Section):
+    """When a tier's devices can be asked to train."""
+
+    name: Literal["always", "diurnal", "trace"] = "always"
+    low: float = Field(0.2, ge=0.0, le=1.0, description="share available at the bottom of the day (diurnal)")
+    high: float = Field(0.8, ge=0.0, le=1.0, description="share available at its height (diurnal)")
+    phase: float = Field(0.0, ge=0.0, lt=24.0, description="hour of the day's height (diurnal)")
+    slot: float = Field(600.0, gt=0.0, description="seconds between changes of a device's state (diurnal)")
+    path: str | None = Field(None, description="CSV file with the columns client, start, end in s (trace)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _check(self) -> AvailabilitySection:
+        if (self.name == "trace") != (self.path is not None):
+            raise ValueError(
+                f"availability.path: the CSV file of a trace, found {self.path} with name {self.name}"
+            )
+        return self
+
+
 class TierSection(Section):
-    """One kind of device."""
+    """One kind of device; the figures are the medians of its devices."""
 
     share: float = Field(ge=0.0, le=1.0, description="share of the clients")
-    sparsity: float = Field(ge=0.0, le=0.9999, description="target sparsity of the tier's clients")
+    compute: float = Field(22.5e9, gt=0.0, description="FLOP/s that training reaches")
+    memory: float = Field(3e9, gt=0.0, description="bytes that training may take")
+    uplink: float = Field(11.22e6, gt=0.0, description="bit/s")
+    downlink: float = Field(35.96e6, gt=0.0, description="bit/s")
+    latency: float = Field(0.04, ge=0.0, description="seconds a visit, beside transfers and training")
+    dropout: float = Field(0.0, ge=0.0, le=1.0, description="chance to download the model and never answer")
+    spread: float = Field(0.0, ge=0.0, le=3.0, description="sigma of log compute and of log bandwidth")
+    availability: AvailabilitySection = AvailabilitySection()
+    sparsity: float | None = Field(
+        None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
+    )
 
 
 class DevicesSection(Section):
-    """The devices that clients are; without tiers they are all alike."""
+    """The devices that clients are; without tiers they are all alike (``uniform``)."""
 
+    profile: Literal["uniform", "phones", "edge-boxes"] | None = Field(
+        None, description="built-in tiers; keys of devices.tiers go on top"
+    )
+    flops: Literal["dense", "sparse"] = Field(
+        "dense", description="FLOPs that take time: all, or those that a device spares by zeros not counted"
+    )
     tiers: dict[str, TierSection] = Field(default_factory=dict, description="kinds of devices by name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_top_of_profile(cls, value: Any) -> Any:
+        known = PROFILES.get(str(value.get("profile"))) if isinstance(value, dict) else None
+        own = (value.get("tiers") or {}) if known else None
+        if not known or not isinstance(own, dict):
+            return value
+        tiers = dict(own)
+        for name, tier in known.items():
+            on_top = own.get(name, {})
+            tiers[name] = {**tier, **on_top} if isinstance(on_top, dict) else on_top
+        # The profile's tiers first, in its order.
+        return {**value, "tiers": {name: tiers[name] for name in dict.fromkeys([*known, *own])}}
+
+    @property
+    def kinds(self) -> dict[str, TierSection]:
+        """The tiers by name: those given, else the one of ``uniform``."""
+        uniform = PROFILES["uniform"]
+        return self.tiers or {name: TierSection.model_validate(tier) for name, tier in uniform.items()}
+
+
+class ScheduleSection(Section):
+    """When the server takes updates in."""
+
+    name: Literal["synchronous", "buffered"] = "synchronous"
+    over_selection: float = Field(
+        1.0, ge=1.0, description="clients asked for each of cohort; the first cohort count (synchronous)"
+    )
+    deadline: float | None = Field(
+        None, gt=0.0, description="simulated seconds after which a round takes no update (synchronous)"
+    )
+    buffer: int | None = Field(None, ge=1, description="updates a server step; default cohort (buffered)")
+    concurrency: int | None = Field(
+        None, ge=1, description="clients that train at a time; default twice the buffer (buffered)"
+    )
+    staleness_exponent: float = Field(
+        0.5, ge=0.0, description="a: an update s steps behind weighs (1 + s)^-a (buffered)"
+    )
+    max_staleness: int | None = Field(
+        None, ge=0, description="leave out updates that are more steps behind (buffered)"
+    )
+
+
+class ShiftSection(Section):
+    """A change of who holds which data in mid-run."""
+
+    round: int | None = Field(None, ge=2, description="first round on the new data; null: no shift")
+    every: int | None = Field(None, ge=1, description="shift again every so many rounds; null: once")
+    partition: dict[str, Any] = Field(
+        default_factory=dict, description="keys of partition that change; by default the seed alone"
+    )
+    classes: int | None = Field(
+        None, ge=1, description="train on so many classes only, the next ones after each shift (rotating)"
+    )
 
 
 class WireSection(Section):
@@ -118,3 +220,9 @@ class ServerChoice(Choice):
     """The server optimizer; other keys are its hyperparameters."""
 
     name: str = "fedavg"
+
+
+class SamplerChoice(Choice):
+    """Who is asked to train; other keys are options of a sampler of your own."""
+
+    name: str = "uniform"

@@ -124,7 +124,7 @@ def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> di
             raise ConfigError(str(error)) from error
         takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
         return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
-    if section in ("model", "server"):
+    if section in ("model", "server", "sampler", "schedule"):
         return {}
     # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
     shared = {"clients", "seed", "validation", "cache"}

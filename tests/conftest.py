@@ -26,5 +26,5 @@ def no_pictures(monkeypatch):
     """Runs without their pictures, which take longer to draw than tiny runs to compute."""
     from cluster import outputs
 
-    for name in ("picture", "curves"):
+    for name in ("picture", "curves", "population"):
         monkeypatch.setattr(outputs, name, lambda *_, **__: None)

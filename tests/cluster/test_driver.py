@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import cluster
 from algorithms.topk import TopKClient
 from cluster import client as client_module
+from cluster import downlink as downlink_module
 from cluster import driver as driver_module
 from cluster import outputs, wire
 from cluster.checkpoint import latest, list_rounds, load_checkpoint
@@ -57,7 +58,7 @@ def uplink(monkeypatch):
 @pytest.fixture
 def downlink(monkeypatch):
     recorded = Recorded()
-    monkeypatch.setattr(driver_module, "wire", recorded)
+    monkeypatch.setattr(downlink_module, "wire", recorded)
     return recorded
 
 

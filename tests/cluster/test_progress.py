@@ -14,7 +14,7 @@ def line(number: int, seconds: float = 4.0, accuracy: float | None = 0.5) -> dic
     return {
         "round": number, "test/accuracy": accuracy, "train/loss": 1.0, "sparsity/global": 0.9,
         "comm/uplink_bytes": 1e6, "comm/downlink_bytes": 2e6, "comm/uplink_bytes_total": number * 1e6,
-        "comm/downlink_bytes_total": number * 2e6, "time/round_s": seconds,
+        "comm/downlink_bytes_total": number * 2e6, "time/round_s": seconds, "time/simulated_s": number * 10.0,
     }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_a_long_run_prints_sparingly_and_always_its_last_line() -> None:
             display.on_line(line(number))
     rounds = [text for text in shown.getvalue().splitlines() if text.startswith("round")]
     assert [text.split()[1] for text in rounds] == ["1/500", "320/500"]
-    assert "up 320 MB  down 640 MB" in rounds[-1]
+    assert "up 320 MB  down 640 MB  simulated 53:20" in rounds[-1]
 
 
 def test_a_terminal_gets_a_status_line_and_the_last_rounds() -> None:

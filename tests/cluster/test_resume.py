@@ -253,7 +253,7 @@ def die(*_, **__):
 
 def before_the_checkpoint():
     write = Driver.checkpoint
-    Driver.checkpoint = lambda self, held: die() if self.state.round == 4 else write(self, held)
+    Driver.checkpoint = lambda self, snapshot: die() if self.state.round == 4 else write(self, snapshot)
 
 def inside_the_write():
     replace = os.replace

@@ -12,6 +12,7 @@ from PIL import Image
 from cluster import seeding
 from cluster.workload.holdings import SampledPartition
 from cluster.workload.partition import partition, picture
+from tests.naive import NaiveFederation, assert_same, run_inline, tiny_federation
 
 LABELS = np.arange(600) % 4
 
@@ -121,3 +122,25 @@ def test_the_picture_of_a_million_clients_is_drawn_from_a_thousand(tmp_path, mon
     assert asked == list(range(0, 1_000_000, 1000))
     with Image.open(path) as image:
         assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_a_run_over_a_million_clients_is_that_of_the_reference(tmp_path):
+    few = {"name": "sampled", "clients": 1_000_000, "samples_per_client": 20, "alpha": 0.5}
+    config = tiny_federation(tmp_path, partition=few)
+    assert_same(run_inline(config, tmp_path / "run"), NaiveFederation(config).run())
+
+
+def test_a_rounds_memory_does_not_grow_with_the_population(tmp_path):
+    """Ten thousand times the clients cost less than two bytes for each; one int64 a client would be eight."""
+    peaks = {}
+    for clients in (100, 1_000_000):
+        section = {"name": "sampled", "clients": clients, "samples_per_client": 20, "alpha": None}
+        masked = {"name": "fixed_mask", "sparsity": 0.5}
+        config = tiny_federation(tmp_path, algorithm=masked, partition=section, checkpoint_every=1)
+        tracemalloc.start()
+        try:
+            run_inline(config, tmp_path / str(clients))
+            peaks[clients] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peaks[1_000_000] - peaks[100] < 2_000_000

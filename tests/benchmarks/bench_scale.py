@@ -59,11 +59,11 @@ def client_actors() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "ClientHost" in " ".join(p.cmdline())]
 
 
-def bare_loop(pipe: Connection, data: Path, clients: int, samples: int) -> None:
+def bare_loop(pipe: Connection, data: Path, name: str, clients: int, samples: int) -> None:
     """The local steps of ``clients`` clients at each request, and nothing else."""
     torch.set_num_threads(1)
     train = open_dataset(data).train
-    model = models.build("small_cnn", input_shape=(1, 8, 8), classes=10, seed=0).train()
+    model = models.build(name, input_shape=(1, 8, 8), classes=10, seed=0).train()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng = np.random.default_rng(0)
     while pipe.recv():
@@ -92,6 +92,7 @@ def measure_rounds(
             "evaluate_every": 10_000,
             "actors": actors,
             "algorithm": {"name": arguments.method},
+            "model": {"name": arguments.model},
             "data": {"name": "digits", "cache": str(folder / "cache")},
             "partition": {
                 "name": "sampled",
@@ -117,7 +118,7 @@ def measure_rounds(
         mine, theirs = spawn.Pipe()
         process = spawn.Process(
             target=bare_loop,
-            args=(theirs, federation.dataset.folder, clients, arguments.samples),
+            args=(theirs, federation.dataset.folder, arguments.model, clients, arguments.samples),
             daemon=True,
         )
         process.start()
@@ -142,12 +143,13 @@ def measure_rounds(
             work()
             if turn >= warm:
                 times[name].append((time.perf_counter() - started, cpu_seconds(processes) - used))
-    for pipe in pipes:
+    largest = max(map(private_mib, client_actors()), default=0.0)
+    for pipe, process in zip(pipes, bare_processes, strict=True):
         pipe.send(False)
+        process.wait()
     medians = {name: np.median(values, axis=0) for name, values in times.items()}
     ray_s, bare_s = (medians[name][0] for name in sides)
     ray_ms, bare_ms = (medians[name][1] / cohort * 1e3 for name in sides)
-    largest = max(map(private_mib, client_actors()), default=0.0)
     print(
         f"{population:>10,} {cohort:>6} {described:>10.2f} {ray_s:>9.3f} {bare_s:>9.3f} "
         f"{ray_ms:>10.2f} {bare_ms:>11.2f} {private_mib(psutil.Process()):>11.0f} {largest:>10.0f}",
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--cohorts", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64, help="samples a client, in batches of 16")
+    parser.add_argument("--model", default="small_cnn")
     parser.add_argument("--method", default="fedavg")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scale-", dir="/tmp") as folder:

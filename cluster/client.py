@@ -25,7 +25,7 @@ from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
-from cluster.workload.partition import Partition
+from cluster.workload.holdings import Partition
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,14 @@ class Workload:
     Attributes:
         config: The configuration.
         folder: Folder of the decoded data set on this node.
-        indices: Rows of the training split, client after client, int64.
-        offsets: Client i owns ``indices[offsets[i]:offsets[i + 1]]``, int64[clients + 1].
+        partition: Who holds which rows of the training split.
         validation: Rows held out of the training split.
         shifted: Who owns which rows after the first, second ... shift of the data.
     """
 
     config: Config
     folder: Path
-    indices: np.ndarray
-    offsets: np.ndarray
+    partition: Partition
     validation: np.ndarray
     shifted: tuple[Partition, ...] = ()
 
@@ -198,10 +196,9 @@ class ClientHost:
             self._round = broadcast.instructions.round
 
     def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
-        offsets = self._workload.offsets
-        rows = self._workload.indices[offsets[task.client] : offsets[task.client + 1]]
-        if broadcast.period:
-            rows = self._workload.shifted[broadcast.period - 1].client(task.client)
+        period = broadcast.period
+        partition = self._workload.shifted[period - 1] if period else self._workload.partition
+        rows = partition.client(task.client)
         stage = "train"
         try:
             marks = [time.perf_counter()]

@@ -28,7 +28,7 @@ from cluster.flops import count_activations
 from cluster.local_training import to_input
 from cluster.outputs import benchmark_name
 from cluster.progress import local_actors, place, shown
-from cluster.workload.partition import picture
+from cluster.workload.partition import CLIENTS_DRAWN, picture
 
 #: Widest terminal rendering of the partition that is still a picture and not a wall.
 _CLASSES_DRAWN = 20
@@ -177,29 +177,36 @@ def _model(console: Console, federation: Federation) -> None:
 def _partition(console: Console, federation: Federation, file: Path) -> None:
     dataset, divided, section = federation.dataset, federation.partition, federation.config.partition
     sizes, labels = divided.sizes, dataset.train.labels
-    histogram = divided.class_histogram(labels, len(dataset.classes))
-    alpha = f", alpha {section.alpha:g}" if section.name in ("lda", "dirichlet") else ""
+    drawn = np.arange(min(divided.clients, CLIENTS_DRAWN))
+    histogram = divided.class_histogram(labels, len(dataset.classes), drawn)
+    alpha = "" if section.skew is None else f", alpha {section.skew:g}"
     image = "x".join(map(str, dataset.image_shape))
     _heading(console, "data", f"{dataset.name}, images {image}, {len(dataset.classes)} classes")
-    unused = len(labels) - len(federation.validation) - int(sizes.sum())
+    if section.name == "sampled":
+        given = "every client draws its own from the rest, with replacement"
+    else:
+        given = f"given to nobody {len(labels) - len(federation.validation) - int(sizes.sum()):,}"
     held = np.count_nonzero(histogram, axis=1)
     for key, text in (
         ("samples", f"train {len(labels):,}, of them held out for validation {len(federation.validation):,} "
-                    f"and given to nobody {unused:,}; test {len(dataset.test.labels):,}"),
+                    f"and {given}; test {len(dataset.test.labels):,}"),
         ("partition", f"{section.name}{alpha}, seed {section.seed}: {divided.clients:,} clients"),
         ("a client", f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,} samples "
-                     f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max)"),
+                     f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max"
+                     + (f"; classes of the first {drawn.size:,})" if drawn.size < divided.clients else ")")),
     ):  # fmt: skip
         console.print(f"{key:<11} {text}")
     if len(dataset.classes) <= _CLASSES_DRAWN:
-        console.print(_heat_map(console, histogram, dataset.classes), no_wrap=True, crop=True)
+        console.print(
+            _heat_map(console, histogram, dataset.classes, divided.clients), no_wrap=True, crop=True
+        )
     title = f"{dataset.name}, {section.name}{alpha}, {divided.clients} clients"
     file.parent.mkdir(parents=True, exist_ok=True)
     picture(divided, labels, dataset.classes, file, title=title)
     console.print(f"picture     {shown(file)}", soft_wrap=True)
 
 
-def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...]) -> Text:
+def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...], clients: int) -> Text:
     """One column a client, one row a class; darker is a larger share of the client's samples."""
     shades = " ░▒▓█" if console.encoding.startswith("utf") else " .:*#"
     label = min(12, max(map(len, classes)))
@@ -211,7 +218,7 @@ def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...])
     for index, name in enumerate(classes):
         text.append(f"{name[:label]:>{label}} ", "dim")
         text.append("".join(shades[level] for level in levels[:, index]) + "\n")
-    which = f"clients 0 to {drawn - 1} of {len(histogram)}" if drawn < len(histogram) else f"{drawn} clients"
+    which = f"clients 0 to {drawn - 1} of {clients}" if drawn < clients else f"{drawn} clients"
     text.append(
         f"{'':{label}} {which}; rows are classes, {shades[-1]} is half of a client's samples or more", "dim"
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from algorithms import ServerState
 from cluster import wire
+from cluster.holders import Holders
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Sender:
     """Bills every client what it is really sent.
 
     Attributes:
-        held: Version of the mask that each client got last; never changed in place.
+        held: Who holds the current mask; never changed in place.
     """
 
     def __init__(self, shape: wire.Shape, value_format: wire.ValueFormat) -> None:
         self.shape, self.value_format = shape, value_format
-        self.held: dict[int, int] = {}
+        self.held = Holders()
 
     def parcel(self, state: ServerState) -> Parcel:
         """The model of ``state``, to be sent to any number of clients."""
@@ -78,10 +79,10 @@ class Sender:
     def bytes_for(self, client: int, parcel: Parcel) -> int:
         """Bytes that a client would be sent now."""
         state = parcel.state
-        holds = state.mask is not None and self.held.get(client) == state.mask_version
+        holds = state.mask is not None and self.held.holds(client, state.mask_version)
         return parcel.relative_bytes if holds else parcel.full_bytes
 
     def deliver(self, clients: Iterable[int], parcel: Parcel) -> None:
         """Note that clients got the model, and with it the mask."""
         if parcel.state.mask is not None:
-            self.held = self.held | dict.fromkeys(map(int, clients), parcel.state.mask_version)
+            self.held = self.held.after(clients, parcel.state.mask_version)

@@ -29,6 +29,7 @@ from cluster.client import EvaluationChunk
 from cluster.config import code_digest
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
+from cluster.holders import Holders
 from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 from cluster.run_folder import RunFolder, comparable
 from cluster.schedule import Snapshot, make_schedule
@@ -257,7 +258,7 @@ class Driver:
         best = max(kept, key=lambda r: (scores[r], -r), default=None)
         driver = {
             "totals": self._totals,
-            "held": sorted(snapshot.held.items()),
+            "held": snapshot.held.dump(),
             "simulated_s": snapshot.simulated_s,
             "flight": snapshot.flight,
             "refused_rounds": self._refused_rounds,
@@ -290,7 +291,7 @@ class Driver:
         if stored.digest.split("-")[0] != self._digest.split("-")[0]:
             raise CheckpointError(f"{path} belongs to another configuration (hash {stored.digest})")
         self._totals = dict(stored.driver["totals"])
-        held = {int(client): int(version) for client, version in stored.driver["held"]}
+        held = Holders.load(stored.driver["held"])
         simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
         self._schedule.restore(Snapshot(simulated_s, held, flight, dict(stored.bases)), stored.state)
         self._refused_rounds = int(stored.driver["refused_rounds"])

@@ -19,8 +19,9 @@ from cluster.flops import LayerFlops, count_activations
 from cluster.local_training import to_input
 from cluster.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
+from cluster.workload.holdings import Partition
 from cluster.workload.models import ModelError
-from cluster.workload.partition import Partition, partition
+from cluster.workload.partition import partition
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Federation:
                     seed=section.seed,
                     alpha=section.alpha,
                     shards_per_client=section.shards_per_client,
+                    samples_per_client=section.samples_per_client,
                     groups=dataset.train.groups,
                     available=rows_of(config, period, kept, labels),
                 )
@@ -139,8 +141,7 @@ class Federation:
         return Workload(
             config=self.config,
             folder=self.dataset.folder,
-            indices=self.partition.indices,
-            offsets=self.partition.offsets,
+            partition=self.partition,
             validation=self.validation,
             shifted=self.shifted,
         )

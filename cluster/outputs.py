@@ -101,7 +101,7 @@ def benchmark_name(config: Config) -> str:
     """Data and partition, as in ``cifar10-lda0.1``; runs of one benchmark are compared in one experiment."""
     data = config.data.path or config.data.name
     partition = config.partition
-    alpha = f"{partition.alpha:g}" if partition.name in ("lda", "dirichlet") else ""
+    alpha = "" if partition.skew is None else f"{partition.skew:g}"
     return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
 
 

@@ -177,7 +177,7 @@ def announce(console: Console, config: Config, folder: Path, title: str) -> None
     declared = vars(config.build_algorithm()).items()
     options = ", ".join(f"{key} {_short(value)}" for key, value in declared if value != ())
     section, local = config.partition, config.local
-    alpha = f"(alpha {section.alpha:g})" if section.name in ("lda", "dirichlet") else ""
+    alpha = "" if section.skew is None else f"(alpha {section.skew:g})"
     last = f", stopping after {config.stop_after}" if config.stop_after else ""
     rows = [
         ("method", f"{config.algorithm.name}  {options}"),

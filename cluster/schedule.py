@@ -23,6 +23,7 @@ from cluster.devices import Devices
 from cluster.downlink import Parcel, Sender
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
+from cluster.holders import Holders
 from cluster.local_training import Broadcast
 from cluster.metrics import Downlink
 from cluster.samplers import Candidates, draw
@@ -38,13 +39,13 @@ class Snapshot:
 
     Attributes:
         simulated_s: Simulated seconds since the run began.
-        held: Version of the mask that each client holds.
+        held: Who holds the current mask.
         flight: The next dispatch's number and the clients in flight, plain JSON values (buffered).
         bases: Weights that they started from by version, float32[size] (buffered).
     """
 
     simulated_s: float = 0.0
-    held: dict[int, int] = field(default_factory=dict)
+    held: Holders = field(default_factory=Holders)
     flight: Any = None
     bases: dict[int, Tensor] = field(default_factory=dict)
 

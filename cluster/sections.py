@@ -55,11 +55,19 @@ class DataSection(Section):
 class PartitionSection(Section):
     """How the training data is divided among clients."""
 
-    name: Literal["lda", "iid", "dirichlet", "shards", "natural"] = "lda"
+    name: Literal["lda", "iid", "dirichlet", "shards", "natural", "sampled"] = "lda"
     clients: int = Field(100, ge=1, description="number of clients")
-    alpha: float = Field(1.0, gt=0.0, description="concentration of lda and dirichlet")
+    alpha: float | None = Field(
+        1.0, gt=0.0, description="concentration of lda, dirichlet and sampled; null (sampled): as in the data"
+    )
     shards_per_client: int = Field(2, ge=1, description="shards of sorted labels a client gets (shards)")
+    samples_per_client: int = Field(50, ge=1, description="samples a client draws with replacement (sampled)")
     seed: int = Field(1337, ge=0, description="seed of the partition, shared by all methods and seeds")
+
+    @property
+    def skew(self) -> float | None:
+        """``alpha`` where this kind of partition is drawn with one."""
+        return self.alpha if self.name in ("lda", "dirichlet", "sampled") else None
 
 
 class LocalSection(Section):

@@ -1,85 +1,30 @@
 """Which client holds which training samples.
 
-A partition is a list of index arrays in CSR form, drawn from the labels (or the groups) and a seed alone, so
-that every process, every method and every resumed run sees the same one. Images are never copied: a client's
-data set is a view of indices into the node's memory-mapped arrays.
+A partition is drawn from the labels (or the groups) and a seed alone, so that every process, every method and
+every resumed run sees the same one. Images are never copied: a client's data set is a list of indices into
+the node's memory-mapped arrays.
 
     parts = partition("lda", dataset.train.labels, clients=100, seed=1337, alpha=0.1)
     dataset.train.images[parts.client(7)]
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cluster.workload.datasets import did_you_mean
+from cluster.workload.holdings import ListedPartition, Partition, SampledPartition
 
-PARTITIONS = ("lda", "iid", "dirichlet", "shards", "natural")
+PARTITIONS = ("lda", "iid", "dirichlet", "shards", "natural", "sampled")
 RENORMALISATION = 1e-5  # added by the authors' code to every class still in stock
+
+#: Columns of a picture; more clients than that are drawn as so many, evenly spaced.
+CLIENTS_DRAWN = 1000
 
 
 class PartitionError(ValueError):
     """A partition that cannot be drawn; the message names the key, what was found and what is allowed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Partition:
-    """Clients' samples: client i owns `indices[offsets[i]:offsets[i + 1]]`, sorted.
-
-    Attributes:
-        indices: int64 [total], positions in the full training split, each at most once; read-only.
-        offsets: int64 [clients + 1], from 0 to total; read-only.
-    """
-
-    indices: np.ndarray
-    offsets: np.ndarray
-
-    def __post_init__(self) -> None:
-        # `client` hands out views: shuffling one in place must fail, not change who owns what.
-        self.indices.flags.writeable = False
-        self.offsets.flags.writeable = False
-
-    @property
-    def clients(self) -> int:
-        """Number of clients."""
-        return len(self.offsets) - 1
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int64 [clients], the number of samples of each client."""
-        return np.diff(self.offsets)
-
-    def client(self, index: int) -> np.ndarray:
-        """int64 [size], the samples of one client: a read-only view.
-
-        Raises:
-            IndexError: `index` is outside 0..clients-1.
-        """
-        if not 0 <= index < self.clients:
-            raise IndexError(f"client {index} of a partition with {self.clients} clients")
-        return self.indices[self.offsets[index] : self.offsets[index + 1]]
-
-    def class_histogram(self, labels: np.ndarray, classes: int) -> np.ndarray:
-        """Samples of every class that each client holds.
-
-        Args:
-            labels: int64 [N], the labels of the full training split.
-            classes: Number of classes.
-
-        Returns:
-            int64 [clients, classes].
-        """
-        owners = np.repeat(np.arange(self.clients), self.sizes)
-        cells = np.bincount(owners * classes + labels[self.indices], minlength=self.clients * classes)
-        return cells.reshape(self.clients, classes)
-
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that two partitions share only if they are equal."""
-        content = self.offsets.astype("<i8").tobytes() + self.indices.astype("<i8").tobytes()
-        return hashlib.sha256(content).hexdigest()[:16]
 
 
 def partition(
@@ -88,14 +33,15 @@ def partition(
     *,
     clients: int,
     seed: int,
-    alpha: float = 1.0,
+    alpha: float | None = 1.0,
     shards_per_client: int = 2,
+    samples_per_client: int = 50,
     groups: np.ndarray | None = None,
     available: np.ndarray | None = None,
 ) -> Partition:
     """Divide training samples among clients.
 
-    No sample goes to two clients, and every client gets at least one.
+    No sample goes to two clients (but in `sampled`), and every client gets at least one.
 
     Args:
         name: How to divide N available samples among n clients.
@@ -110,11 +56,17 @@ def partition(
             `natural`: all samples, by group (writer, speaker, device). As many clients as groups: client i is
             group i in the order of the codes. Fewer: the groups are shuffled and dealt round-robin, each
             stays whole.
+            `sampled`: samples_per_client samples each, drawn with replacement when the client is played and
+            forgotten afterwards, so that a million clients take no memory. With alpha, a client's classes
+            follow its own Dirichlet(alpha 1_C), as in `lda` with stocks that never run out; without, they are
+            those of the data.
         labels: int64 [total], labels of the full training split.
         clients: Number of clients, n.
         seed: The only source of randomness.
-        alpha: Concentration of `lda` and `dirichlet`, above 0: 1000 is nearly uniform, 0.1 strongly skewed.
+        alpha: Concentration of `lda`, `dirichlet` and `sampled`, above 0: 1000 is nearly uniform, 0.1
+            strongly skewed. None for `sampled` only.
         shards_per_client: For `shards`.
+        samples_per_client: For `sampled`.
         groups: int64 [total], for `natural`.
         available: int64 indices of the samples that may be used, e.g. what a validation hold-out kept; None
             for all.
@@ -135,20 +87,28 @@ def partition(
         raise PartitionError(f"{len(available) - pool.size} of the available samples are listed twice")
     if clients < 1:
         raise PartitionError(f"partition.clients = {clients}; at least 1 is needed")
+    skew = 0.0 if alpha is None else alpha
+    if (name in ("lda", "dirichlet") or (name == "sampled" and alpha is not None)) and not 0 < skew < np.inf:
+        found = "null" if alpha is None else alpha
+        raise PartitionError(f"partition.alpha = {found}; a finite number above 0 is needed")
+    if name == "sampled":
+        if samples_per_client < 1:
+            raise PartitionError(f"partition.samples_per_client = {samples_per_client}; at least 1 is needed")
+        if not pool.size:
+            raise PartitionError("no training samples are available to draw from")
+        return SampledPartition.over(pool, labels, clients, seed, samples_per_client, alpha)
     if clients > pool.size:
         raise PartitionError(
             f"partition.clients = {clients} but only {pool.size} training samples are available: "
-            f"every client needs at least one"
+            f"every client needs at least one; partition.name = 'sampled' draws with replacement"
         )
-    if name in ("lda", "dirichlet") and not 0 < alpha < np.inf:
-        raise PartitionError(f"partition.alpha = {alpha}; a finite number above 0 is needed")
     generator = np.random.Generator(np.random.PCG64(seed))
     if name == "lda":
-        owner = _lda(labels[pool], clients, alpha, generator)
+        owner = _lda(labels[pool], clients, skew, generator)
     elif name == "iid":
         owner = generator.permutation(pool.size) % clients
     elif name == "dirichlet":
-        owner = _dirichlet(labels[pool], clients, alpha, generator)
+        owner = _dirichlet(labels[pool], clients, skew, generator)
     elif name == "shards":
         owner = _shards(labels[pool], clients, shards_per_client, generator)
     else:
@@ -160,7 +120,7 @@ def partition(
         owner = _natural(groups[pool], clients, generator)
     sizes = np.bincount(owner + 1, minlength=clients + 1)  # the first entry counts samples of nobody (-1)
     order = np.argsort(owner, kind="stable")[sizes[0] :]
-    return Partition(indices=pool[order], offsets=np.concatenate([[0], np.cumsum(sizes[1:])]))
+    return ListedPartition(indices=pool[order], offsets=np.concatenate([[0], np.cumsum(sizes[1:])]))
 
 
 def _lda(labels: np.ndarray, clients: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
@@ -260,7 +220,7 @@ def picture(
     is a square root, so that small shares are seen beside whole ones.
 
     Args:
-        partition: The partition.
+        partition: The partition; of more than 1,000 clients so many are drawn, evenly spaced.
         labels: int64 [N], labels of the full training split.
         classes: Names of the classes.
         path: Picture to write; the suffix (.png, .svg, .pdf) decides its format.
@@ -272,28 +232,33 @@ def picture(
     from matplotlib.colors import ListedColormap, PowerNorm
     from matplotlib.figure import Figure
 
-    histogram = partition.class_histogram(labels, len(classes))
-    sizes = partition.sizes
+    step = -(-partition.clients // CLIENTS_DRAWN)
+    drawn = np.arange(0, partition.clients, step)
+    histogram = partition.class_histogram(labels, len(classes), drawn)
+    sizes = partition.sizes[drawn]
     shares = histogram / np.maximum(sizes, 1)[:, None]
     height = float(np.clip(0.26 * len(classes), 2.4, 8.0))
     figure = Figure(figsize=(9.0, height + 2.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=[0.8, height])
     held = np.median((histogram > 0).sum(axis=1))
-    counts = f"{partition.clients:,} clients, {sizes.sum():,} samples, classes a client: {held:g} (median)"
+    samples = int(partition.sizes.sum())
+    counts = f"{partition.clients:,} clients, {samples:,} samples, classes a client: {held:g} (median)"
     bars.set_title(title or counts)
-    bars.stairs(sizes, np.arange(partition.clients + 1) - 0.5, fill=True, color="0.35")
+    edges = (np.arange(drawn.size + 1) - 0.5) * step
+    bars.stairs(sizes, edges, fill=True, color="0.35")
     bars.set_ylabel("samples")
     bars.set_ylim(0, sizes.max() * 1.15)
     image = cells.imshow(
         np.ma.masked_equal(shares.T, 0.0),
         aspect="auto",
         interpolation="nearest",
+        extent=(edges[0], edges[-1], len(classes) - 0.5, -0.5),
         # The palest blues are left out: a small share must not look like none.
         cmap=ListedColormap(colormaps["Blues"](np.linspace(0.18, 1.0, 256))),
         norm=PowerNorm(0.5, vmin=0.0, vmax=shares.max()),
     )
-    cells.set_xlabel("client")
+    cells.set_xlabel("client" if step == 1 else f"client (one in {step:,} is drawn)")
     cells.set_ylabel("class")
     cells.locator_params(axis="x", integer=True)
     if len(classes) <= 30:

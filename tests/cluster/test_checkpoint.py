@@ -46,7 +46,7 @@ def checkpoint(round_number=3):
     )
     driver = {
         "totals": {"comm/uplink_bytes": 7},
-        "held": [[3, 1]],
+        "held": {"version": 1, "clients": [3]},
         "waiting": {"round": 3, "a": 0.1, "b": None},
     }
     return Checkpoint(state, driver, "abc-def")

@@ -1,8 +1,9 @@
-"""`ray job submit` end to end, as the README shows it: a head with a token, a job, its results."""
+"""`ray job submit` and `submit.py` end to end: a head with a token, a job, the results of a local run."""
 
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 
+#: The experiment: few of a million clients, none of whom is ever listed.
+WORDS = ["quickstart", "rounds=2", "cohort=4", "local.epochs=1", "tracking.enabled=false"]
+WORDS += ["partition.name=sampled", "partition.clients=1000000", "partition.alpha=0.5"]
+WORDS += ["model.channels=[8, 16]", "model.hidden=32"]
+
 
 def free_port():
     with socket.socket() as probe:
@@ -24,10 +30,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def head(tmp_path):
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
     """A real head node that dies with its process; the token stays in a folder of the test."""
-    token = tmp_path / "token"
+    token = tmp_path_factory.mktemp("head") / "token"
     token.write_text(secrets.token_hex(32))
     environment = {
         **os.environ,
@@ -36,10 +42,10 @@ def head(tmp_path):
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    dashboard = free_port()
+    port, dashboard = free_port(), free_port()
     # Ray's sockets want a short path.
     folder = Path(f"/tmp/sparsyfed-{os.getpid()}-{dashboard}")
-    command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--num-cpus=2", "--object-store-memory=300000000", f"--temp-dir={folder}"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -56,18 +62,41 @@ def head(tmp_path):
         except (urllib.error.URLError, OSError):
             assert process.poll() is None, "ray start ended by itself"
             time.sleep(0.5)
-    yield address, environment
+    yield address, f"127.0.0.1:{port}", environment
     process.terminate()
     process.wait(timeout=60)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_submitted_job_leaves_the_results_of_a_local_run(head, tmp_path):
-    address, environment = head
-    overrides = ["rounds=2", "cohort=4", "local.epochs=1", "tracking.enabled=false"]
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--"]
-    command += ["python", "-m", "cluster", "run", "quickstart", "address=auto", *overrides]
-    command += ["--output", str(tmp_path / "job")]
+@pytest.fixture(scope="module")
+def words(cache):
+    """The arguments of all three."""
+    return ["run", *WORDS, f"data.cache={cache}"]
+
+
+@pytest.fixture(scope="module")
+def local(words, tmp_path_factory):
+    """The folder of the same experiment in one process."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    command = [sys.executable, "-m", "cluster", *words, "execution=inline", "--output", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+def assert_same_results(found, expected):
+    """Accuracy and model file, byte by byte."""
+    results = [json.loads((folder / "result.json").read_text()) for folder in (found, expected)]
+    assert results[0]["complete"]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["partition_hash"] == results[1]["partition_hash"]
+    models = [(folder / "model.safetensors").read_bytes() for folder in (found, expected)]
+    assert models[0] == models[1]
+
+
+def test_a_submitted_job_leaves_the_results_of_a_local_run(head, words, local, tmp_path):
+    dashboard, _, environment = head
+    command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
+    command += ["python", "-m", "cluster", *words, "address=auto", "--output", str(tmp_path / "job")]
     for _ in range(30):
         submitted = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
@@ -77,10 +106,19 @@ def test_a_submitted_job_leaves_the_results_of_a_local_run(head, tmp_path):
         time.sleep(1)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout + submitted.stderr
-    local = ["-m", "cluster", "run", "quickstart", "execution=inline", *overrides]
-    subprocess.run([sys.executable, *local, "--output", str(tmp_path / "local")], cwd=ROOT, check=True)
-    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("job", "local")]
-    assert results[0]["complete"]
-    assert results[0]["accuracy"] == results[1]["accuracy"]
-    models = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("job", "local")]
-    assert models[0] == models[1]
+    assert_same_results(tmp_path / "job", local)
+
+
+def test_submit_py_as_ray_submit_starts_it_leaves_the_results_of_a_local_run(head, words, local, tmp_path):
+    """`ray submit` copies one file to the head's home and has a shell read the words, joined by spaces."""
+    _, address, environment = head
+    shutil.copy(ROOT / "ray_configs" / "submit.py", tmp_path)
+    # The head knows its own address, and the package by its setup_commands.
+    environment = {**environment, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+    command = " ".join([shlex.quote(sys.executable), "submit.py", *words, "--output", "runs/submitted"])
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Ray at auto" in done.stdout  # which `run` was not told
+    assert_same_results(tmp_path / "runs" / "submitted", local)

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.workload import partition as module
-from cluster.workload.partition import PARTITIONS, Partition, PartitionError, partition, picture
+from cluster.workload.partition import PARTITIONS, ListedPartition, PartitionError, partition, picture
+
+#: The kinds that list every client's samples; `sampled` has a file of its own.
+LISTED = tuple(name for name in PARTITIONS if name != "sampled")
 
 
 @st.composite
@@ -30,7 +33,7 @@ def requests(draw):
     }
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", LISTED)
 @settings(max_examples=60, deadline=None)
 @given(request=requests())
 def test_every_kind_keeps_its_promises(name, request):
@@ -215,7 +218,7 @@ def test_dirichlet_is_unbalanced_and_leaves_nobody_empty():
 
 def test_hold_out_stays_out():
     available = np.arange(0, 100, 2)
-    for name in PARTITIONS:
+    for name in LISTED:
         parts = partition(
             name, balanced(100), clients=5, seed=1, available=available, groups=np.arange(100) % 50
         )
@@ -229,12 +232,16 @@ def test_hold_out_stays_out():
     ("name", "options", "match"),
     [
         ("ldaa", {}, "'ldaa' is unknown; allowed are lda, iid.*did you mean 'lda'"),
-        ("lda", {"clients": 11}, "clients = 11 but only 10 training samples"),
+        ("lda", {"clients": 11}, "clients = 11 but only 10 training samples.*'sampled' draws with"),
         ("iid", {"clients": 0}, "clients = 0; at least 1"),
         ("iid", {"clients": 4, "available": np.arange(3)}, "only 3 training samples"),
         ("iid", {"available": np.array([1, 1, 2])}, "1 of the available samples are listed twice"),
         ("lda", {"alpha": 0.0}, "alpha = 0.0; a finite number above 0"),
         ("dirichlet", {"alpha": float("nan")}, "alpha = nan"),
+        ("lda", {"alpha": None}, "alpha = null; a finite number above 0"),
+        ("sampled", {"alpha": 0.0}, "alpha = 0.0; a finite number above 0"),
+        ("sampled", {"samples_per_client": 0}, "samples_per_client = 0; at least 1"),
+        ("sampled", {"available": np.array([], np.int64)}, "no training samples"),
         ("shards", {"shards_per_client": 6}, "makes 12 shards of 10 available samples"),
         ("shards", {"shards_per_client": 0}, "at least 1 shard a client"),
         ("natural", {}, "needs groups.*data.group_column"),
@@ -258,9 +265,9 @@ def test_a_client_is_a_view_nobody_can_write():
 
 def test_digest_sees_owners_and_not_only_samples():
     indices = np.arange(4)
-    one = Partition(indices.copy(), np.array([0, 2, 4]))
-    other = Partition(indices.copy(), np.array([0, 1, 4]))
-    assert one.digest() == Partition(indices.copy(), np.array([0, 2, 4])).digest()
+    one = ListedPartition(indices.copy(), np.array([0, 2, 4]))
+    other = ListedPartition(indices.copy(), np.array([0, 1, 4]))
+    assert one.digest() == ListedPartition(indices.copy(), np.array([0, 2, 4])).digest()
     assert one.digest() != other.digest()
     assert len(one.digest()) == 16
 

@@ -1,0 +1,371 @@
+"""Every file of ray_configs is what Ray takes, and every command of its README parses."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+from ray.scripts.scripts import cli as ray_command
+
+from cluster.arguments import parse
+from cluster.config import RESULT_FREE, resolve
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "ray_configs"
+CLUSTERS = ["cluster-local.yaml", "cluster-aws-gpu.yaml", "cluster-gcp-gpu.yaml"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+(RAY,) = [line.split("==")[1] for line in PROJECT["dependencies"] if line.startswith("ray[")]
+
+
+def load(name):
+    return yaml.safe_load((CONFIGS / name).read_text())
+
+
+# --- clusters that `ray up` makes
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_file_is_what_ray_up_takes(name):
+    config = load(name)
+    validate_config(prepare_config(config))  # as `ray up` does, the provider's defaults filled in
+    schema = json.loads((Path(sys.modules["ray"].__path__[0]) / "autoscaler/ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+    with pytest.raises(jsonschema.ValidationError, match="setup_comands"):
+        jsonschema.validate(config | {"setup_comands": []}, schema)
+    for kind in config.get("available_node_types", {}).values():
+        assert kind.get("max_workers", 0) <= config["max_workers"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_has_the_projects_ray_a_token_and_no_open_dashboard(name):
+    config = load(name)
+    assert config["docker"]["image"] == f"rayproject/ray:{RAY}-py311-gpu"
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert config["file_mounts"]["/home/ray/sparsyfed"] == "."
+    assert "pip install /home/ray/sparsyfed" in config["setup_commands"]
+    starts = [line for side in ("head", "worker") for line in config[f"{side}_start_ray_commands"]]
+    assert [line for line in starts if "--head" in line and "--dashboard-host=127.0.0.1" in line]
+    for line in starts:
+        ray_takes(shlex.split(line)[1:])
+    for line in config["setup_commands"] + config.get("head_setup_commands", []):
+        assert not re.search(r"\bray\b", line.replace("/home/ray/", "")), "the image's Ray stays"
+
+
+@pytest.mark.parametrize("name", [path.name for path in CONFIGS.iterdir() if path.is_file()])
+def test_no_file_opens_a_dashboard_or_turns_tokens_off(name):
+    text = (CONFIGS / name).read_text()
+    assert "0.0.0.0" not in text
+    assert "disabled" not in text
+    for version in re.findall(r"(?:ray|sparsyfed|rayVersion): ?\"?(\d+\.\d+\.\d+)", text):
+        assert version == RAY
+
+
+# --- the runtime environment
+
+
+def test_the_runtime_environment_installs_the_projects_dependencies():
+    tree = load("runtime-env.yaml")
+    assert tree["pip"] == [line for line in PROJECT["dependencies"] if not line.startswith("ray[")]
+    environment = RuntimeEnv(**tree, working_dir="https://example.com/code.zip")
+    assert environment.has_pip()
+    assert environment["config"]["setup_timeout_seconds"] == 1800
+    assert set(tree) <= RuntimeEnv.known_fields
+
+
+# --- Kubernetes
+
+
+def object_of(required=(), **properties):
+    """A JSON schema of an object: nothing but these keys, and the required ones."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def list_of(items):
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+NAME = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"}
+QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}}
+CONTAINER = object_of(
+    ["name", "image", "resources"],
+    name=NAME,
+    image=TEXT,
+    resources=object_of(["requests", "limits"], requests=QUANTITIES, limits=QUANTITIES),
+    volumeMounts=list_of(object_of(["name", "mountPath"], name=NAME, mountPath=TEXT)),
+)
+CLAIM = object_of(["claimName"], claimName=NAME)
+POD = object_of(
+    ["spec"],
+    spec=object_of(
+        ["containers"],
+        containers=list_of(CONTAINER),
+        volumes=list_of(object_of(["name", "persistentVolumeClaim"], name=NAME, persistentVolumeClaim=CLAIM)),
+    ),
+)
+START = {"type": "object", "additionalProperties": TEXT}  # flags of `ray start`, all of them text
+#: The fields of a RayJob (ray.io/v1) that are used, and no others.
+RAYJOB = object_of(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=object_of(["name"], name=NAME),
+    spec=object_of(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint=TEXT,
+        shutdownAfterJobFinishes={"type": "boolean"},
+        ttlSecondsAfterFinished=COUNT,
+        backoffLimit=COUNT,
+        rayClusterSpec=object_of(
+            ["rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"],
+            rayVersion=TEXT,
+            authOptions=object_of(["mode"], mode={"const": "token"}),
+            headGroupSpec=object_of(
+                ["rayStartParams", "template"],
+                serviceType={"const": "ClusterIP"},
+                rayStartParams=START,
+                template=POD,
+            ),
+            workerGroupSpecs=list_of(
+                object_of(
+                    ["groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                    groupName=NAME,
+                    replicas=COUNT,
+                    minReplicas=COUNT,
+                    maxReplicas=COUNT,
+                    rayStartParams=START,
+                    template=POD,
+                )
+            ),
+        ),
+    ),
+)
+
+
+def test_the_rayjob_has_the_fields_that_kuberay_knows():
+    job = load("kuberay-rayjob.yaml")
+    jsonschema.validate(job, RAYJOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == RAY
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert {container["image"].rpartition(":")[2] for container in containers} == {RAY}
+    for group in groups:
+        ray_takes(
+            ["start", "--head", *(f"--{key}={value}" for key, value in group["rayStartParams"].items())]
+        )
+        mounted = [
+            m["name"] for c in group["template"]["spec"]["containers"] for m in c.get("volumeMounts", [])
+        ]
+        assert mounted == [volume["name"] for volume in group["template"]["spec"].get("volumes", [])]
+    command = shlex.split(job["spec"]["entrypoint"])
+    assert command[:3] == ["python", "-m", "cluster"]
+    sparsyfed_takes(command[3:])
+
+
+@pytest.mark.parametrize(
+    "path", ["spec", "spec.rayClusterSpec", "spec.rayClusterSpec.headGroupSpec.template.spec"]
+)
+def test_a_misspelt_field_of_the_rayjob_is_refused(path):
+    job = load("kuberay-rayjob.yaml")
+    place = job
+    for key in path.split("."):
+        place = place[key]
+    place["rayVersoin"] = "2.60.0"
+    with pytest.raises(jsonschema.ValidationError, match="rayVersoin"):
+        jsonschema.validate(job, RAYJOB)
+
+
+def test_the_image_is_built_on_the_projects_ray_from_files_that_exist():
+    lines = (CONFIGS / "Dockerfile").read_text().splitlines()
+    assert f"FROM rayproject/ray:{RAY}-py311-gpu" in lines
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
+    assert {"pyproject.toml", *PROJECT["license-files"], "algorithms", "cluster", "ray_configs"} <= set(
+        copied
+    )
+    assert all((ROOT / word).exists() for word in copied)
+
+
+# --- Slurm
+
+
+STAND_INS = {
+    "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
+    # One node is enough to see what every node would start.
+    "srun": 'shift; exec "$@"',
+    "ray": 'p="$RAY_AUTH_TOKEN_PATH"; printf "%s\\n" "$RAY_AUTH_MODE" "$(stat -c %a $p)" "$(cat $p)" "$@"',
+}
+
+
+def run_slurm(folder, *words):
+    """What `slurm.sh WORDS` starts on each node: (authentication, mode of the token's file, token, words)."""
+    for name, body in STAND_INS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    activate = folder / "venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True, exist_ok=True)
+    activate.write_text(f'PATH="{folder}:{Path(sys.executable).parent}:$PATH"\n')
+    job = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_NUM_NODES": "3"}
+    job |= {"SLURM_CPUS_ON_NODE": "16", "SLURM_GPUS_ON_NODE": "2", "VENV": str(folder / "venv")}
+    done = subprocess.run(
+        ["bash", CONFIGS / "slurm.sh", *words],
+        env=os.environ | job,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not list(folder.glob(".ray-token*"))  # gone with the job
+    authentication, mode, token, *command = done.stdout.splitlines()
+    return authentication, mode, token, command
+
+
+def test_slurm_starts_one_ray_with_a_token_and_runs_the_command_on_its_head(tmp_path):
+    authentication, mode, token, command = run_slurm(tmp_path, "run", "quickstart", "model.channels=[8, 16]")
+    assert (authentication, mode, len(token)) == ("token", "600", 64)
+    assert token != run_slurm(tmp_path)[2]
+    ray_takes(command)
+    options, entry = command[: command.index("--")], command[command.index("--") + 1 :]
+    assert options[:5] == ["symmetric-run", "--address", "node1:24567", "--min-nodes", "3"]
+    # What symmetric-run hands on, every node's `ray start` must take, the head's and a worker's.
+    for side in (["--head", "--port=24567"], ["--address", "node1:24567"]):
+        ray_takes(["start", *side, *options[5:]])
+    assert {"--num-cpus=16", "--num-gpus=2"} <= set(options)
+    assert entry == ["python", "-m", "cluster", "run", "quickstart", "model.channels=[8, 16]", "address=auto"]
+    assert sparsyfed_takes(entry[3:]).model.options["channels"] == [8, 16]
+    assert run_slurm(tmp_path)[3][-2:] == ["run", "address=auto"]
+
+
+# --- submit.py
+
+
+def received(*words):
+    """The command line that a head's shell gives `submit.py`, and the words that it restores."""
+    remote = subprocess.run(
+        [
+            "bash",
+            "-c",
+            " ".join([shlex.quote(sys.executable), "-c", "'import sys; print(sys.argv[1:])'", *words]),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code = f"import sys; sys.path.insert(0, {str(CONFIGS)!r}); import submit; "
+    code += f"print(submit.restored({remote.stdout}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+TIERS = "devices.tiers.small={share: 0.3, sparsity: 0.99}"
+
+
+def test_values_split_inside_brackets_are_joined_again():
+    words = ["run", "quickstart", TIERS, "model.channels=[8, 16]", "rounds=5", "--output", "x"]
+    assert yaml.safe_load(received(*words).stdout) == words
+    lost = received("run", "model.channels=[8,", "rounds=5")
+    assert lost.returncode != 0
+    assert "brackets do not close in: run model.channels=[8, rounds=5" in lost.stderr
+
+
+def test_quoted_words_survive_any_shell():
+    words = [
+        "run",
+        'algorithm.plain_layers=["*shortcut*"]',
+        "tracking.run_name=it's $HOME; 100% `true` > x",
+        TIERS,
+    ]
+    quoted = subprocess.run(
+        [sys.executable, CONFIGS / "submit.py", "--quote", *words], capture_output=True, text=True, check=True
+    )
+    sent = quoted.stdout.split()
+    assert sent[0] == "--quoted"
+    code = "import json, sys; sys.path.insert(0, sys.argv.pop(1)); import submit; "
+    code += "print(json.dumps(submit.restored(sys.argv[1:])))"
+    command = " ".join(
+        [shlex.quote(sys.executable), "-c", shlex.quote(code), shlex.quote(str(CONFIGS)), *sent]
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == words
+
+
+# --- the README
+
+
+def ray_takes(words):
+    """Parse the arguments of `ray ...` with Ray's own parser, without running anything."""
+    command = ray_command
+    while hasattr(command, "get_command"):
+        name, *words = words
+        command = command.get_command(None, name)
+        assert command is not None, f"ray has no command {name}"
+    command.make_context(command.name, list(words))
+
+
+def sparsyfed_takes(words):
+    """Parse the arguments of `sparsyfed ...`, and resolve the experiment of those that have one."""
+    arguments = parse(list(words))
+    if arguments.command in ("run", "describe"):
+        return resolve(arguments.source, arguments.overrides)
+    assert arguments.command == "resume"
+    assert {override.partition("=")[0] for override in arguments.overrides} <= RESULT_FREE
+    return arguments
+
+
+def readme_commands():
+    """Every command of the README's code blocks, without comments and variables set in front of it."""
+    for block in re.findall(r"```bash\n(.*?)```", (CONFIGS / "README.md").read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            # $(...) stays one word.
+            words = shlex.split(re.sub(r"\$\((.*?)\)", lambda m: shlex.quote(m[0]), line), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+def test_every_command_of_the_readme_parses():
+    seen = set()
+    for words in readme_commands():
+        seen.add(" ".join(words[: 2 if words[0] in ("ray", "sparsyfed") else 1]))
+        for word in words:
+            if word.startswith("ray_configs/"):
+                assert (ROOT / word).is_file(), word
+        behind = words[words.index("--") + 1 :] if "--" in words else []
+        if words[0] == "ray":
+            ray_takes(words[1:])
+        elif words[0] == "sparsyfed":
+            sparsyfed_takes(words[1:])
+        elif words[0] == "sbatch":
+            sparsyfed_takes([*words[words.index("ray_configs/slurm.sh") + 1 :], "address=auto"])
+        else:
+            assert words[0] in ("export", "docker", "kubectl"), words
+        if behind[:3] == ["python", "-m", "cluster"]:
+            sparsyfed_takes(behind[3:])
+        elif behind and behind[0].startswith("$("):
+            script, flag, *rest = shlex.split(behind[0][2:-1])[1:]
+            assert ((ROOT / script).is_file(), flag) == (True, "--quote")
+            sparsyfed_takes(rest)
+        elif behind:
+            sparsyfed_takes(behind)
+    assert {"sparsyfed run", "ray submit", "ray job", "ray up", "ray down", "kubectl", "sbatch"} <= seen
+
+
+def test_shell_scripts_have_no_syntax_errors():
+    for script in CONFIGS.glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+        assert os.access(script, os.X_OK)

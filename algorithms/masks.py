@@ -25,10 +25,11 @@ def kth_largest(magnitudes: Tensor, k: int) -> float:
     """The ``k``-th largest entry (k from 1) of a float32 tensor without negative entries."""
     flat = magnitudes.reshape(-1)
     if flat.device.type != "cpu":
-        return float(torch.kthvalue(flat, flat.numel() - k + 1).values)
+        # torch.kthvalue of one long row would use one block of the GPU.
+        return float(flat.sort(descending=True).values[k - 1])
     # numpy's vectorised quickselect is five times faster than torch.kthvalue, but many equal entries, as the
     # zeros of a sparse model are, make it ten times slower: select among the others then.
-    values = flat.numpy()
+    values = flat.float().numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
     nonzero = values != 0
     count = int(np.count_nonzero(nonzero))
     if count < k:
@@ -85,14 +86,17 @@ def cut_to_top_k(weights: Tensor, k: int) -> Tensor:
     return mask
 
 
-def drop_below(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+def drop_below(values: Tensor, threshold: float | Tensor, out: Tensor | None = None) -> Tensor:
     """``values`` with 0 for every |v| < ``threshold``, in one fused pass; NaN stays.
 
     Args:
-        values: float32 of any shape.
-        threshold: A positive, finite float32 number.
+        values: float32 of any shape; bfloat16 too where ``out`` is None.
+        threshold: A positive, finite number of the values' type; or a tensor that holds it or 0, whose value
+            the host does not read.
         out: Where to write; ``values`` itself to cut in place.
     """
+    if isinstance(threshold, Tensor) or values.dtype == torch.bfloat16:
+        return values.masked_fill(values.abs() < threshold, 0.0)
     # hardshrink keeps |v| > lambda; with the float32 just below the threshold that is |v| >= threshold.
     limit = float(np.nextafter(np.float32(threshold), np.float32(0)))
     return torch.hardshrink(values, limit) if out is None else torch.hardshrink(values, limit, out=out)
@@ -164,7 +168,10 @@ def layer_sizes(layers: Sequence[Entry]) -> np.ndarray:
 
 def layer_counts(mask: Tensor, layers: Sequence[Entry]) -> np.ndarray:
     """Number of positions a mask holds in each layer, int64[layers]."""
-    return np.array([int(torch.count_nonzero(mask[layer.span])) for layer in layers], np.int64)
+    if mask.device.type == "cpu":
+        held = mask.numpy()
+        return np.array([np.count_nonzero(held[layer.span]) for layer in layers], np.int64)
+    return torch.stack([torch.count_nonzero(mask[layer.span]) for layer in layers]).cpu().numpy()
 
 
 def layer_wise_top_k(

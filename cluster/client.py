@@ -23,6 +23,7 @@ from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.passes import set_up_cuda
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
 from cluster.workload.partition import Partition
@@ -131,8 +132,7 @@ class ClientHost:
         torch.set_num_threads(config.threads)
         self._device = torch.device("cuda" if config.gpus_per_actor > 0 else "cpu")
         if self._device.type == "cuda":
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
+            set_up_cuda()
         dataset = open_dataset(workload.folder)
         self._workload = workload
         self._splits = {"train": dataset.train, "test": dataset.test}
@@ -147,21 +147,24 @@ class ClientHost:
             config.local.batch_size,
             config.local.weight_decay,
             config.local.proximal,
+            config.precision,
+            config.cuda_graphs,
         )
         self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
         self.shape = wire_shape(self._trainer.layout)
         self._total: Total | None = None
         self._round = -1
+        self._broadcast: Broadcast | None = None
 
     def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
         """Play each client and fold its decoded update into this host's partial total of the round."""
-        self._start_round(broadcast)
+        broadcast = self._start_round(broadcast)
         return [self._play_one(broadcast, task) for task in tasks]
 
     def collect(self, round_number: int) -> Total | None:
         """Hand over the round's partial total and forget it; None when this host holds none of that round."""
         total = self._total if self._round == round_number else None
-        self._total, self._round = None, -1
+        self._total, self._round, self._broadcast = None, -1, None
         return total
 
     def evaluate(
@@ -191,11 +194,14 @@ class ClientHost:
         """Process id of this host."""
         return os.getpid()
 
-    def _start_round(self, broadcast: Broadcast) -> None:
-        if self._total is None or self._round != broadcast.instructions.round:
+    def _start_round(self, broadcast: Broadcast) -> Broadcast:
+        """The round's broadcast: the first copy that came, which the trainer has received already."""
+        if self._total is None or self._broadcast is None or self._round != broadcast.instructions.round:
             grid = Grid(broadcast.limit, broadcast.samples)
             self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
             self._round = broadcast.instructions.round
+            self._broadcast = broadcast
+        return self._broadcast
 
     def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
         offsets = self._workload.offsets

@@ -68,7 +68,8 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
         mask = torch.from_numpy(scores.numpy() >= np.float32(threshold))
     else:
         mask = scores >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
+    held = np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask)
+    surplus = int(held) - k
     if surplus:
         ties = torch.nonzero(scores == threshold).reshape(-1)
         mask[ties[len(ties) - surplus :]] = False
@@ -81,8 +82,14 @@ def cut_to_top_k(weights: Tensor, k: int) -> Tensor:
     Returns:
         The mask that was kept, bool[n].
     """
-    mask = top_k_mask(weights.abs(), k)
-    weights.masked_fill_(~mask, 0.0)
+    if weights.device.type != "cpu":
+        mask = top_k_mask(weights.abs(), k)
+        weights.masked_fill_(~mask, 0.0)
+        return mask
+    # numpy's large temporaries lie in huge pages; faulting in torch's costs more than the arithmetic.
+    values = weights.numpy()
+    mask = top_k_mask(torch.from_numpy(np.abs(values)), k)
+    np.putmask(values, ~mask.numpy(), 0.0)
     return mask
 
 

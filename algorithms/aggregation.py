@@ -108,6 +108,7 @@ class Total:
         support: np.ndarray | None,
         samples: int,
         layout: ParameterLayout,
+        positions: np.ndarray | None = None,
     ) -> None:
         """Add one client's update.
 
@@ -117,6 +118,7 @@ class Total:
             support: bool[prunable], or None when every prunable weight was sent.
             samples: n_i, the number of samples the client trained on.
             layout: The model's layout.
+            positions: Where ``support`` is true, in order, if that is known already.
 
         Raises:
             OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
@@ -130,7 +132,7 @@ class Total:
             if self.mask_samples is not None:
                 self.mask_samples += samples
         else:
-            positions = np.flatnonzero(support)
+            positions = np.flatnonzero(support) if positions is None else positions
             kept = values[positions]
             self._check(kept)
             self._check(values[prunable:])

@@ -47,6 +47,13 @@ def nonzero_mask(weights: Tensor) -> Tensor:
     return torch.from_numpy(weights.numpy() != 0) if weights.device.type == "cpu" else weights != 0
 
 
+def count_beyond(first: Tensor, second: Tensor) -> int:
+    """Number of positions that the first mask holds and the second does not."""
+    if first.device.type == "cpu":
+        return int(np.count_nonzero(first.numpy() > second.numpy()))
+    return int(torch.count_nonzero(first & ~second))
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Mask of exactly the ``k`` largest entries of ``scores``; ties go to the lower index.
 

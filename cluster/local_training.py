@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, Instructions, ParameterLayout, Visit
 from algorithms.layers import pruned_layers
-from algorithms.masks import layer_counts, layer_sizes, nonzero_mask
+from algorithms.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
 from cluster import seeding
 from cluster.flops import LayerFlops
 from cluster.passes import EagerPasses, GraphPasses, Passes, Precision, arithmetic
@@ -155,7 +155,7 @@ class Trainer:
         """
         instructions, settings = broadcast.instructions, self.settings
         stream = (settings.seed, instructions.round, client)
-        torch.manual_seed(seeding.integer(stream[0], "torch", *stream[1:]))
+        self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
         order = seeding.generator(stream[0], "batches", *stream[1:])
         self._load(broadcast)
         received, density_received = self._received, self._density_received
@@ -187,7 +187,8 @@ class Trainer:
             self._backward(client_half, images, labels, chosen)
 
         visit.batch_gradient = one_more_batch
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         client_half.begin()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for _ in range(epochs):
@@ -222,9 +223,9 @@ class Trainer:
             samples=samples,
             steps=visit.step,
             loss=float(loss_sum) / visit.step,
-            regrown_before_cut=int(torch.count_nonzero(before_cut & ~received)),
-            regrown=int(torch.count_nonzero(after_cut & ~received)),
-            deactivated=int(torch.count_nonzero(received & ~after_cut)),
+            regrown_before_cut=count_beyond(before_cut, received),
+            regrown=count_beyond(after_cut, received),
+            deactivated=count_beyond(received, after_cut),
             flops_dense=self.flops.dense(samples * epochs + extra_samples),
             flops_sparse=self.flops.sparse(first, density_received, activations)
             + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
@@ -266,9 +267,20 @@ class Trainer:
         self._model.copy_(self._global)
         if self.method.reparameterised:
             self._weights.copy_(self._global[: self.layout.trained_size])
-        buffers = dict(self.module.named_buffers())
-        for name, value in self._counters.items():
-            buffers[name].copy_(value)
+        if self._counters:
+            buffers = dict(self.module.named_buffers())
+            for name, value in self._counters.items():
+                buffers[name].copy_(value)
+
+    def _seed(self, seed: int) -> None:
+        """Seed the generators that this device uses.
+
+        torch.manual_seed would also note a whole stack trace for each kind of device that is not there, which
+        costs more than everything else that a visit does between its steps.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _backward(self, client_half: Client, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
         client_half.before_forward()

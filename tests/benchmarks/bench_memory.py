@@ -30,6 +30,7 @@ def series(last: int) -> dict[str, dict[int, float]]:
         [f"rounds={last + 1}", "local.epochs=1", "actors=2", "evaluate_every=10", "tracking.enabled=false"],
     )
     ray.init(
+        "local",
         num_cpus=max(2, os.cpu_count() or 2),
         include_dashboard=False,
         log_to_driver=False,

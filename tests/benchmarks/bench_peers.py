@@ -69,7 +69,9 @@ def figures(name: str, quick: bool) -> list[Figure]:
         }
     )
     peers = _peers()
-    ray.init(num_cpus=_WORKERS, include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
+    ray.init(
+        "local", num_cpus=_WORKERS, include_dashboard=False, log_to_driver=False, object_store_memory=2**29
+    )
     try:
         federation = Federation.of(config)
         engine = RayEngine(federation.workload(), federation.sizes, actors=_WORKERS, cpus=1, gpus=0)

@@ -219,7 +219,13 @@ def _cpu_seconds(processes: list[psutil.Process]) -> float:
 def figures(name: str, quick: bool) -> list[Figure]:
     """Every case of one benchmark of ``__main__``."""
     found: list[Figure] = []
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+    ray.init(
+        "local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2**30,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             for case in cases(name, quick):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.benchmarks.report import Figure
 
-_BARE = "import ray; ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)"
+_BARE = "import ray; ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)"
 
 
 def _bare() -> float:

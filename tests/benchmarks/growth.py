@@ -40,7 +40,7 @@ class Sweep:
 
 def sweeps(quick: bool) -> list[Sweep]:
     """Population, cohort, model size, sparsity and actors."""
-    rounds = 6 if quick else 15
+    rounds = 5 if quick else 15
     widths = ((16, 32), (32, 64), (64, 128), (128, 256))
     weights = tuple(
         float(
@@ -106,7 +106,13 @@ def main() -> None:
     arguments = parser.parse_args()
     picture, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
     found: list[Figure] = []
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+    ray.init(
+        "local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2**30,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for panel, sweep in zip(axes.flat, sweeps(arguments.quick), strict=False):
             costs: dict[str, list[float]] = {"cpu ms": [], "bare cpu ms": []}

@@ -108,6 +108,7 @@ class Total:
         support: np.ndarray | None,
         samples: int,
         layout: ParameterLayout,
+        positions: np.ndarray | None = None,
     ) -> None:
         """Add one client's update.
 
@@ -117,23 +118,25 @@ class Total:
             support: bool[prunable], or None when every prunable weight was sent.
             samples: n_i, the number of samples the client trained on.
             layout: The model's layout.
+            positions: Where ``support`` is true, in order, if that is known already.
 
         Raises:
             OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
         """
-        # NaN fails the comparison too.
-        if not (values.max() <= self.grid.limit and values.min() >= -self.grid.limit):
-            raise OverflowError(f"a value is not finite or exceeds {self.grid.limit:.3g}")
         prunable = layout.prunable_size
         if support is None:
+            self._check(values)
             self._add(slice(0, prunable), values[:prunable], samples)
             self.votes += 1
             self.layer_counts += [samples * entry.size for entry in layout.prunable]
             if self.mask_samples is not None:
                 self.mask_samples += samples
         else:
-            positions = np.flatnonzero(support)
-            high, low = self.grid.split(values[positions].astype(np.float64) * samples)
+            positions = np.flatnonzero(support) if positions is None else positions
+            kept = values[positions]
+            self._check(kept)
+            self._check(values[prunable:])
+            high, low = self.grid.split(kept.astype(np.float64) * samples)
             self.high[positions] += high
             self.low[positions] += low
             self.votes += support
@@ -184,6 +187,12 @@ class Total:
         summed = self.high[:prunable] + self.low[:prunable]
         result[:prunable] = (summed / np.maximum(self.mask_samples, 1)).astype(np.float32)
         return result
+
+    def _check(self, values: np.ndarray) -> None:
+        limit = self.grid.limit
+        # NaN fails the comparison too.
+        if len(values) and not (values.max() <= limit and values.min() >= -limit):
+            raise OverflowError(f"a value is not finite or exceeds {limit:.3g}")
 
     def _add(self, span: slice, values: np.ndarray, samples: int) -> None:
         highs, lows = self.high[span], self.low[span]

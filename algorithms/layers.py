@@ -18,6 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from algorithms.masks import cut_to_top_k, drop_below, kth_largest, nonzero_mask
 
+#: In floats 0.07 * 100 is 7.000000000000001, whose ceiling would keep one too many.
+_JUST_BELOW_ONE = 1.0 - 2.0**-50
+
 
 class ActivationPruning:
     """How one layer prunes its saved input; its threshold lives for one client's local training.
@@ -30,24 +33,47 @@ class ActivationPruning:
         density: Fixed density, or None for the density of the layer's own weight.
         every_batch: Draw the threshold anew from each batch instead of reusing the first batch's.
         minimum_density: Lower bound of the density.
-        kept: Density measured on the batch the last threshold was drawn from (1 where nothing was pruned).
+        on_device: Keep the threshold in a tensor that stays in its place and read nothing back, as a CUDA
+            graph needs it; the same numbers.
+        drawn: Whether this client's threshold is there.
     """
 
     def __init__(self, *, density: float | None, every_batch: bool, minimum_density: float = 0.0) -> None:
         self.density = density
         self.every_batch = every_batch
         self.minimum_density = minimum_density
+        self.on_device = False
+        self._threshold: float | Tensor = 0.0
+        self._kept: float | Tensor = 1.0
         self.reset()
 
     def reset(self) -> None:
         """Forget the last client's threshold."""
-        self._threshold: float | None = None
-        self.kept = 1.0
+        self.drawn = False
+        if isinstance(self._kept, Tensor):
+            self._kept.fill_(1.0)
+        else:
+            self._kept = 1.0
 
-    def threshold(self, inputs: Tensor, weight: Tensor) -> float:
+    @property
+    def kept(self) -> float:
+        """Density measured on the batch the last threshold was drawn from (1 where nothing was pruned)."""
+        return float(self._kept)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next batch draws a threshold."""
+        return self.every_batch or not self.drawn
+
+    def threshold(self, inputs: Tensor, weight: Tensor) -> float | Tensor:
         """The magnitude below which entries of ``inputs`` are dropped; 0 prunes nothing."""
-        if self._threshold is None or self.every_batch:
-            self._threshold = self._draw(inputs.detach(), weight.detach())
+        if self.draws:
+            inputs, weight = inputs.detach(), weight.detach()
+            if self.on_device:
+                self._draw_on_device(inputs, weight)
+            else:
+                self._threshold = self._draw(inputs, weight)
+            self.drawn = True
         return self._threshold
 
     def _draw(self, inputs: Tensor, weight: Tensor) -> float:
@@ -56,19 +82,39 @@ class ActivationPruning:
             density = int(torch.count_nonzero(weight)) / weight.numel()
         density = max(density, self.minimum_density)
         if density >= 1.0:
-            self.kept = 1.0
+            self._kept = 1.0
             return 0.0
         magnitudes = inputs.abs()
-        # In floats 0.07 * 100 is 7.000000000000001, whose ceiling would keep one too many.
-        count = max(1, math.ceil(density * inputs.numel() * (1.0 - 2.0**-50)))
+        count = max(1, math.ceil(density * inputs.numel() * _JUST_BELOW_ONE))
         threshold = kth_largest(magnitudes, count)
         if not math.isfinite(threshold):
             # A diverged client: prune nothing, so that its update stays visibly non-finite.
             return 0.0
-        self.kept = int(torch.count_nonzero(magnitudes >= threshold if threshold > 0 else magnitudes)) / (
+        self._kept = int(torch.count_nonzero(magnitudes >= threshold if threshold > 0 else magnitudes)) / (
             inputs.numel()
         )
         return threshold
+
+    def _draw_on_device(self, inputs: Tensor, weight: Tensor) -> None:
+        """What ``_draw`` does, without a number that the host would wait for."""
+        size = inputs.numel()
+        if not isinstance(self._threshold, Tensor) or not isinstance(self._kept, Tensor):
+            self._threshold = torch.zeros((), device=inputs.device)
+            self._kept = torch.ones((), dtype=torch.float64, device=inputs.device)
+        if self.density is None:
+            density = torch.count_nonzero(weight).double() / weight.numel()
+        else:
+            density = torch.full((), self.density, dtype=torch.float64, device=inputs.device)
+        density = density.clamp(min=self.minimum_density)
+        count = torch.ceil(density * size * _JUST_BELOW_ONE).clamp(1, size).long()
+        magnitudes = inputs.abs().reshape(-1).float()
+        # torch.kthvalue of one long row uses one block of the GPU, and k would have to be known here.
+        threshold = magnitudes.sort(descending=True).values.index_select(0, count.reshape(1) - 1)[0]
+        nothing = (density >= 1.0) | ~torch.isfinite(threshold)
+        threshold = threshold.masked_fill(nothing, 0.0)
+        kept = torch.count_nonzero(torch.where(threshold > 0, magnitudes >= threshold, magnitudes != 0))
+        self._kept.copy_((kept.double() / size).masked_fill(nothing, 1.0))
+        self._threshold.copy_(threshold)
 
 
 class WeightPruning:
@@ -113,7 +159,12 @@ def draws_every_batch(threshold: str, *, linear: bool) -> bool:
 class _PrunedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: _ConvNd, threshold: float
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: _ConvNd,
+        threshold: float | Tensor,
     ) -> Tensor:
         ctx.save_for_backward(drop_below(inputs, threshold), weight)
         ctx.layer, ctx.has_bias = layer, bias is not None
@@ -141,7 +192,9 @@ class _PrunedConvolution(torch.autograd.Function):
 
 class _PrunedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, threshold: float | Tensor
+    ) -> Tensor:
         ctx.save_for_backward(drop_below(inputs, threshold), weight)
         ctx.has_bias = bias is not None
         return F.linear(inputs, weight, bias)
@@ -156,6 +209,17 @@ class _PrunedLinear(torch.autograd.Function):
         return input_gradient, weight_gradient, bias_gradient, None
 
 
+def _in_autocast_type(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a plain layer computes with where autocast is on: a custom function has to cast by itself."""
+    kind = inputs.device.type
+    if not torch.is_autocast_enabled(kind):
+        return inputs, weight, bias
+    chosen = torch.get_autocast_dtype(kind)
+    return inputs.to(chosen), weight.to(chosen), None if bias is None else bias.to(chosen)
+
+
 class PrunedConv(_ConvNd):
     """A convolution whose weight gradient sees a pruned input while training; see :func:`prune_inputs`."""
 
@@ -163,10 +227,11 @@ class PrunedConv(_ConvNd):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Exact forward; the saved input is pruned."""
+        inputs, weight, bias = _in_autocast_type(inputs, self.weight, self.bias)
         threshold = self.pruning.threshold(inputs, self.weight) if self.training else 0.0
-        if threshold == 0.0:
-            return self._conv_forward(inputs, self.weight, self.bias)
-        return _PrunedConvolution.apply(inputs, self.weight, self.bias, self, threshold)
+        if isinstance(threshold, float) and threshold == 0.0:
+            return self._conv_forward(inputs, weight, bias)
+        return _PrunedConvolution.apply(inputs, weight, bias, self, threshold)
 
 
 class PrunedLinear(nn.Linear):
@@ -176,10 +241,11 @@ class PrunedLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Exact forward; the saved input is pruned."""
+        inputs, weight, bias = _in_autocast_type(inputs, self.weight, self.bias)
         threshold = self.pruning.threshold(inputs, self.weight) if self.training else 0.0
-        if threshold == 0.0:
-            return F.linear(inputs, self.weight, self.bias)
-        return _PrunedLinear.apply(inputs, self.weight, self.bias, threshold)
+        if isinstance(threshold, float) and threshold == 0.0:
+            return F.linear(inputs, weight, bias)
+        return _PrunedLinear.apply(inputs, weight, bias, threshold)
 
 
 def prune_inputs(model: nn.Module, choose: Callable[[str, nn.Module], ActivationPruning | None]) -> None:

@@ -25,10 +25,11 @@ def kth_largest(magnitudes: Tensor, k: int) -> float:
     """The ``k``-th largest entry (k from 1) of a float32 tensor without negative entries."""
     flat = magnitudes.reshape(-1)
     if flat.device.type != "cpu":
-        return float(torch.kthvalue(flat, flat.numel() - k + 1).values)
+        # torch.kthvalue of one long row would use one block of the GPU.
+        return float(flat.sort(descending=True).values[k - 1])
     # numpy's vectorised quickselect is five times faster than torch.kthvalue, but many equal entries, as the
     # zeros of a sparse model are, make it ten times slower: select among the others then.
-    values = flat.numpy()
+    values = flat.float().numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
     nonzero = values != 0
     count = int(np.count_nonzero(nonzero))
     if count < k:
@@ -44,6 +45,13 @@ def nonzero_mask(weights: Tensor) -> Tensor:
     """Mask of the entries that are not 0, bool of the same shape."""
     # On the CPU numpy compares about nine times faster than torch.
     return torch.from_numpy(weights.numpy() != 0) if weights.device.type == "cpu" else weights != 0
+
+
+def count_beyond(first: Tensor, second: Tensor) -> int:
+    """Number of positions that the first mask holds and the second does not."""
+    if first.device.type == "cpu":
+        return int(np.count_nonzero(first.numpy() > second.numpy()))
+    return int(torch.count_nonzero(first & ~second))
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -67,7 +75,8 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
         mask = torch.from_numpy(scores.numpy() >= np.float32(threshold))
     else:
         mask = scores >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
+    held = np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask)
+    surplus = int(held) - k
     if surplus:
         ties = torch.nonzero(scores == threshold).reshape(-1)
         mask[ties[len(ties) - surplus :]] = False
@@ -80,19 +89,28 @@ def cut_to_top_k(weights: Tensor, k: int) -> Tensor:
     Returns:
         The mask that was kept, bool[n].
     """
-    mask = top_k_mask(weights.abs(), k)
-    weights.masked_fill_(~mask, 0.0)
+    if weights.device.type != "cpu":
+        mask = top_k_mask(weights.abs(), k)
+        weights.masked_fill_(~mask, 0.0)
+        return mask
+    # numpy's large temporaries lie in huge pages; faulting in torch's costs more than the arithmetic.
+    values = weights.numpy()
+    mask = top_k_mask(torch.from_numpy(np.abs(values)), k)
+    np.putmask(values, ~mask.numpy(), 0.0)
     return mask
 
 
-def drop_below(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+def drop_below(values: Tensor, threshold: float | Tensor, out: Tensor | None = None) -> Tensor:
     """``values`` with 0 for every |v| < ``threshold``, in one fused pass; NaN stays.
 
     Args:
-        values: float32 of any shape.
-        threshold: A positive, finite float32 number.
+        values: float32 of any shape; bfloat16 too where ``out`` is None.
+        threshold: A positive, finite number of the values' type; or a tensor that holds it or 0, whose value
+            the host does not read.
         out: Where to write; ``values`` itself to cut in place.
     """
+    if isinstance(threshold, Tensor) or values.dtype == torch.bfloat16:
+        return values.masked_fill(values.abs() < threshold, 0.0)
     # hardshrink keeps |v| > lambda; with the float32 just below the threshold that is |v| >= threshold.
     limit = float(np.nextafter(np.float32(threshold), np.float32(0)))
     return torch.hardshrink(values, limit) if out is None else torch.hardshrink(values, limit, out=out)
@@ -164,7 +182,10 @@ def layer_sizes(layers: Sequence[Entry]) -> np.ndarray:
 
 def layer_counts(mask: Tensor, layers: Sequence[Entry]) -> np.ndarray:
     """Number of positions a mask holds in each layer, int64[layers]."""
-    return np.array([int(torch.count_nonzero(mask[layer.span])) for layer in layers], np.int64)
+    if mask.device.type == "cpu":
+        held = mask.numpy()
+        return np.array([np.count_nonzero(held[layer.span]) for layer in layers], np.int64)
+    return torch.stack([torch.count_nonzero(mask[layer.span]) for layer in layers]).cpu().numpy()
 
 
 def layer_wise_top_k(

@@ -82,6 +82,7 @@ def _command_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
     run.add_argument("--output", metavar="DIR", help="the run's folder, new or empty; default: one in runs/")
+    run.add_argument("--profile", action="store_true", help="show at the end where the rounds' time went")
 
     resume = command(
         "resume",
@@ -138,7 +139,30 @@ def _command_parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|key=value")
     describe.add_argument("--picture", metavar="FILE", help="the partition's picture (.png, .svg or .pdf)")
+
+    _add_bench(command)
     return parser
+
+
+def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
+    bench = command(
+        "bench",
+        "measure speed and memory",
+        """
+        Run the benchmarks of the repository: rounds by phase against bare PyTorch loops that do the same
+        steps at the same time, steps by method, wire, memory, start-up, and other simulators where they are
+        installed. They need a checkout (pip install -e .). Without names: all but the long ones.""",
+        epilog=_examples(
+            "sparsyfed bench --list",
+            "sparsyfed bench round steps --output before.json",
+            "sparsyfed bench round steps --compare before.json    as ratios to the stored run",
+        ),
+    )
+    bench.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; see --list")
+    bench.add_argument("--list", action="store_true", help="show the benchmarks and what they measure")
+    bench.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    bench.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    bench.add_argument("--compare", metavar="FILE", help="show ratios to figures stored with --output")
 
 
 def _take_in_late_words(arguments: argparse.Namespace, extra: Sequence[str]) -> None:

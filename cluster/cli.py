@@ -1,4 +1,4 @@
-"""The command line: ``sparsyfed run | resume | sync | ui | describe``; ``python -m cluster`` is the same.
+"""The command line: ``sparsyfed run | resume | sync | ui | describe | bench``, also ``python -m cluster``.
 
 torch, Ray and MLflow are imported by the commands that need them, so that help, version and wrong arguments
 answer at once.
@@ -31,6 +31,7 @@ _EXPECTED = {
     ("cluster.trees", "ConfigError"): 2,
     ("cluster.devices", "DeviceError"): 2,
     ("cluster.samplers", "SamplerError"): 2,
+    ("cluster.cli", "NoRepositoryError"): 2,
     ("cluster.engine", "PlacementError"): 2,
     ("cluster.ray_session", "ClusterError"): 2,
     ("cluster.run_folder", "RunFolderError"): 2,
@@ -43,6 +44,10 @@ _EXPECTED = {
     ("cluster.driver", "DivergedError"): 1,
     ("cluster.driver", "ReplayError"): 1,
 }
+
+
+class NoRepositoryError(RuntimeError):
+    """A command needs files of the repository that an installed wheel does not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,12 +94,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if runs is None:
             config = resolve(source, overrides)
     if runs is not None:
+        if arguments.profile:
+            arguments.parser.error(f"{source} is a grid of several runs; --profile shows one")
         return _run_grid(console, runs, Path(arguments.output or Path("runs") / Path(source).stem))
     folder = Path(arguments.output) if arguments.output else default_folder(config)
     announce(console, config, folder, f"sparsyfed {__version__}: {source or 'quickstart'}")
-    return _follow(
+    status = _follow(
         console, config, folder, 0, lambda display: execution.run(config, folder, progress=display.on_line)
     )
+    if arguments.profile:
+        from cluster import profile
+        from cluster.run_folder import RunFolder
+
+        console.print(profile.table(RunFolder(folder).rounds()))
+    return status
 
 
 def _run_grid(console: Console, runs: Mapping[str, Config], folder: Path) -> int:
@@ -235,12 +248,32 @@ def _describe(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    """The benchmarks live beside the tests, in a process of their own."""
+    import subprocess
+
+    root = Path(__file__).parent.parent
+    if not (root / "tests" / "benchmarks" / "__main__.py").is_file():
+        raise NoRepositoryError(
+            f"bench runs tests/benchmarks of the repository, and {root} is no checkout; "
+            "clone it and install it from there: pip install -e ."
+        )
+    words = list(arguments.names)
+    for option in ("list", "quick"):
+        words += [f"--{option}"] if getattr(arguments, option) else []
+    for option in ("output", "compare"):
+        path = getattr(arguments, option)
+        words += [f"--{option}", str(Path(path).absolute())] if path else []
+    return subprocess.call([sys.executable, "-m", "tests.benchmarks", *words], cwd=root)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
     "sync": _sync,
     "ui": _ui,
     "describe": _describe,
+    "bench": _bench,
 }
 
 

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
 from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.passes import set_up_cuda
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
 from cluster.workload.holdings import Partition
@@ -111,6 +112,7 @@ class EvaluationChunk:
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
+    seconds: float = 0.0  # that the evaluation took
 
 
 class ClientError(RuntimeError):
@@ -129,8 +131,7 @@ class ClientHost:
         torch.set_num_threads(config.threads)
         self._device = torch.device("cuda" if config.gpus_per_actor > 0 else "cpu")
         if self._device.type == "cuda":
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
+            set_up_cuda()
         dataset = open_dataset(workload.folder)
         self._workload = workload
         self._splits = {"train": dataset.train, "test": dataset.test}
@@ -145,21 +146,26 @@ class ClientHost:
             config.local.batch_size,
             config.local.weight_decay,
             config.local.proximal,
+            config.precision,
+            config.cuda_graphs,
         )
         self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
         self.shape = wire_shape(self._trainer.layout)
+        # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
+        self._received = np.empty(self.shape.size, np.float32)
         self._total: Total | None = None
         self._round = -1
+        self._broadcast: Broadcast | None = None
 
     def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
         """Play each client and fold its decoded update into this host's partial total of the round."""
-        self._start_round(broadcast)
+        broadcast = self._start_round(broadcast)
         return [self._play_one(broadcast, task) for task in tasks]
 
     def collect(self, round_number: int) -> Total | None:
         """Hand over the round's partial total and forget it; None when this host holds none of that round."""
         total = self._total if self._round == round_number else None
-        self._total, self._round = None, -1
+        self._total, self._round, self._broadcast = None, -1, None
         return total
 
     def evaluate(
@@ -170,6 +176,7 @@ class ClientHost:
         models: dict[str | None, np.ndarray] = {}
         results = []
         for chunk in chunks:
+            started = time.perf_counter()
             if chunk.tier not in models:
                 weights = torch.from_numpy(broadcast.exact.copy())
                 if chunk.tier is not None:
@@ -180,20 +187,23 @@ class ClientHost:
                     self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
                 models[chunk.tier] = self._method.effective_weights(weights, layout).numpy()
             split = self._splits[chunk.split]
-            results.append(
-                (chunk, *self._trainer.evaluate(models[chunk.tier], split, chunk.start, chunk.stop))
-            )
+            correct, loss = self._trainer.evaluate(models[chunk.tier], split, chunk.start, chunk.stop)
+            results.append((replace(chunk, seconds=time.perf_counter() - started), correct, loss))
         return results
 
     def pid(self) -> int:
         """Process id of this host."""
         return os.getpid()
 
-    def _start_round(self, broadcast: Broadcast) -> None:
+    def _start_round(self, broadcast: Broadcast) -> Broadcast:
+        """The round's broadcast: the first copy that came, which the trainer has received already."""
         if self._total is None or self._round != broadcast.instructions.round:
             grid = Grid(broadcast.limit, broadcast.samples)
             self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
             self._round = broadcast.instructions.round
+        if self._broadcast is None or not _same(self._broadcast, broadcast):
+            self._broadcast = broadcast
+        return self._broadcast
 
     def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
         period = broadcast.period
@@ -214,7 +224,7 @@ class ClientHost:
             )
             marks.append(time.perf_counter())
             stage = "decode"
-            received = wire.decode(message, self.shape, held=broadcast.mask)
+            received = wire.decode(message, self.shape, held=broadcast.mask, out=self._received)
             marks.append(time.perf_counter())
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.
@@ -262,6 +272,14 @@ class ClientHost:
         return fold_update(self._total, broadcast, client, received, samples, layout, self.config)
 
 
+def _same(first: Broadcast, second: Broadcast) -> bool:
+    """Whether two broadcasts are copies of one: arrays out of the object store share its memory."""
+    return first.weights.ctypes.data == second.weights.ctypes.data and all(
+        getattr(first, name) == getattr(second, name)
+        for name in ("instructions", "lr", "limit", "samples", "period")
+    )
+
+
 def fold_update(
     total: Total,
     broadcast: Broadcast,
@@ -281,7 +299,7 @@ def fold_update(
         if not distance <= limit:
             return f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
     try:
-        total.fold(client, values, received.support, samples, layout)
+        total.fold(client, values, received.support, samples, layout, received.positions)
     except OverflowError as error:
         return f"its update cannot be averaged: {error}"
     return None

@@ -63,6 +63,10 @@ class Config(Section):
     cpus_per_actor: float = Field(1.0, gt=0.0)
     gpus_per_actor: float = Field(0.0, ge=0.0, description="above 0 trains on CUDA")
     threads: int = Field(1, ge=1, description="torch threads an actor; changes last bits")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="arithmetic of training; tf32 on GPUs only"
+    )
+    cuda_graphs: bool = Field(True, description="replay training passes as CUDA graphs (GPUs only)")
     algorithm: AlgorithmChoice = AlgorithmChoice()
     model: ModelChoice = ModelChoice()
     data: DataSection = DataSection()
@@ -84,6 +88,10 @@ class Config(Section):
                 build()
             except ChoiceError as error:
                 problems.append(str(error))
+        if self.precision == "tf32" and not self.gpus_per_actor:
+            problems.append(
+                "precision: tf32 is arithmetic of GPUs; set gpus_per_actor above 0, or precision=float32"
+            )
         if self.cohort > self.partition.clients:
             problems.append(
                 f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "

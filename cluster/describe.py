@@ -25,9 +25,9 @@ from cluster.config import Config
 from cluster.devices import Devices
 from cluster.federation import Federation
 from cluster.flops import count_activations
-from cluster.local_training import to_input
 from cluster.outputs import benchmark_name
 from cluster.progress import local_actors, place, shown
+from cluster.transfers import to_input
 from cluster.workload.partition import CLIENTS_DRAWN, picture
 
 #: Widest terminal rendering of the partition that is still a picture and not a wall.

@@ -86,6 +86,7 @@ class Driver:
         self._refused_rounds = 0
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
+        self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self._refusals = ""
         self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
@@ -168,7 +169,7 @@ class Driver:
         metrics: dict[str, Any],
         snapshot: Snapshot,
     ) -> None:
-        state = self.state
+        state, started = self.state, time.perf_counter()
         line: Line = {"round": state.round, "timestamp": time.time()}
         line |= round_metrics(
             self.layout,
@@ -186,6 +187,9 @@ class Driver:
         phases = np.array([report.phases for report in outcome.reports]).reshape(-1, 4).sum(axis=0)
         line |= metrics
         line["time/lost_actors"] = outcome.lost_actors
+        line["time/actors"] = self.engine.actors
+        line["time/clients_evaluate_s"] = sum(chunk.seconds for chunk, _, _ in outcome.evaluated)
+        line |= {f"time/{name}_s": seconds for name, seconds in self._spent.items()}
         line |= {f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()}
         names = ("train", "encode", "decode", "fold")
         line |= {f"time/clients_{name}_s": float(s) for name, s in zip(names, phases, strict=True)}
@@ -193,8 +197,10 @@ class Driver:
         if not self._evaluation_due(state.round):
             self._store(line)
             self._waiting = None
+        measured = time.perf_counter()
         if state.round % self.config.checkpoint_every == 0:
             self.checkpoint(snapshot)
+        self._spent = {"log": measured - started, "checkpoint": time.perf_counter() - measured}
 
     # ---------------------------------------------------------------------------------- its steps
 

@@ -16,8 +16,8 @@ from cluster.client import EvaluationChunk, Workload, build_model
 from cluster.config import Config
 from cluster.devices import Devices
 from cluster.flops import LayerFlops, count_activations
-from cluster.local_training import to_input
 from cluster.shift import partition_of, period_of, rows_of
+from cluster.transfers import to_input
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.holdings import Partition
 from cluster.workload.models import ModelError

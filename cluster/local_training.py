@@ -6,7 +6,7 @@ and leaves the update in a flat buffer. No DataLoader, no optimizer object, no r
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, Instructions, ParameterLayout, Visit
 from algorithms.layers import pruned_layers
-from algorithms.masks import nonzero_mask
+from algorithms.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
 from cluster import seeding
 from cluster.flops import LayerFlops
+from cluster.passes import EagerPasses, GraphPasses, Passes, Precision, arithmetic
+from cluster.transfers import ClientData, Staging, to_input
 from cluster.workload.datasets import Split
 
 #: Images of one evaluation step. Fixed, so that a logged accuracy never depends on the machine.
@@ -34,6 +36,8 @@ class LocalSettings:
     batch_size: int
     weight_decay: float
     proximal: float
+    precision: Precision = "float32"
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class Trainer:
         train: Split,
         device: torch.device,
     ) -> None:
-        self.method, self.settings, self.train, self.device = method, settings, train, device
+        self.method, self.settings, self.device = method, settings, device
+        self._data, self._staging = ClientData(train, device), Staging()
         example = to_input(train.images[:2], device)
         self.module = model.to(device)
         self.layout = ParameterLayout.of(self.module, example)
@@ -117,7 +122,7 @@ class Trainer:
         method.prepare(self.module)
         self._pruning = pruned_layers(self.module)
         layout = self.layout
-        self._model = torch.empty(layout.size, device=device)
+        self._model = layout.flatten(self.module).to(device)
         self._weights = (
             torch.empty(layout.trained_size, device=device)
             if method.reparameterised
@@ -128,6 +133,10 @@ class Trainer:
         self._global = torch.empty(layout.size, device=device)
         layout.bind(self.module, self._model)
         self._parameters = layout.parameters(self.module)
+        self._passes: Passes = EagerPasses(self._compute)
+        if settings.cuda_graphs and device.type == "cuda":
+            self._passes = GraphPasses(self._compute, self._pruning.values())
+        self._loaded: weakref.ref[Broadcast] | None = None
         # Integer buffers (BatchNorm's counter) are restored at each start and never averaged.
         self._counters = {
             name: buffer.clone()
@@ -146,12 +155,11 @@ class Trainer:
         """
         instructions, settings = broadcast.instructions, self.settings
         stream = (settings.seed, instructions.round, client)
-        torch.manual_seed(seeding.integer(stream[0], "torch", *stream[1:]))
+        self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
         order = seeding.generator(stream[0], "batches", *stream[1:])
-        self._load(broadcast.weights)
-        mask = None if broadcast.mask is None else _from_read_only(broadcast.mask).to(self.device)
-        images = to_input(self.train.images[rows], self.device)
-        labels = torch.from_numpy(self.train.labels[rows]).to(self.device)
+        self._load(broadcast)
+        received, density_received = self._received, self._density_received
+        images, labels = self._data.of(rows)
         samples, batch = len(rows), settings.batch_size
         epochs = instructions.epochs or settings.epochs
         layout = self.layout
@@ -160,7 +168,7 @@ class Trainer:
             instructions=instructions,
             sparsity=sparsity,
             global_weights=self._global,
-            mask=mask,
+            mask=self._mask,
             weights=self._weights,
             model=self._model,
             gradient=self._gradient,
@@ -170,26 +178,24 @@ class Trainer:
             steps_per_epoch=-(-samples // batch),
         )
         client_half = self.method.client(self.method, visit)
-        received = nonzero_mask(self._global[: layout.prunable_size])
-        density_received = self._layer_density(received)
-
         extra_samples = 0
 
         def one_more_batch() -> None:
             nonlocal extra_samples
             extra_samples += min(batch, samples)
             chosen = torch.from_numpy(order.permutation(samples)[:batch]).to(self.device)
-            self._backward(client_half, images[chosen], labels[chosen])
+            self._backward(client_half, images, labels, chosen)
 
         visit.batch_gradient = one_more_batch
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         client_half.begin()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for _ in range(epochs):
             shuffled = torch.from_numpy(order.permutation(samples)).to(self.device)
             for start in range(0, samples, batch):
                 chosen = shuffled[start : start + batch]
-                loss_sum += self._backward(client_half, images[chosen], labels[chosen])
+                loss_sum += self._backward(client_half, images, labels, chosen)
                 self._sgd_step(broadcast.lr)
                 visit.step += 1
                 client_half.after_step()
@@ -212,14 +218,14 @@ class Trainer:
         )
         first = min(batch, samples)
         return Trained(
-            values=values.cpu().numpy(),
-            support=None if support is None else support.cpu().numpy(),
+            values=self._staging.fetch(values),
+            support=None if support is None else self._staging.fetch(support),
             samples=samples,
             steps=visit.step,
             loss=float(loss_sum) / visit.step,
-            regrown_before_cut=int(torch.count_nonzero(before_cut & ~received)),
-            regrown=int(torch.count_nonzero(after_cut & ~received)),
-            deactivated=int(torch.count_nonzero(received & ~after_cut)),
+            regrown_before_cut=count_beyond(before_cut, received),
+            regrown=count_beyond(after_cut, received),
+            deactivated=count_beyond(received, after_cut),
             flops_dense=self.flops.dense(samples * epochs + extra_samples),
             flops_sparse=self.flops.sparse(first, density_received, activations)
             + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
@@ -234,7 +240,7 @@ class Trainer:
             start: First row.
             stop: Row after the last.
         """
-        self._model.copy_(_from_read_only(effective))
+        self._staging.send(effective, self._model)
         self.module.eval()
         correct, loss = 0, 0.0
         with torch.no_grad():
@@ -246,22 +252,47 @@ class Trainer:
                 loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         return correct, loss
 
-    def _load(self, weights: np.ndarray) -> None:
-        received = _from_read_only(weights)
-        self._global.copy_(received)
+    def _load(self, broadcast: Broadcast) -> None:
+        """Put the model and its counters back to the start of a visit; a round is received once."""
+        if self._loaded is None or self._loaded() is not broadcast:
+            self._staging.send(broadcast.weights, self._global)
+            self._mask: Tensor | None = None
+            if broadcast.mask is not None:
+                self._mask = torch.empty(len(broadcast.mask), dtype=torch.bool, device=self.device)
+                self._staging.send(broadcast.mask, self._mask)
+            self._received = nonzero_mask(self._global[: self.layout.prunable_size])
+            self._density_received = self._layer_density(self._received)
+            # Not kept alive: its arrays are views into the object store.
+            self._loaded = weakref.ref(broadcast)
         self._model.copy_(self._global)
         if self.method.reparameterised:
             self._weights.copy_(self._global[: self.layout.trained_size])
-        buffers = dict(self.module.named_buffers())
-        for name, value in self._counters.items():
-            buffers[name].copy_(value)
+        if self._counters:
+            buffers = dict(self.module.named_buffers())
+            for name, value in self._counters.items():
+                buffers[name].copy_(value)
 
-    def _backward(self, client_half: Client, images: Tensor, labels: Tensor) -> Tensor:
+    def _seed(self, seed: int) -> None:
+        """Seed the generators that this device uses.
+
+        torch.manual_seed would also note a whole stack trace for each kind of device that is not there, which
+        costs more than everything else that a visit does between its steps.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _backward(self, client_half: Client, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
         client_half.before_forward()
-        loss = F.cross_entropy(self.module(images), labels)
+        loss = self._passes.run(images, labels, chosen)
+        client_half.after_backward()
+        return loss
+
+    def _compute(self, images: Tensor, labels: Tensor) -> Tensor:
+        with arithmetic(self.settings.precision, self.device):
+            loss = F.cross_entropy(self.module(images), labels)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
-        client_half.after_backward()
         return loss.detach()
 
     def _sgd_step(self, lr: float) -> None:
@@ -275,20 +306,5 @@ class Trainer:
         self._weights.add_(gradient, alpha=-lr)
 
     def _layer_density(self, nonzero: Tensor) -> np.ndarray:
-        kept = nonzero.cpu().numpy()
-        return np.array([np.count_nonzero(kept[entry.span]) / entry.size for entry in self.layout.prunable])
-
-
-def to_input(images: np.ndarray, device: torch.device) -> Tensor:
-    """Model input of stored images: uint8 pixels as (x / 255 - 0.5) / 0.5, floats as they are."""
-    stored = _from_read_only(np.ascontiguousarray(images)).to(device)
-    if stored.dtype == torch.uint8:
-        return stored.float().div_(255.0).sub_(0.5).div_(0.5)
-    return stored.float()
-
-
-def _from_read_only(array: np.ndarray) -> Tensor:
-    """A tensor over an array from the object store or a memory map; it is only ever read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
+        layers = self.layout.prunable
+        return layer_counts(nonzero, layers) / layer_sizes(layers)

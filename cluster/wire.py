@@ -55,10 +55,12 @@ class Message:
     Attributes:
         values: float32[size]; positions outside the support are +0.0.
         support: bool[prunable], or None when every position is kept.
+        positions: Where the support is true, in order, or None with it.
     """
 
     values: Floats
     support: Mask | None
+    positions: Positions | None = None
 
 
 class _Header(NamedTuple):
@@ -191,7 +193,7 @@ def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats |
         out[positions] = trained[: positions.size]
         out[shape.prunable : shape.trained] = trained[positions.size :]
     out[shape.trained :] = np.frombuffer(buffers, "<f4")
-    return Message(out, support)
+    return Message(out, support, positions)
 
 
 def describe(data: bytes) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_non_finite_inputs_prune_nothing():
 def test_evaluation_draws_no_threshold():
     model = _prune_all(nn.Sequential(nn.Linear(4, 2)), 0.5, every_batch=False)
     model.eval()(torch.randn(3, 4))
-    assert model[0].pruning._threshold is None
+    assert not model[0].pruning.drawn
 
 
 def test_swapping_leaves_names_weights_and_other_layers_alone():

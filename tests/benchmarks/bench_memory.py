@@ -1,14 +1,11 @@
-"""Resident memory of the driver and of an actor over many rounds: it must not grow.
+"""Resident memory of the driver and of the actors over many rounds: it must not grow.
 
-    python -m tests.benchmarks.bench_memory [--rounds 200]
-
-Runs the quickstart's model on Ray in this process, which is then the driver, and prints the resident set of
-the driver and of each actor after round 20 and after the last round.
+Runs the quickstart's model on Ray with this process as the driver; one local epoch, so that rounds are short.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -20,41 +17,56 @@ from cluster.driver import Driver
 from cluster.engine import RayEngine
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
+from tests.benchmarks.report import Figure
+
+#: Rounds after which memory is read; a run ends at the last one that it reaches.
+MARKS = (20, 100, 200, 500, 1000)
 
 
-def main() -> None:
-    """Run the rounds and print what memory did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+def series(last: int) -> dict[str, dict[int, float]]:
+    """Resident MiB of each process after every tenth round up to ``last``."""
     config = cluster.resolve(
         "quickstart",
-        [
-            f"rounds={arguments.rounds}",
-            "local.epochs=1",
-            "actors=2",
-            "tracking.enabled=false",
-            *arguments.overrides,
-        ],
+        [f"rounds={last + 1}", "local.epochs=1", "actors=2", "evaluate_every=10", "tracking.enabled=false"],
     )
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
-    federation = Federation.of(config)
-    engine = RayEngine(federation.workload(), federation.sizes, actors=2, cpus=1, gpus=0)
-    processes = [psutil.Process(), *map(psutil.Process, engine.pids())]
-    resident: dict[int, list[float]] = {}
+    ray.init(
+        "local",
+        num_cpus=max(2, os.cpu_count() or 2),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2**29,
+    )
+    try:
+        federation = Federation.of(config)
+        engine = RayEngine(federation.workload(), federation.sizes, actors=2, cpus=1, gpus=0)
+        names = ("driver", "actor 1", "actor 2")
+        processes = dict(zip(names, [psutil.Process(), *map(psutil.Process, engine.pids())], strict=True))
+        resident: dict[str, dict[int, float]] = {who: {} for who in names}
 
-    def watch(line: dict[str, object]) -> None:
-        if line["round"] in (20, arguments.rounds - 1):
-            resident[int(str(line["round"]))] = [p.memory_info().rss / 2**20 for p in processes]
+        def watch(line: dict[str, object]) -> None:
+            number = int(str(line["round"]))
+            if number % 10 == 0:
+                for who, process in processes.items():
+                    resident[who][number] = process.memory_info().rss / 2**20
 
-    with tempfile.TemporaryDirectory() as folder:
-        Driver(RunFolder.create(Path(folder) / "run", config), federation, engine, on_line=watch).run()
-    engine.close()
-    print(f"{'round':>6} {'driver MiB':>11} {'actor 1 MiB':>12} {'actor 2 MiB':>12}")
-    for number, sizes in resident.items():
-        print(f"{number:>6} {sizes[0]:>11.1f} {sizes[1]:>12.1f} {sizes[2]:>12.1f}")
+        with tempfile.TemporaryDirectory() as folder:
+            Driver(RunFolder.create(Path(folder) / "run", config), federation, engine, on_line=watch).run()
+        engine.close()
+    finally:
+        ray.shutdown()
+    return resident
 
 
-if __name__ == "__main__":
-    main()
+def figures(name: str, quick: bool) -> list[Figure]:
+    """Resident MiB of each process after round 20 and later, and the growth since."""
+    resident = series(200 if quick else 1000)
+    return [
+        figure
+        for number in MARKS
+        for who, sizes in resident.items()
+        if number in sizes
+        for figure in (
+            Figure(name, f"after round {number}", f"{who} MiB", sizes[number]),
+            Figure(name, f"after round {number}", f"{who} / round 20", sizes[number] / sizes[MARKS[0]], 1.05),
+        )
+    ]

@@ -1,22 +1,22 @@
 """A whole round on Ray against bare PyTorch loops that do the same local steps at the same time.
 
-    python -m tests.benchmarks.bench_round [--actors 2] [--cohort 10] [--rounds 40] [--method fedavg]
-
 Both sides train the same model on the same numbers of samples and evaluate the same test split each round;
 the bare side is one one-thread process an actor with torch.optim.SGD and nothing else: no broadcast,
 encoding, decoding, aggregation, mask statistics or logging. Rounds are interleaved, so that a noisy machine
-slows both.
+slows both; read the ratio of the medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,16 +28,61 @@ import cluster
 from cluster.driver import Driver
 from cluster.engine import RayEngine
 from cluster.federation import Federation
+from cluster.profile import phases
 from cluster.run_folder import RunFolder
 from cluster.workload import models
+from tests.benchmarks.report import Figure
 
-CLIENTS, SAMPLES, BATCH, TEST = 100, 64, 16, 512
+SAMPLES, BATCH, TEST = 64, 16, 512
+METHODS = ("fedavg", "topk", "sparsyfed", "zerofl", "flash", "feddst", "fixed_mask")
 
 
-def images_of_side(side: int) -> dict[str, np.ndarray]:
-    """Random images and labels: what is measured does not depend on what they show."""
+@dataclass(frozen=True)
+class Case:
+    """One workload: the small CNN on random images; what is measured does not depend on what they show."""
+
+    side: int = 8
+    method: str = "fedavg"
+    cohort: int = 10
+    actors: int = 2
+    clients: int = 100
+    rounds: int = 30
+    sparsity: float | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The case in the table."""
+        size = f" channels {self.model['channels']}" if self.model else ""
+        return f"{self.side}x{self.side} {self.method} cohort {self.cohort} actors {self.actors}{size}"
+
+
+def cases(name: str, quick: bool) -> list[Case]:
+    """The cases of one benchmark of ``__main__``."""
+    rounds = 12 if quick else 30
+    if name == "cohorts":
+        sizes = (10, 100) if quick else (10, 100, 1000)
+        return [
+            Case(cohort=size, clients=max(100, size), rounds=max(3, rounds * 10 // (10 + size)))
+            for size in sizes
+        ]
+    if name == "methods":
+        return [Case(method=method, rounds=rounds) for method in METHODS]
+    if name == "sizes":
+        widths = ([16, 32], [64, 128], [128, 256])
+        return [Case(method="sparsyfed", rounds=rounds, model={"channels": width}) for width in widths]
+    if name == "actors":
+        return [Case(actors=actors, rounds=rounds) for actors in range(1, (os.cpu_count() or 1) + 1)]
+    return [
+        Case(side=side, method=method, rounds=rounds if side == 8 else max(5, rounds // 3))
+        for side in (8, 28)
+        for method in ("fedavg", "sparsyfed")
+    ]
+
+
+def images_of_side(side: int, clients: int) -> dict[str, np.ndarray]:
+    """Random images and labels."""
     generator = np.random.default_rng(0)
-    total = CLIENTS * SAMPLES
+    total = clients * SAMPLES
     return {
         "train_images": generator.integers(0, 256, (total, side, side), np.uint8),
         "train_labels": np.arange(total) % 10,
@@ -46,29 +91,29 @@ def images_of_side(side: int) -> dict[str, np.ndarray]:
     }
 
 
-def images_8() -> dict[str, np.ndarray]:
-    """8x8 images."""
-    return images_of_side(8)
+def __getattr__(name: str) -> Any:
+    """Data sets by name, such as ``images_8_100``: 8x8 pixels for 100 clients."""
+    if not name.startswith("images_"):
+        raise AttributeError(name)
+    side, clients = map(int, name.split("_")[1:])
+    return lambda: images_of_side(side, clients)
 
 
-def images_28() -> dict[str, np.ndarray]:
-    """28x28 images."""
-    return images_of_side(28)
-
-
-def bare_loop(pipe: Connection, side: int, clients: int, share: int) -> None:
-    """Local steps of ``clients`` clients and evaluation of 1/``share`` of the test split, at each request."""
+def bare_loop(pipe: Connection, case: Case, clients: int) -> None:
+    """Local steps of ``clients`` clients and this process's share of the evaluation, at each request."""
     torch.set_num_threads(1)
-    model = models.build("small_cnn", input_shape=(1, side, side), classes=10, seed=0)
+    side = case.side
+    model = models.build("small_cnn", input_shape=(1, side, side), classes=10, seed=0, **case.model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    data = images_of_side(side)
+    data = images_of_side(side, case.clients)
 
     def to_input(images: np.ndarray) -> torch.Tensor:
         return ((torch.from_numpy(images)[:, None].float() / 255) - 0.5) / 0.5
 
-    rows = np.arange(CLIENTS * SAMPLES).reshape(CLIENTS, SAMPLES)
-    test, test_labels = data["test_images"][: TEST // share], torch.from_numpy(data["test_labels"])
+    rows = np.arange(case.clients * SAMPLES).reshape(case.clients, SAMPLES)
+    test, test_labels = data["test_images"][: TEST // case.actors], torch.from_numpy(data["test_labels"])
     while pipe.recv():
+        started = time.process_time()
         for client in range(clients):
             model.load_state_dict(start)
             model.train()
@@ -81,86 +126,112 @@ def bare_loop(pipe: Connection, side: int, clients: int, share: int) -> None:
                 optimizer.step()
         model.eval()
         with torch.no_grad():
-            correct = (model(to_input(test)).argmax(1) == test_labels[: len(test)]).sum()
-        pipe.send(int(correct))
+            _ = int((model(to_input(test)).argmax(1) == test_labels[: len(test)]).sum())
+        pipe.send(time.process_time() - started)
 
 
-def measure(side: int, method: str, actors: int, cohort: int, rounds: int, folder: Path) -> None:
-    """Interleave rounds and bare loops, print the medians and their ratio."""
+def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
+    """Interleave rounds and bare loops."""
     config = cluster.resolve(
         {
             "rounds": 10_000,
-            "cohort": cohort,
-            "checkpoint_every": 10_000,
-            "actors": actors,
-            "algorithm": {"name": method},
-            "data": {"name": f"tests.benchmarks.bench_round:images_{side}", "cache": str(folder / "cache")},
-            "partition": {"name": "iid", "clients": CLIENTS},
+            "cohort": case.cohort,
+            "checkpoint_every": 10,
+            "actors": case.actors,
+            "algorithm": {"name": case.method}
+            | ({} if case.sparsity is None else {"sparsity": case.sparsity}),
+            "model": {"name": "small_cnn", **case.model},
+            "data": {
+                "name": f"tests.benchmarks.bench_round:images_{case.side}_{case.clients}",
+                "cache": str(folder / "cache"),
+            },
+            "partition": {"name": "iid", "clients": case.clients},
             "local": {"epochs": 1, "batch_size": BATCH, "lr": 0.01},
             "tracking": {"enabled": False},
         }
     )
     federation = Federation.of(config)
-    engine = RayEngine(federation.workload(), federation.sizes, actors=actors, cpus=1, gpus=0)
-    run_folder = RunFolder.create(folder / f"run-{side}-{method}-{cohort}", config)
+    engine = RayEngine(federation.workload(), federation.sizes, actors=case.actors, cpus=1, gpus=0)
+    run_folder = RunFolder.create(Path(tempfile.mkdtemp(dir=folder)) / "run", config)
     driver = Driver(run_folder, federation, engine)
     spawn = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    shares = [len(part) for part in np.array_split(np.arange(cohort), actors)]
-    for clients in shares:
+    pipes: list[Connection] = []
+    for part in np.array_split(np.arange(case.cohort), case.actors):
         mine, theirs = spawn.Pipe()
-        process = spawn.Process(target=bare_loop, args=(theirs, side, clients, actors), daemon=True)
-        process.start()
+        spawn.Process(target=bare_loop, args=(theirs, case, len(part)), daemon=True).start()
         pipes.append(mine)
-        processes.append(process)
+    ours = [psutil.Process(), *map(psutil.Process, engine.pids())]
+    seconds: dict[str, list[float]] = {"ray": [], "bare": [], "ray cpu": [], "bare cpu": []}
 
-    def bare() -> None:
+    def ray_round() -> float:
+        before = _cpu_seconds(ours)
+        driver._round()
+        return _cpu_seconds(ours) - before
+
+    def bare_round() -> float:
         for pipe in pipes:
             pipe.send(True)
-        for pipe in pipes:
-            pipe.recv()
+        return sum(pipe.recv() for pipe in pipes)
 
-    times: dict[str, list[float]] = {"ray": [], "bare": []}
-    for turn in range(rounds + 5):
-        for name, work in (("ray", driver._round), ("bare", bare)):
+    warm = 3
+    for turn in range(case.rounds + warm):
+        for side, work in (("ray", ray_round), ("bare", bare_round)):
             started = time.perf_counter()
-            work()
-            if turn >= 5:  # the first rounds learn costs and warm up
-                times[name].append(time.perf_counter() - started)
+            cpu = work()
+            if turn >= warm:  # the first rounds learn costs and warm up
+                seconds[side].append(time.perf_counter() - started)
+                seconds[f"{side} cpu"].append(cpu)
+    driver._book_keeping()
     for pipe in pipes:
         pipe.send(False)
+    actor_mib = max(process.memory_info().rss for process in ours[1:]) / 2**20
+    driver_mib = ours[0].memory_info().rss / 2**20
     engine.close()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    lines = run_folder.rounds()[5:]
-    phases = [key for key in lines[0] if key.startswith("time/") and key.endswith("_s")]
-    split = {key[5:-2]: statistics.median(line[key] for line in lines) * 1e3 for key in phases}
-    print(
-        f"{side}x{side}  {method:<10} cohort {cohort:>4}  ray {medians['ray'] * 1e3:8.1f} ms  "
-        f"bare {medians['bare'] * 1e3:8.1f} ms  ratio {medians['ray'] / medians['bare']:.3f}  "
-        f"driver {psutil.Process().memory_info().rss / 2**20:.0f} MiB",
-        flush=True,
-    )
-    print("    ms by phase: " + "  ".join(f"{name} {ms:.1f}" for name, ms in split.items()), flush=True)
+    lines = run_folder.rounds()[warm:]
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    steps = case.cohort * -(-SAMPLES // BATCH)
+    traffic = statistics.median(line["comm/uplink_bytes"] + line["comm/downlink_bytes"] for line in lines)
+    target = None
+    if case.cohort == 10 and not case.model and name == "round" and case.actors == 2:
+        target = 1.15 if case.side == 8 else 1.05
+    figures = [
+        Figure(name, str(case), "ray/bare", median["ray"] / median["bare"], target),
+        Figure(name, str(case), "cpu ray/bare", median["ray cpu"] / median["bare cpu"]),
+        Figure(name, str(case), "cpu ms", 1e3 * median["ray cpu"]),
+        Figure(name, str(case), "bare cpu ms", 1e3 * median["bare cpu"]),
+        Figure(name, str(case), "round ms", 1e3 * median["ray"]),
+        Figure(name, str(case), "bare ms", 1e3 * median["bare"]),
+        Figure(name, str(case), "clients/s", case.cohort / median["ray"]),
+        Figure(name, str(case), "steps/s", steps / median["ray"]),
+        Figure(name, str(case), "MB/s", traffic / median["ray"] / 1e6),
+        Figure(name, str(case), "driver MiB", driver_mib),
+        Figure(name, str(case), "actor MiB", actor_mib),
+    ]
+    return figures + [
+        Figure(f"{name}: ms by phase", str(case), phase.name, 1e3 * phase.median_s) for phase in phases(lines)
+    ]
 
 
-def main() -> None:
-    """Measure each image size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--cohort", type=int, nargs="+", default=[10])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--method", nargs="+", default=["fedavg"])
-    parser.add_argument("--side", type=int, nargs="+", default=[8, 28])
-    arguments = parser.parse_args()
+def _cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def figures(name: str, quick: bool) -> list[Figure]:
+    """Every case of one benchmark of ``__main__``."""
+    found: list[Figure] = []
     ray.init(
-        num_cpus=arguments.actors, include_dashboard=False, log_to_driver=False, object_store_memory=2**29
+        "local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2**30,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        for side in arguments.side:
-            for method in arguments.method:
-                for cohort in arguments.cohort:
-                    measure(side, method, arguments.actors, cohort, arguments.rounds, Path(folder))
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in cases(name, quick):
+                measured = measure(case, Path(folder), name)
+                print(f"  {case}: ray/bare {measured[0].value:.3f}", flush=True)
+                found += measured
+    finally:
+        ray.shutdown()
+    return found

@@ -1,4 +1,4 @@
-"""A SparsyFed local step against a dense one: ``python -m tests.benchmarks.bench_steps [repeats]``.
+"""Local steps of SparsyFed and ZeroFL against dense ones.
 
 One thread, the quickstart's model and client (48 samples, 5 epochs, batches of 16: 15 steps a visit), weights
 as clients get them from round 2 on. Visits of all variants are interleaved and the CPU time of the thread is
@@ -9,7 +9,6 @@ taken, so that a busy machine slows them alike: read the ratios of the medians. 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -22,9 +21,11 @@ from sklearn.datasets import load_digits
 from algorithms import Algorithm, Client, Instructions
 from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
+from algorithms.zerofl import ZeroFL
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload import models
 from cluster.workload.datasets import Split
+from tests.benchmarks.report import Figure
 
 SAMPLES, EPOCHS, BATCH = 48, 5, 16
 STEPS = EPOCHS * -(-SAMPLES // BATCH)
@@ -94,34 +95,35 @@ def _variants(sparsity: float) -> dict[str, Algorithm]:
     return {
         "sparsyfed, first_batch": SparsyFed(sparsity=sparsity),
         "sparsyfed, every_batch": SparsyFed(sparsity=sparsity, threshold="every_batch"),
-        "  powerpropagation only": SparsyFed(sparsity=sparsity, activation_pruning=False),
-        "  activation pruning only": SparsyFed(sparsity=sparsity, beta=1.0),
+        "sparsyfed, powerpropagation only": SparsyFed(sparsity=sparsity, activation_pruning=False),
+        "sparsyfed, activation pruning only": SparsyFed(sparsity=sparsity, beta=1.0),
+        "zerofl, first_batch": ZeroFL(sparsity=sparsity),
+        "zerofl, every_batch": ZeroFL(sparsity=sparsity, threshold="every_batch"),
     }
 
 
-def main() -> None:
-    """Print one line for each image size, sparsity and variant."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+def figures(name: str, quick: bool) -> list[Figure]:
+    """Step and visit of each image size, sparsity and variant."""
     torch.set_num_threads(1)
-    print(f"{'images':>7} {'sparsity':>8} {'method':<26}", end="")
-    print(f" {'step ms':>8} {'ratio':>6} {'map ms':>7} {'visit ms':>9} {'ratio':>6}")
-    for side in (8, 28):
+    found = []
+    for side, repeats in ((8, 20), (28, 8)):
         split = _images(side)
-        runs = {(0.0, "dense (fedavg)"): _Variant(FedAvg(), split)}
-        for sparsity in (0.9, 0.95):
-            runs |= {(sparsity, name): _Variant(m, split) for name, m in _variants(sparsity).items()}
-        for _ in range(repeats):
+        runs = {f"{side}x{side} dense (fedavg)": _Variant(FedAvg(), split)}
+        for sparsity in (0.95,) if quick else (0.9, 0.95):
+            for variant, method in _variants(sparsity).items():
+                runs[f"{side}x{side} {sparsity} {variant}"] = _Variant(method, split)
+        for _ in range(repeats // 2 if quick else repeats):
             for run in runs.values():
                 run.measure()
         dense = next(iter(runs.values()))
-        for (sparsity, name), run in runs.items():
+        for case, run in runs.items():
             step, visit = median(run.steps), median(run.visits)
-            print(
-                f"{side:>4}x{side:<2} {sparsity:>8} {name:<26}"
-                f" {1e3 * step:>8.2f} {step / median(dense.steps):>6.2f} {1e3 * median(run.maps):>7.2f}"
-                f" {1e3 * visit:>9.2f} {visit / median(dense.visits):>6.2f}"
-            )
-
-
-if __name__ == "__main__":
-    main()
+            target = 1.3 if case.endswith("first_batch") else None
+            found += [
+                Figure(name, case, "step ms", 1e3 * step),
+                Figure(name, case, "step/dense", step / median(dense.steps), target),
+                Figure(name, case, "map ms", 1e3 * median(run.maps)),
+                Figure(name, case, "visit ms a step", 1e3 * visit),
+                Figure(name, case, "visit/dense", visit / median(dense.visits)),
+            ]
+    return found

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +45,10 @@ class Recorded:
         return self.sent[-1]
 
     def decode(self, *arguments, **options):
-        self.received.append(wire.decode(*arguments, **options))
-        return self.received[-1]
+        message = wire.decode(*arguments, **options)
+        # The host decodes the next update into the same memory.
+        self.received.append(replace(message, values=message.values.copy()))
+        return message
 
 
 @pytest.fixture

@@ -1,0 +1,100 @@
+"""Between host and device: the training split resident on a GPU, and copies through pinned memory.
+
+On the CPU the same calls are plain gathers and views.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.workload.datasets import Split
+
+#: Share of a GPU's free memory that a resident split may take; a larger one is sent client by client.
+RESIDENT_SHARE = 0.25
+
+
+class ClientData:
+    """A client's model inputs, from the stored split: on a GPU the pixels lie there as they are stored.
+
+    Args:
+        split: Images uint8 or float32 [N, C, H, W], often a memory map.
+        device: Where models train.
+    """
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        self._split, self._device = split, device
+        self._images: Tensor | None = None
+        if device.type != "cpu" and split.images.nbytes <= RESIDENT_SHARE * _free_memory(device):
+            self._images = from_read_only(np.ascontiguousarray(split.images)).to(device)
+            self._labels = from_read_only(np.ascontiguousarray(split.labels)).to(device)
+
+    def of(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images float32[n_i, C, H, W] and labels int64[n_i] of the rows int64[n_i]."""
+        if self._images is None:
+            labels = torch.from_numpy(self._split.labels[rows]).to(self._device)
+            return to_input(self._split.images[rows], self._device), labels
+        chosen = torch.from_numpy(rows).to(self._device)
+        return normalised(self._images.index_select(0, chosen)), self._labels.index_select(0, chosen)
+
+
+class Staging:
+    """Copies of flat vectors through buffers of pinned memory, which a GPU reads and writes by itself."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[tuple[str, torch.dtype, int], Tensor] = {}
+        self._sent: torch.cuda.Event | None = None
+
+    def send(self, array: np.ndarray, out: Tensor) -> None:
+        """Copy an array to ``out``, a tensor of its shape; on a GPU the host does not wait for the copy."""
+        if out.device.type != "cuda":
+            out.copy_(from_read_only(array))
+            return
+        pinned = self._buffer("send", out)
+        if self._sent is not None:
+            self._sent.synchronize()  # the last copy out of these buffers
+        pinned.copy_(from_read_only(array))
+        out.copy_(pinned, non_blocking=True)
+        self._sent = torch.cuda.Event()
+        self._sent.record()
+
+    def fetch(self, tensor: Tensor) -> np.ndarray:
+        """A flat tensor as an array that the next fetch of its type and size may overwrite."""
+        if tensor.device.type != "cuda":
+            return tensor.cpu().numpy()
+        pinned = self._buffer("fetch", tensor)
+        pinned.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return pinned.numpy()
+
+    def _buffer(self, way: str, like: Tensor) -> Tensor:
+        key = (way, like.dtype, like.numel())
+        if key not in self._pinned:
+            self._pinned[key] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
+        return self._pinned[key]
+
+
+def to_input(images: np.ndarray, device: torch.device) -> Tensor:
+    """Model input of stored images: uint8 pixels as (x / 255 - 0.5) / 0.5, floats as they are."""
+    return normalised(from_read_only(np.ascontiguousarray(images)).to(device))
+
+
+def normalised(stored: Tensor) -> Tensor:
+    """See :func:`to_input`."""
+    if stored.dtype == torch.uint8:
+        return stored.float().div_(255.0).sub_(0.5).div_(0.5)
+    return stored.float()
+
+
+def from_read_only(array: np.ndarray) -> Tensor:
+    """A tensor over an array from the object store or a memory map; it is only ever read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+def _free_memory(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0

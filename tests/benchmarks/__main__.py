@@ -1,0 +1,71 @@
+"""Runs benchmarks by name: ``sparsyfed bench`` or ``python -m tests.benchmarks``; see ``--list``.
+
+A benchmark is a module of this folder with ``figures(quick) -> list[Figure]``; it prints nothing by itself
+but progress. Read ratios within one run: absolute times depend on who else uses the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from tests.benchmarks.report import Figure, comparison, machine, table, write
+
+#: Name -> (module, what it measures, whether it is part of a run without names).
+BENCHMARKS = {
+    "round": ("bench_round", "round on Ray against bare loops at the same time, 8x8 and 28x28", True),
+    "cohorts": ("bench_round", "the same with cohorts of 10, 100 and 1,000", True),
+    "methods": ("bench_round", "the same by method", True),
+    "sizes": ("bench_round", "the same by model size", True),
+    "actors": ("bench_round", "the same by number of actors", True),
+    "steps": ("bench_steps", "a local step by method against a dense one", True),
+    "wire": ("bench_wire", "cut, encode, decode and fold of 11 million weights; 100 updates", True),
+    "start": ("bench_start", "seconds until the first round of a cold run", True),
+    "memory": ("bench_memory", "resident memory of driver and actors over many rounds", False),
+    "gpu": ("bench_gpu", "steps and clients a second on a GPU, launched and as CUDA graphs", False),
+    "peers": ("bench_peers", "the same workload in Flower's simulation and in pfl-research", False),
+}
+
+
+def main() -> int:
+    """Run the named benchmarks; 2 for a wrong name or file."""
+    parser = argparse.ArgumentParser(prog="sparsyfed bench", description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--compare", type=Path)
+    arguments = parser.parse_args()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if arguments.list:
+        for name, (_, meaning, default) in BENCHMARKS.items():
+            print(f"{name:<8} {meaning}{'' if default else ' (only when named)'}")
+        return 0
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        print(f"error: no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    if arguments.compare is not None and not arguments.compare.is_file():
+        print(f"error: --compare {arguments.compare}: no such file", file=sys.stderr)
+        return 2
+    names = arguments.names or [name for name, (_, _, default) in BENCHMARKS.items() if default]
+    about = machine()
+    print(f"{about['cores']} x {about['processor']}, torch {about['torch']}, commit {about['commit']}")
+    found: list[Figure] = []
+    for name in names:
+        module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name][0]}")
+        measured = module.figures(name, arguments.quick)
+        print(f"\n{table(measured)}" if measured else "", flush=True)
+        found += measured
+        if arguments.output is not None:
+            write(found, arguments.output)
+    if arguments.compare is not None:
+        print(f"\n{comparison(found, arguments.compare)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

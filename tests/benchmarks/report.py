@@ -1,0 +1,113 @@
+"""Figures of a benchmark run: a table, a JSON file, and ratios to a stored run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        benchmark: The benchmark's name.
+        case: What was measured, such as ``8x8 fedavg cohort 10``.
+        metric: Of what, with its unit, such as ``round ms``.
+        value: The number; medians unless the metric says otherwise.
+        target: What it should not exceed, or None.
+    """
+
+    benchmark: str
+    case: str
+    metric: str
+    value: float
+    target: float | None = None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        processor = names[0] if names else processor
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """One line a case, one column a metric, for each benchmark; ``!`` marks what misses its target."""
+    parts = []
+    for benchmark in dict.fromkeys(figure.benchmark for figure in figures):
+        mine = [figure for figure in figures if figure.benchmark == benchmark]
+        metrics = list(dict.fromkeys(figure.metric for figure in mine))
+        cells = {(figure.case, figure.metric): _cell(figure) for figure in mine}
+        rows = [[benchmark, *metrics]]
+        rows += [
+            [case, *(cells.get((case, metric), "") for metric in metrics)]
+            for case in dict.fromkeys(figure.case for figure in mine)
+        ]
+        parts.append(_aligned(rows))
+    return "\n\n".join(parts)
+
+
+def write(figures: Sequence[Figure], path: Path) -> None:
+    """Store figures and machine as JSON."""
+    stored = {"machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def comparison(figures: Sequence[Figure], path: Path) -> str:
+    """Every figure that a stored run has too, as now / then."""
+    stored = json.loads(path.read_text())
+    then = {(f["benchmark"], f["case"], f["metric"]): f["value"] for f in stored["figures"]}
+    rows = [["case", "metric", "then", "now", "ratio"]]
+    for figure in figures:
+        before = then.get((figure.benchmark, figure.case, figure.metric))
+        if before:
+            ratio = f"{figure.value / before:.2f}"
+            case = f"{figure.benchmark}: {figure.case}"
+            rows.append([case, figure.metric, _number(before), _number(figure.value), ratio])
+    about = stored["machine"]
+    return f"then: commit {about['commit']}, {about['cores']} x {about['processor']}\n" + _aligned(rows, 2)
+
+
+def _cell(figure: Figure) -> str:
+    missed = figure.target is not None and figure.value > figure.target
+    bound = "" if figure.target is None else f" (<= {figure.target:g})"
+    return _number(figure.value) + ("!" if missed else "") + bound
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

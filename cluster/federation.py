@@ -157,7 +157,10 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "label_column": data.label_column,
         "group_column": data.group_column,
         "revision": data.revision,
+        "data_dir": data.data_dir,
         "train_split": data.train_split,
         "test_split": data.test_split,
+        "features": data.features,
+        "exclude_classes": data.exclude_classes,
         "cache_dir": cache,
     }

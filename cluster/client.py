@@ -22,7 +22,9 @@ from algorithms.masks import target_count
 from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
+from cluster.devices import Devices
 from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.shift import period_of
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
 from cluster.workload.partition import Partition
@@ -113,6 +115,7 @@ class EvaluationChunk:
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
+    client: int | None = None  # evaluate the model after this client's local training, as it would be sent
 
 
 class ClientError(RuntimeError):
@@ -166,12 +169,17 @@ class ClientHost:
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
-    ) -> list[tuple[EvaluationChunk, int, float]]:
-        """Correct predictions and summed loss of the global model w_t on each chunk."""
+    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
+        """Correct predictions in every class and summed loss of the global model w_t on each chunk."""
         layout = self._trainer.layout
         models: dict[str | None, np.ndarray] = {}
         results = []
         for chunk in chunks:
+            split = self._splits[chunk.split]
+            if chunk.client is not None:
+                trained = self._locally_trained(broadcast, chunk.client)
+                results.append((chunk, *self._trainer.evaluate(trained, split, chunk.start, chunk.stop)))
+                continue
             if chunk.tier not in models:
                 weights = torch.from_numpy(broadcast.exact.copy())
                 if chunk.tier is not None:
@@ -181,11 +189,33 @@ class ClientHost:
                     mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
                     self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
                 models[chunk.tier] = self._method.effective_weights(weights, layout).numpy()
-            split = self._splits[chunk.split]
             results.append(
                 (chunk, *self._trainer.evaluate(models[chunk.tier], split, chunk.start, chunk.stop))
             )
         return results
+
+    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray:
+        """What a client makes of the evaluated model: effective weights of what it would send in the next round.
+
+        It trains on the data that it holds in the round that is evaluated, before a shift that follows. Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
+        """
+        sparsity = Devices(self.config).sparsity(client, self._method.sparsity)
+        evaluated = broadcast.instructions.round - 1
+        rows = self._rows(client, period_of(self.config.shift, evaluated))
+        try:
+            trained = self._trainer.visit(client, rows, sparsity, broadcast)
+        except Exception as error:
+            raise ClientError(
+                f"client {client} failed in its evaluation after round {evaluated}: "
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            ) from None
+        layout = self._trainer.layout
+        weights = torch.from_numpy(trained.values.copy())
+        if self._method.uploads_differences:
+            weights[: layout.trained_size] += torch.from_numpy(
+                broadcast.weights[: layout.trained_size].copy()
+            )
+        return self._method.effective_weights(weights, layout).numpy()
 
     def pid(self) -> int:
         """Process id of this host."""
@@ -197,11 +227,15 @@ class ClientHost:
             self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
             self._round = broadcast.instructions.round
 
-    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
+    def _rows(self, client: int, period: int) -> np.ndarray:
+        """Rows of the training split that a client holds after so many shifts of the data."""
         offsets = self._workload.offsets
-        rows = self._workload.indices[offsets[task.client] : offsets[task.client + 1]]
-        if broadcast.period:
-            rows = self._workload.shifted[broadcast.period - 1].client(task.client)
+        if period:
+            return self._workload.shifted[period - 1].client(client)
+        return self._workload.indices[offsets[client] : offsets[client + 1]]
+
+    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
+        rows = self._rows(task.client, broadcast.period)
         stage = "train"
         try:
             marks = [time.perf_counter()]

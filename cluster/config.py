@@ -21,6 +21,7 @@ from cluster.choices import ChoiceError, build_choice
 from cluster.samplers import Sampler, build_sampler
 from cluster.sections import (
     AlgorithmChoice,
+    ClientEvaluationSection,
     DataSection,
     DevicesSection,
     LocalSection,
@@ -68,6 +69,7 @@ class Config(Section):
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
     local: LocalSection = LocalSection()
+    evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -89,6 +91,7 @@ class Config(Section):
                 f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "
                 "lower cohort or raise partition.clients"
             )
+        problems += self.evaluate_clients.problems(self.partition.clients)
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
         if not problems:

@@ -67,7 +67,8 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         pictures.append(folder.path / "partition_shifted.png")
         shifted = f"{title}, from round {config.shift.round} on"
         picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
-    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *pictures]
+    clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
+    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *clients, *pictures]
 
 
 def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:

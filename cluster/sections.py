@@ -108,6 +108,25 @@ class AvailabilitySection(Section):
         return self
 
 
+class ClientEvaluationSection(Section):
+    """Per-client evaluation: each client's accuracy on its own mix of classes; see ``clients.csv``."""
+
+    every: int = Field(0, ge=0, description="rounds between them, the last round included; 0: never")
+    clients: int | None = Field(None, ge=1, description="how many clients are judged; default all")
+    after: int = Field(0, ge=0, description="how many of them after local training too; a test pass each")
+
+    def problems(self, clients: int) -> list[str]:
+        """What is wrong with the section in a federation of so many clients."""
+        judged = self.clients or clients
+        if judged > clients:
+            return [f"evaluate_clients.clients: {judged}, but partition.clients is {clients}"]
+        if self.after > judged:
+            return [f"evaluate_clients.after: {self.after}, but only {judged} clients are judged"]
+        if not self.every and (self.clients or self.after):
+            return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
+        return []
+
+
 class TierSection(Section):
     """One kind of device; the figures are the medians of its devices."""
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from cluster.axes import only_point
 from cluster.choices import ChoiceError, build_choice
 from cluster.samplers import Sampler, build_sampler
 from cluster.sections import (
@@ -217,16 +218,17 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
     """Load a preset, file or mapping, apply ``key=value`` overrides and validate.
 
     Args:
-        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``.
+        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``. A grid has to be
+            narrowed to one run by the overrides.
         overrides: Dotted overrides such as ``algorithm.beta=1.3``; values are YAML.
 
     Raises:
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
     tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
-    if "grid" in tree:
-        raise ConfigError(f"{source} is a grid of several runs: sparsyfed run {source}")
     try:
+        if "grid" in tree:
+            return validate(only_point(source, tree, overrides))
         return validate(apply_overrides(tree, overrides))
     except ChoiceError as error:
         raise ConfigError(str(error)) from None

@@ -37,14 +37,17 @@ class ClientEvaluation:
 
     def __init__(self, federation: Federation) -> None:
         self._federation, self._section = federation, federation.config.evaluate_clients
+        # Where the test split is not to be read, nobody can be judged on it.
+        tested = any(chunk.split == "test" for chunk in federation.evaluation_chunks(2**30))
+        self._every = self._section.every if tested else 0
 
-    def due(self, round_number: int) -> bool:
-        """Whether clients are judged after this round even if it is not the last."""
-        return self._section.every > 0 and round_number % self._section.every == 0
+    def due(self, round_number: int, *, last: bool = False) -> bool:
+        """Whether clients are judged after this round: every so many, and after the last."""
+        return self._every > 0 and (last or round_number % self._every == 0)
 
     def chunks(self, round_number: int, *, last: bool) -> list[EvaluationChunk]:
         """What is to be evaluated beside the central chunks: a test pass a locally trained client."""
-        if not (self.due(round_number) or (last and self._section.every)):
+        if not self.due(round_number, last=last):
             return []
         rows = len(self._federation.dataset.test.labels)
         return [EvaluationChunk("test", 0, rows, client=int(c)) for c in self._trained]
@@ -64,7 +67,7 @@ class ClientEvaluation:
             Over the clients: mean and standard deviation of their accuracies and the mean of the worst tenth;
             the same after local training, and what it gained.
         """
-        if not evaluated or not (self.due(round_number) or (last and self._section.every)):
+        if not evaluated or not self.due(round_number, last=last):
             return {}
         before = self._before(evaluated)
         after = np.full(len(before), np.nan)

@@ -208,6 +208,22 @@ def test_ctrl_c_ends_the_run_in_progress_and_begins_no_other(grid_file, tmp_path
     assert not outcome.results["fedavg-seed0"].ended
 
 
+def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
+    path = written(
+        tmp_path, f"{BASE}\nrounds: 4\nmax_update_norm: 1000.0\ngrid: {{local.lr: [1.0e+20, 0.1]}}"
+    )
+    command = ["run", str(path), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "[1/2] lr1e_20  failed" in said.out
+    assert "[2/2] lr0.1  4 rounds" in said.out
+    assert "error: lr1e_20: every update was refused in 3 rounds in a row" in said.err
+    table_rows = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table_rows] == ["run", "lr0.1"]
+    assert main(command) == 1
+    assert "2 runs, 1 complete before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("room", "cohort", "actors", "runs", "at_once", "expected"),
     [
@@ -248,7 +264,7 @@ def two_cores():
 
 
 SIDE_BY_SIDE = f"""{BASE}
-rounds: 8
+rounds: 5
 execution: ray
 runs_at_once: 2
 evaluate_clients: {{every: 3, after: 2}}
@@ -285,11 +301,11 @@ def test_runs_side_by_side_fail_stop_and_go_on_alone(tmp_path, two_cores, capsys
     assert not outcome.results["lr0.2"].ended
     assert "stopping after this round" in capsys.readouterr().err
 
-    # The same command: what is complete is skipped, what was stopped goes on, what failed fails again.
-    assert main(["run", str(path), "--output", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr()
-    assert "error: lr1e_20: every update was refused in 3 rounds in a row" in said.err
-    assert "lr0.2" in said.out
+    # Run again, what is complete is skipped and what was stopped goes on.
+    threads.clear()
+    again = run_grid(expand(path, ["local.lr=[0.1,0.2]"]), tmp_path / "out", started=started)
+    assert len(threads) == 1
+    assert all(result.summary["complete"] for result in again.results.values())
 
     # The same bits as in this process and one after the other, also of what clients are judged on.
     inline = expand(path, ["execution=inline", "runs_at_once=1", "local.lr=[0.1,0.2]"])

@@ -41,7 +41,7 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
     Raises:
         ConfigError: An axis or override is wrong, or two different runs have one name.
     """
-    tree = dict(tree)
+    tree = {key: value for key, value in tree.items() if key != "runs_at_once"}  # how, and not what, to run
     axes = _checked(source, tree.pop("grid"))
     fixed = []
     for override in overrides:

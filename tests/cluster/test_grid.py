@@ -106,7 +106,7 @@ def test_an_override_of_an_axis_narrows_it(tmp_path, grid_file):
 
 
 def test_a_grid_narrowed_to_one_run_is_an_experiment(tmp_path):
-    path = written(tmp_path, LABELLED)
+    path = written(tmp_path, f"{LABELLED}\nruns_at_once: 2")
     config = resolve(path, ["method=zerofl", "algorithm.sparsity=0.9", "rounds=9"])
     assert (config.algorithm.name, config.rounds) == ("zerofl", 9)
     assert config.algorithm.options == {"sparsity": 0.9, "mask_ratio": 0.1}

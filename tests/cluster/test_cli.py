@@ -296,7 +296,7 @@ def test_run_help_lists_what_is_declared(capsys: pytest.CaptureFixture[str]) -> 
         main(["run", "--help"])
     text = capsys.readouterr().out
     assert "  topk             Dense training, then one global cut to the top K" in text
-    assert "  quickstart       The main job" in text
+    assert "  quickstart              The main job" in text
     assert " local.lr=0.1 " in text
     assert "learning rate of round 1" in text
     assert "float32, float16, bfloat16, int8" in text

@@ -267,7 +267,7 @@ SIDE_BY_SIDE = f"""{BASE}
 rounds: 5
 execution: ray
 runs_at_once: 2
-evaluate_clients: {{every: 3, after: 2}}
+evaluate_clients: {{every: 1, after: 2}}
 max_update_norm: 1000.0
 grid:
   local.lr: [0.1, 1.0e+20, 0.2]

@@ -34,8 +34,8 @@ from cluster.trees import ConfigError, load_tree, parse_override
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str], ...] = (
-    ("accuracy %", lambda result, lines: 100 * result["accuracy"], ".1f"),
-    ("best %", lambda result, lines: 100 * result["best_accuracy"], ".1f"),
+    ("accuracy %", lambda result, lines: _percent(result["accuracy"]), ".1f"),
+    ("best %", lambda result, lines: _percent(result["best_accuracy"]), ".1f"),
     ("sparsity %", lambda result, lines: 100 * result["sparsity"], ".1f"),
     ("MB up", lambda result, lines: result["uplink_bytes"] / 1e6, ".2f"),
     ("MB down", lambda result, lines: result["downlink_bytes"] / 1e6, ".2f"),
@@ -265,6 +265,10 @@ def _largest_model(configs: Any) -> int:
         if key not in sizes:
             sizes[key] = Federation.of(config).layout.size
     return max(sizes.values(), default=0)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share  # None where test data is not evaluated
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> float | None:

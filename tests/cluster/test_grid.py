@@ -274,6 +274,7 @@ grid:
 """
 
 
+@pytest.mark.timeout(600)  # eight processes that import torch, on a machine that may be busy
 def test_runs_side_by_side_fail_stop_and_go_on_alone(tmp_path, two_cores, capsys):
     path = written(tmp_path, SIDE_BY_SIDE)
     threads, failed = [], threading.Event()

@@ -203,6 +203,7 @@ def _run_details() -> str:
         "sparsyfed run",
         "sparsyfed run quickstart algorithm.beta=1.3 seed=1",
         "sparsyfed run my_experiment.yaml rounds=50 --output runs/mine",
+        "sparsyfed run paper-methods seed=[0,1] runs_at_once=4    a grid: many runs in one folder",
         "sparsyfed run algorithm.name=topk algorithm.sparsity=0.99 execution=inline",
     )
     return f"{examples}\n\n{_choices_text()}\n\n{_keys_text()}"
@@ -240,8 +241,11 @@ def _choices_text() -> str:
     parts = []
     for title, items in groups:
         if any(items.values()):
+            width = max(16, *map(len, items))
             parts.append(
-                "\n".join([f"{title}:", *(f"  {name:<16} {text}".rstrip() for name, text in items.items())])
+                "\n".join(
+                    [f"{title}:", *(f"  {name:<{width}} {text}".rstrip() for name, text in items.items())]
+                )
             )
         else:
             parts.append(f"{title}:  {', '.join(items)}")

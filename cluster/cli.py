@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import __version__
 from cluster.arguments import parse
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cluster.config import Config
     from cluster.execution import Result
+    from cluster.grid import Grid
     from cluster.progress import RunDisplay
 
 #: Errors whose message says everything: 2, a mistake that the user can put right; 1, the run itself failed.
@@ -90,13 +91,13 @@ def _run(arguments: argparse.Namespace) -> int:
         from cluster.outputs import default_folder
         from cluster.progress import announce
 
-        runs = grid.expand(source or "quickstart", overrides)
-        if runs is None:
+        found = grid.expand(source or "quickstart", overrides)
+        if found is None:
             config = resolve(source, overrides)
-    if runs is not None:
+    if found is not None:
         if arguments.profile:
             arguments.parser.error(f"{source} is a grid of several runs; --profile shows one")
-        return _run_grid(console, runs, Path(arguments.output or Path("runs") / Path(source).stem))
+        return _run_grid(console, found, Path(arguments.output or Path("runs") / Path(source).stem))
     folder = Path(arguments.output) if arguments.output else default_folder(config)
     announce(console, config, folder, f"sparsyfed {__version__}: {source or 'quickstart'}")
     status = _follow(
@@ -110,40 +111,30 @@ def _run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _run_grid(console: Console, runs: Mapping[str, Config], folder: Path) -> int:
-    """Every run of a grid, one after the other, then their table."""
-    from rich.table import Table
-
-    from cluster import grid
+def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
+    """Every run of a grid, then their table; 1 where one failed, 130 where they were stopped."""
+    from cluster.execution import complete
+    from cluster.grid import run_grid
+    from cluster.grid_progress import GridDisplay, conclude_grid
     from cluster.progress import shown
 
-    places = list(runs)
-
-    def started(name: str, config: Config) -> Callable[[dict[str, Any]], None]:
-        place = f"({places.index(name) + 1} of {len(runs)})"
-        console.print(f"{name}  {place}  {shown(folder / name)}", style="bold")
-
-        def on_line(line: dict[str, Any]) -> None:
-            accuracy = line.get("test/accuracy")
-            if accuracy is not None:
-                console.print(
-                    f"  round {line['round']}/{config.rounds}  accuracy {accuracy:6.1%}  "
-                    f"sparsity {line['sparsity/global']:6.1%}",
-                    end="\r" if console.is_terminal and line["round"] < config.rounds else "\n",
-                )
-
-        return on_line
-
-    results = grid.run_grid(runs, folder, started=started)
-    header, *rows = grid.table(results)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    before = sum(complete(config, folder / name) is not None for name, config in grid.runs.items())
+    console.print(f"{len(grid.runs)} runs, {before} complete before, in {shown(folder)}", style="bold")
+    with GridDisplay(console, grid, before) as display:
+        outcome = run_grid(grid, folder, started=display.started, ended=display.ended)
+    conclude_grid(console, outcome)
     console.print(
         f"folder    {shown(folder)} (table.md, table.csv)\ncompare   sparsyfed ui --root {shown(folder)}"
     )
-    return 0 if all(result.summary["complete"] for result in results.values()) else 130
+    for name, error in outcome.failures.items():
+        root = _root(error)
+        reason = root if _status(error) is not None else f"{type(root).__name__}: {root}"
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if outcome.failures:
+        print("the same command runs what failed again, and nothing else", file=sys.stderr)
+        return 1
+    ended = len(outcome.results) == len(grid.runs) and all(r.ended for r in outcome.results.values())
+    return 0 if ended else 130
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -191,7 +182,7 @@ def _follow(
             print(f"what was computed is kept: sparsyfed resume {shown(folder)}", file=sys.stderr)
         raise
     conclude(console, result)
-    return 130 if result.summary["rounds"] < (config.stop_after or config.rounds) else 0
+    return 0 if result.ended else 130
 
 
 def _sync(arguments: argparse.Namespace) -> int:

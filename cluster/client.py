@@ -22,8 +22,10 @@ from algorithms.masks import target_count
 from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
+from cluster.devices import Devices
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.passes import set_up_cuda
+from cluster.shift import period_of
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
 from cluster.workload.holdings import Partition
@@ -112,6 +114,7 @@ class EvaluationChunk:
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
+    client: int | None = None  # evaluate the model after this client's local training, as it would be sent
     seconds: float = 0.0  # that the evaluation took
 
 
@@ -170,26 +173,56 @@ class ClientHost:
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
-    ) -> list[tuple[EvaluationChunk, int, float]]:
-        """Correct predictions and summed loss of the global model w_t on each chunk."""
-        layout = self._trainer.layout
+    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
+        """Correct predictions in every class and summed loss of the global model w_t on each chunk."""
         models: dict[str | None, np.ndarray] = {}
         results = []
         for chunk in chunks:
-            started = time.perf_counter()
-            if chunk.tier not in models:
-                weights = torch.from_numpy(broadcast.exact.copy())
-                if chunk.tier is not None:
-                    sparsity = self.config.devices.tiers[chunk.tier].sparsity
-                    assert sparsity is not None
-                    keep = target_count(layout.prunable_size, sparsity)
-                    mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
-                    self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
-                models[chunk.tier] = self._method.effective_weights(weights, layout).numpy()
-            split = self._splits[chunk.split]
-            correct, loss = self._trainer.evaluate(models[chunk.tier], split, chunk.start, chunk.stop)
+            started, split = time.perf_counter(), self._splits[chunk.split]
+            if chunk.client is not None:
+                model = self._locally_trained(broadcast, chunk.client)
+            else:
+                if chunk.tier not in models:
+                    models[chunk.tier] = self._at_budget(broadcast, chunk.tier)
+                model = models[chunk.tier]
+            correct, loss = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
             results.append((replace(chunk, seconds=time.perf_counter() - started), correct, loss))
         return results
+
+    def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:
+        """Effective weights of the global model, cut to a tier's budget where one is named."""
+        layout, weights = self._trainer.layout, torch.from_numpy(broadcast.exact.copy())
+        if tier is not None:
+            sparsity = self.config.devices.tiers[tier].sparsity
+            assert sparsity is not None
+            keep = target_count(layout.prunable_size, sparsity)
+            mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
+            self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
+        return self._method.effective_weights(weights, layout).numpy()
+
+    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray:
+        """What a client makes of the evaluated model: effective weights of what it would send next.
+
+        It trains on the data that it holds in the round that is evaluated, before a shift that follows.
+        Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
+        """
+        sparsity = Devices(self.config).sparsity(client, self._method.sparsity)
+        evaluated = broadcast.instructions.round - 1
+        rows = self._rows(client, period_of(self.config.shift, evaluated))
+        try:
+            trained = self._trainer.visit(client, rows, sparsity, broadcast)
+        except Exception as error:
+            raise ClientError(
+                f"client {client} failed in its evaluation after round {evaluated}: "
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            ) from None
+        layout = self._trainer.layout
+        weights = torch.from_numpy(trained.values.copy())
+        if self._method.uploads_differences:
+            weights[: layout.trained_size] += torch.from_numpy(
+                broadcast.weights[: layout.trained_size].copy()
+            )
+        return self._method.effective_weights(weights, layout).numpy()
 
     def pid(self) -> int:
         """Process id of this host."""
@@ -205,10 +238,13 @@ class ClientHost:
             self._broadcast = broadcast
         return self._broadcast
 
-    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
-        period = broadcast.period
+    def _rows(self, client: int, period: int) -> np.ndarray:
+        """Rows of the training split that a client holds after so many shifts of the data."""
         partition = self._workload.shifted[period - 1] if period else self._workload.partition
-        rows = partition.client(task.client)
+        return partition.client(client)
+
+    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
+        rows = self._rows(task.client, broadcast.period)
         stage = "train"
         try:
             marks = [time.perf_counter()]

@@ -17,10 +17,12 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from cluster.axes import only_point
 from cluster.choices import ChoiceError, build_choice
 from cluster.samplers import Sampler, build_sampler
 from cluster.sections import (
     AlgorithmChoice,
+    ClientEvaluationSection,
     DataSection,
     DevicesSection,
     LocalSection,
@@ -72,6 +74,7 @@ class Config(Section):
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
     local: LocalSection = LocalSection()
+    evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -97,6 +100,7 @@ class Config(Section):
                 f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "
                 "lower cohort or raise partition.clients"
             )
+        problems += self.evaluate_clients.problems(self.partition.clients)
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
         if not problems:
@@ -222,16 +226,17 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
     """Load a preset, file or mapping, apply ``key=value`` overrides and validate.
 
     Args:
-        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``.
+        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``. A grid has to be
+            narrowed to one run by the overrides.
         overrides: Dotted overrides such as ``algorithm.beta=1.3``; values are YAML.
 
     Raises:
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
     tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
-    if "grid" in tree:
-        raise ConfigError(f"{source} is a grid of several runs: sparsyfed run {source}")
     try:
+        if "grid" in tree:
+            return validate(only_point(source, tree, overrides))
         return validate(apply_overrides(tree, overrides))
     except ChoiceError as error:
         raise ConfigError(str(error)) from None

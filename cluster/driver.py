@@ -26,6 +26,7 @@ from cluster.checkpoint import (
     write_atomically,
 )
 from cluster.client import EvaluationChunk
+from cluster.client_evaluation import ClientEvaluation
 from cluster.config import code_digest
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
@@ -82,6 +83,7 @@ class Driver:
         folder.heal()
         self._stored = {line["round"]: line for line in folder.rounds()}
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
+        self._clients = ClientEvaluation(federation)
         self._totals: dict[str, float] = {}
         self._refused_rounds = 0
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
@@ -206,16 +208,24 @@ class Driver:
 
     def _evaluation_due(self, round_number: int) -> bool:
         last = self.config.stop_after or self.config.rounds
-        return round_number % self.config.evaluate_every == 0 or round_number == last or self._ending
+        due = round_number % self.config.evaluate_every == 0 or self._clients.due(round_number)
+        return due or round_number == last or self._ending
 
     def _due_chunks(self) -> list[EvaluationChunk]:
         """Chunks on which this round's broadcast, the last round's result, is evaluated."""
         last = self.state.round
-        return self._chunks if last >= self.method.first_round and self._evaluation_due(last) else []
+        if last < self.method.first_round or not self._evaluation_due(last):
+            return []
+        return self._chunks + self._clients.chunks(last, last=False)
+
+    def _evaluation(self, outcome: Outcome) -> Line:
+        """What was measured of the last round's result: by all, and by each client where that is due."""
+        measured = self._clients.metrics(self.folder, self.state.round, outcome.evaluated, last=self._ending)
+        return evaluation_metrics(outcome.evaluated) | measured
 
     def _write_waiting_line(self, outcome: Outcome) -> None:
         if self._waiting is not None:
-            self._waiting |= evaluation_metrics(outcome.evaluated)
+            self._waiting |= self._evaluation(outcome)
             self._store(self._waiting)
             self._waiting = None
 
@@ -226,10 +236,11 @@ class Driver:
         state = self.state
         evaluated = self._stored.get(state.round, {}).get("test/accuracy") is not None
         if self._waiting is not None or not evaluated:
-            outcome = self._schedule.evaluate(state, self._chunks, lambda: None)
+            chunks = self._chunks + self._clients.chunks(state.round, last=True)
+            outcome = self._schedule.evaluate(state, chunks, lambda: None)
             self._write_waiting_line(outcome)
             # A run that was stopped elsewhere may have stored this round's line without an evaluation.
-            self._final = evaluation_metrics(outcome.evaluated)
+            self._final = self._evaluation(outcome)
         if self.state.round not in list_rounds(self.folder.checkpoints):
             self.checkpoint(self._schedule.snapshot())
 

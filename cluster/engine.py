@@ -19,7 +19,7 @@ from cluster.client import ClientError, ClientHost, ClientReport, EvaluationChun
 from cluster.local_training import Broadcast
 from cluster.placement import CostModel, chunk_size, longest_first
 
-Evaluated = list[tuple[EvaluationChunk, int, float]]
+Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2

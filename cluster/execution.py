@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -50,6 +51,12 @@ class Result:
     summary: dict[str, Any]
 
     @property
+    def ended(self) -> bool:
+        """Whether the run came to its planned end or ``stop_after``, and was not stopped before."""
+        config = RunFolder(self.folder).config()
+        return bool(self.summary["rounds"] >= (config.stop_after or config.rounds))
+
+    @property
     def rounds(self) -> pandas.DataFrame:
         """One row a round, columns named as in MLflow."""
         import pandas as pd
@@ -64,13 +71,20 @@ class Result:
         return model.eval()
 
 
-def run(config: Config, output: str | Path | None = None, *, progress: Progress | None = None) -> Result:
+def run(
+    config: Config,
+    output: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
     """Run one experiment.
 
     Args:
         config: The experiment, from ``cluster.resolve``.
         output: The run's folder, new or empty; by default a new one under ``runs/``.
         progress: Called with each round's line as it is stored.
+        should_stop: Asked after each round; True ends the run with a checkpoint.
 
     Raises:
         ConfigError, DataError, PartitionError, ModelError, TrackingError, ClusterError, PlacementError:
@@ -85,19 +99,26 @@ def run(config: Config, output: str | Path | None = None, *, progress: Progress 
     with connected(config, federation.layout.size):
         folder = RunFolder.create(path.absolute(), config)
         try:
-            return _execute(folder, config, progress)
+            return _execute(folder, config, progress, should_stop)
         except BaseException:
             folder.discard()
             raise
 
 
-def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> Result:
+def resume(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
     """Continue an interrupted run from its last checkpoint; the result is that of an uninterrupted one.
 
     Args:
         path: The run's folder.
         overrides: ``key=value`` for what cannot change a result, such as ``actors`` or ``stop_after``.
         progress: Called with each new round's line.
+        should_stop: Asked after each round; True ends the run with a checkpoint.
 
     Raises:
         ConfigError: An override could change the result.
@@ -120,7 +141,36 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
     with connected(config, federation.layout.size):
         with folder.locked():  # of another process's run not even the configuration is touched
             folder.write_config(config)
-        return _execute(folder, config, progress)
+        return _execute(folder, config, progress, should_stop)
+
+
+def complete(config: Config, path: Path) -> Result | None:
+    """The finished run of ``config`` in ``path``, or None where there is none yet.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+    """
+    if not (path / "config.yaml").exists():
+        return None
+    folder = RunFolder.open(path)
+    if folder.config().digest() != config.digest():
+        raise ConfigError(f"{path} holds a run of another configuration; choose another --output")
+    result = folder.result()
+    return Result(path, result) if result is not None and result["complete"] else None
+
+
+def run_or_resume(
+    config: Config,
+    path: Path,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Run ``config`` in ``path``, or go on with what an interrupted run of it left there; see :func:`run`."""
+    if not (path / "config.yaml").exists():
+        return run(config, path, progress=progress, should_stop=should_stop)
+    now = [f"{key}={json.dumps(config.dump()[key])}" for key in RESULT_FREE - {"tracking"}]
+    return resume(path, now, progress=progress, should_stop=should_stop)
 
 
 def conduct(
@@ -215,22 +265,24 @@ class DriverActor:
 # ------------------------------------------------------------------------------------------- both ways
 
 
-def _execute(folder: RunFolder, config: Config, progress: Progress | None) -> Result:
+def _execute(
+    folder: RunFolder, config: Config, progress: Progress | None, should_stop: Callable[[], bool]
+) -> Result:
     on_line = progress or (lambda line: None)
     if config.execution == "inline":
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             summary = conduct(
                 folder.path,
                 lambda _, federation: InlineEngine(federation.workload()),
                 on_line,
-                stopped.is_set,
+                lambda: stopped.is_set() or should_stop(),
             )
     else:
-        summary = _on_ray(folder, on_line)
+        summary = _on_ray(folder, on_line, should_stop)
     return Result(folder.path, summary)
 
 
-def _on_ray(folder: RunFolder, on_line: Progress) -> dict[str, Any]:
+def _on_ray(folder: RunFolder, on_line: Progress, should_stop: Callable[[], bool]) -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -240,13 +292,15 @@ def _on_ray(folder: RunFolder, on_line: Progress) -> dict[str, Any]:
     driver: Any = actor.remote(folder.path)
     finished = driver.conduct.remote()
     seen, done = 0, False
-    with _stop_on_signal(lambda: driver.stop.remote()):
+    with stop_on_signal(lambda: driver.stop.remote()):
         try:
             while not done:
                 lines, done = ray.get(driver.lines_after.remote(seen))
                 seen += len(lines)
                 for line in lines:
                     on_line(line)
+                if should_stop():
+                    driver.stop.remote()
             summary: dict[str, Any] = ray.get(finished)
             return summary
         except ray.exceptions.RayTaskError as error:
@@ -259,8 +313,8 @@ def _on_ray(folder: RunFolder, on_line: Progress) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event; the second interrupts at once."""
+def stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event, where signals arrive; the second interrupts at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

@@ -157,8 +157,12 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "image_column": data.image_column,
         "label_column": data.label_column,
         "group_column": data.group_column,
-        "revision": data.revision,
+        # A path stands instead of the hub, also where a preset names a revision of it.
+        "revision": None if data.path else data.revision,
+        "data_dir": None if data.path else data.data_dir,
         "train_split": data.train_split,
         "test_split": data.test_split,
+        "features": data.features,
+        "exclude_classes": data.exclude_classes,
         "cache_dir": cache,
     }

@@ -1,6 +1,6 @@
 """Grids: one file that stands for many runs, such as every method on every seed.
 
-A grid is an experiment with a ``grid`` section, dotted keys with the values they take::
+A grid is an experiment with a section ``grid`` (see ``cluster.axes``)::
 
     extends: quickstart
     grid:
@@ -8,30 +8,34 @@ A grid is an experiment with a ``grid`` section, dotted keys with the values the
       seed: [0, 1, 2]
 
 Its runs are independent and lie side by side in one folder: a grid that is run again skips what is complete
-and resumes what is not.
+and resumes what is not. Where the cluster has room for more actors than one run can use, runs share it.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.config import RESULT_FREE, Config, validate
-from cluster.execution import Result, resume, run
+from cluster import ray_session
+from cluster.axes import points
+from cluster.config import Config, validate
+from cluster.execution import Result, complete, run_or_resume, stop_on_signal
+from cluster.federation import Federation
 from cluster.run_folder import RunFolder
-from cluster.trees import ConfigError, apply_overrides, load_tree, merge, nested
+from cluster.trees import ConfigError, load_tree, parse_override
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str], ...] = (
-    ("accuracy %", lambda result, lines: 100 * result["accuracy"], ".1f"),
-    ("best %", lambda result, lines: 100 * result["best_accuracy"], ".1f"),
+    ("accuracy %", lambda result, lines: _percent(result["accuracy"]), ".1f"),
+    ("best %", lambda result, lines: _percent(result["best_accuracy"]), ".1f"),
     ("sparsity %", lambda result, lines: 100 * result["sparsity"], ".1f"),
     ("MB up", lambda result, lines: result["uplink_bytes"] / 1e6, ".2f"),
     ("MB down", lambda result, lines: result["downlink_bytes"] / 1e6, ".2f"),
@@ -41,71 +45,112 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], floa
     ("consensus", lambda result, lines: _mean(lines, "masks/consensus"), ".3f"),
 )
 
+#: What takes a run's lines, given its name and configuration when it starts.
+Started = Callable[[str, Config], Callable[[dict[str, Any]], None]]
+Ended = Callable[[str, Result | Exception], None]
 
-def expand(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config] | None:
-    """The runs of a grid by name, or None where ``source`` is a single experiment.
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid's runs.
+
+    Attributes:
+        runs: Configurations by name.
+        at_once: Runs that share the cluster (``runs_at_once``); None for as many as it has room for.
+    """
+
+    runs: dict[str, Config]
+    at_once: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a grid.
+
+    Attributes:
+        results: Results of what ran or was complete before, by name in the order of the grid.
+        failures: Why the others failed; those that were not begun are in neither.
+    """
+
+    results: dict[str, Result] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
+    """The runs of a grid, or None where ``source`` is a single experiment.
 
     Raises:
         ConfigError: A key or value of the grid is wrong, or two of its runs have one name.
     """
     tree = load_tree(source)
-    grid = tree.pop("grid", None)
-    if grid is None:
+    if "grid" not in tree:
         return None
-    if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise ConfigError(f"{source}: grid: expected dotted keys, each with a list of values; found {grid!r}")
-    fixed = [o for o in overrides if any(_covers(key, o.partition("=")[0]) for key in grid)]
-    if fixed:
-        raise ConfigError(f"{source}: {', '.join(fixed)}: the grid itself varies {', '.join(grid)}")
-    tree = apply_overrides(tree, overrides)
-    runs: dict[str, Config] = {}
-    for values in itertools.product(*grid.values()):
-        point = tree
-        for key, value in zip(grid, values, strict=True):
-            point = merge(point, nested(key, value))
-        name = "-".join(_short(key, value) for key, value in zip(grid, values, strict=True))
-        if name in runs:
-            raise ConfigError(f"{source}: grid: two runs are named {name}")
-        runs[name] = validate(point)
-    return runs
+    at_once = tree.pop("runs_at_once", None)
+    for override in overrides:
+        if parse_override(override)[0] == "runs_at_once":
+            at_once = parse_override(override)[1]
+    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+        raise ConfigError(f"{source}: runs_at_once: expected a whole number from 1, found {at_once!r}")
+    overrides = [override for override in overrides if not override.startswith("runs_at_once=")]
+    runs = {name: validate(point) for name, point in points(source, tree, overrides).items()}
+    if at_once is not None and at_once > 1 and any(c.execution == "inline" for c in runs.values()):
+        raise ConfigError(f"{source}: runs_at_once: {at_once} runs side by side need execution=ray")
+    return Grid(runs, at_once)
 
 
 def run_grid(
-    runs: Mapping[str, Config],
-    output: Path,
-    *,
-    started: Callable[[str, Config], Callable[[dict[str, Any]], None]],
-) -> dict[str, Result]:
-    """Run what is not complete, one run after the other, each on the whole cluster.
+    grid: Grid, output: Path, *, started: Started, ended: Ended = lambda name, result: None
+) -> Outcome:
+    """Run what is not complete, side by side where the cluster has room for it.
+
+    A run that fails does not keep the others from running. The first Ctrl-C ends every run after its round.
 
     Args:
-        runs: Configurations by name.
+        grid: The runs.
         output: Folder of all runs; each lies in a subfolder with its name.
-        started: Called with each run that starts; returns what takes its lines.
+        started: Called with each run that starts; returns what takes its lines, each in its own thread.
+        ended: Called with each run's result, or why it failed, in the same thread.
 
     Raises:
         ConfigError: A folder holds a run of another configuration.
+        DataError, PartitionError, ModelError, ClusterError: Before anything starts.
     """
-    results = {}
-    for name, config in runs.items():
-        path = output / name
-        if (path / "config.yaml").exists():
-            folder = RunFolder.open(path)
-            if folder.config().digest() != config.digest():
-                raise ConfigError(f"{path} holds a run of another configuration; choose another --output")
-            result = folder.result()
-            if result is not None and result["complete"]:
-                results[name] = Result(path, result)
-                continue
-            now = [f"{key}={json.dumps(config.dump()[key])}" for key in RESULT_FREE - {"tracking"}]
-            results[name] = resume(path, now, progress=started(name, config))
+    outcome, pending = Outcome(), {}
+    for name, config in grid.runs.items():
+        done = complete(config, output / name)
+        if done is None:
+            pending[name] = config
         else:
-            results[name] = run(config, path, progress=started(name, config))
-        write_table(results, output)
-        if results[name].summary["rounds"] < (config.stop_after or config.rounds):
-            break  # stopped by Ctrl-C
-    write_table(results, output)
-    return results
+            outcome.results[name] = done
+    size = _largest_model(pending.values())
+
+    def work(name: str, config: Config) -> Result | Exception:
+        try:
+            result: Result | Exception = run_or_resume(
+                config, output / name, progress=started(name, config), should_stop=stopped.is_set
+            )
+        except Exception as error:
+            result = error
+        ended(name, result)
+        return result
+
+    def take_in(name: str, result: Result | Exception) -> None:
+        (outcome.failures if isinstance(result, Exception) else outcome.results)[name] = result  # type: ignore[assignment]
+        outcome.results = {name: outcome.results[name] for name in grid.runs if name in outcome.results}
+        write_table(outcome.results, output)
+
+    output.mkdir(parents=True, exist_ok=True)
+    with _shared_cluster(pending, grid.at_once, size) as shares, stop_on_signal() as stopped:
+        if shares is None:
+            for name, config in pending.items():
+                result = work(name, config)
+                take_in(name, result)
+                if isinstance(result, Result) and not result.ended:
+                    break  # its own handler took the signal
+        else:
+            _side_by_side(shares, work, take_in, stopped.is_set)
+    write_table(outcome.results, output)
+    return outcome
 
 
 def table(results: Mapping[str, Result]) -> list[list[str]]:
@@ -132,24 +177,101 @@ def write_table(results: Mapping[str, Result], folder: Path) -> None:
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 
 
-def _covers(key: str, override: str) -> bool:
-    """Whether an override sets what the grid key sets; ``algorithm.sparsity`` is the point's to inherit."""
-    return override == key or (key.startswith(f"{override}.")) or override == f"{key}.name"
+# --------------------------------------------------------------------------------------------- side by side
+
+
+def shares_of(room: int, config: Config, runs: int, at_once: int | None) -> tuple[int, int]:
+    """How many runs share a cluster, and how many actors each gets.
+
+    A run can use as many actors as its cohort has clients; what is beyond serves another run.
+
+    Args:
+        room: Actors that the cluster has room for.
+        config: A run's configuration.
+        runs: Runs that are left.
+        at_once: Runs that are to share it; None to derive it.
+
+    Raises:
+        ClusterError: There is no room for an actor of each.
+    """
+    if at_once is None:
+        at_once = max(1, min(runs, room // min(config.actors or config.cohort, max(1, room))))
+    share = config.actors or max(1, min(room // at_once, config.cohort))
+    if at_once > 1 and at_once * share > room:
+        raise ray_session.ClusterError(
+            f"runs_at_once: {at_once} runs with {share} actors each, but the cluster has room for {room} "
+            "actors; lower runs_at_once, actors, cpus_per_actor or gpus_per_actor"
+        )
+    return at_once, share
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The runs that are left, each with its share of the cluster, and how many go at once."""
+
+    runs: dict[str, Config]
+    at_once: int
+
+
+@contextmanager
+def _shared_cluster(
+    pending: Mapping[str, Config], at_once: int | None, size: int
+) -> Iterator[_Shares | None]:
+    """One connection for all runs; None where they run in this process, one after the other."""
+    if not pending or any(config.execution == "inline" for config in pending.values()):
+        yield None
+        return
+    first = next(iter(pending.values()))
+    where = {(config.address, config.cpus_per_actor, config.gpus_per_actor) for config in pending.values()}
+    if len(where) > 1:
+        raise ConfigError("grid: address, cpus_per_actor and gpus_per_actor are those of all runs")
+    planned, share = 1, first.actors
+    if first.address == "local":
+        # The object store of a private cluster holds what all runs at once put there.
+        planned, share = shares_of(ray_session.local_room(first), first, len(pending), at_once)
+    with ray_session.connected(first.model_copy(update={"actors": share}), planned * size):
+        planned, share = shares_of(ray_session.room(first), first, len(pending), at_once)
+        yield _Shares({n: c.model_copy(update={"actors": share}) for n, c in pending.items()}, planned)
+
+
+def _side_by_side(
+    shares: _Shares,
+    work: Callable[[str, Config], Result | Exception],
+    take_in: Callable[[str, Result | Exception], None],
+    stopped: Callable[[], bool],
+) -> None:
+    waiting = iter(shares.runs.items())
+    pool = ThreadPoolExecutor(shares.at_once, thread_name_prefix="run")
+    working: dict[Future[Result | Exception], str] = {}
+    try:
+        while True:
+            while len(working) < shares.at_once and not stopped() and (item := next(waiting, None)):
+                working[pool.submit(work, *item)] = item[0]
+            if not working:
+                return
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                take_in(working.pop(future), future.result())
+    finally:
+        # After a second Ctrl-C the connection is cut, which ends what the threads wait for.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _largest_model(configs: Any) -> int:
+    """Floats of the largest model; finds what is wrong with any data, partition or model on the way."""
+    sizes: dict[str, int] = {}
+    for config in configs:
+        tree = config.dump()
+        key = json.dumps([tree["data"], tree["partition"], tree["model"]], sort_keys=True)
+        if key not in sizes:
+            sizes[key] = Federation.of(config).layout.size
+    return max(sizes.values(), default=0)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share  # None where test data is not evaluated
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> float | None:
     # Round 1 starts from a dense model: what masks do is measured from round 2 on.
     values = [line[key] for line in lines if line["round"] > 1 and line.get(key) is not None]
     return scale * float(np.mean(values)) if values else None
-
-
-def _short(key: str, value: Any) -> str:
-    """A value as part of a run's name: method names as they are, others behind their key's last part."""
-    if isinstance(value, Mapping):
-        named = {k: v for k, v in value.items() if k != "name"}
-        text = "-".join([str(value.get("name", key)), *(f"{k}{v}" for k, v in named.items())])
-    elif key.endswith(".name"):
-        text = str(value)
-    else:
-        text = f"{key.rsplit('.', 1)[-1]}{value}"
-    return re.sub(r"[^\w.\-]+", "_", text)

@@ -231,7 +231,9 @@ class Trainer:
             + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
         )
 
-    def evaluate(self, effective: np.ndarray, split: Split, start: int, stop: int) -> tuple[int, float]:
+    def evaluate(
+        self, effective: np.ndarray, split: Split, start: int, stop: int
+    ) -> tuple[np.ndarray, float]:
         """Correct predictions and summed cross-entropy of the plain module on ``split[start:stop]``.
 
         Args:
@@ -239,16 +241,21 @@ class Trainer:
             split: What to evaluate on.
             start: First row.
             stop: Row after the last.
+
+        Returns:
+            Correct predictions in every class, int64[classes], and the sum.
         """
         self._staging.send(effective, self._model)
         self.module.eval()
-        correct, loss = 0, 0.0
+        correct, loss = np.zeros(0, np.int64), 0.0
         with torch.no_grad():
             for first in range(start, stop, EVALUATION_BATCH):
                 rows = slice(first, min(first + EVALUATION_BATCH, stop))
                 labels = torch.from_numpy(np.asarray(split.labels[rows])).to(self.device)
                 logits = self.module(to_input(split.images[rows], self.device))
-                correct += int((logits.argmax(1) == labels).sum())
+                found = labels[logits.argmax(1) == labels].cpu().numpy()
+                counts = np.bincount(found, minlength=logits.shape[1])
+                correct = counts + correct if len(correct) else counts
                 loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         return correct, loss
 

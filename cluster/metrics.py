@@ -93,15 +93,16 @@ def round_metrics(
     }
 
 
-def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, int, float]]) -> dict[str, Any]:
+def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, np.ndarray, float]]) -> dict[str, Any]:
     """Accuracy and mean cross-entropy of each split, and accuracy at each tier's budget."""
     metrics: dict[str, Any] = {}
-    parts: dict[tuple[str, str | None], list[tuple[EvaluationChunk, int, float]]] = {}
+    parts: dict[tuple[str, str | None], list[tuple[EvaluationChunk, np.ndarray, float]]] = {}
     for part in evaluated:
-        parts.setdefault((part[0].split, part[0].tier), []).append(part)
+        if part[0].client is None:
+            parts.setdefault((part[0].split, part[0].tier), []).append(part)
     for (split, tier), chunks in sorted(parts.items(), key=str):
         rows = sum(chunk.stop - chunk.start for chunk, _, _ in chunks)
-        accuracy = sum(correct for _, correct, _ in chunks) / rows
+        accuracy = sum(int(np.sum(correct)) for _, correct, _ in chunks) / rows
         if tier is not None:
             metrics[f"tiers/{tier}/accuracy"] = accuracy
             continue

@@ -52,11 +52,12 @@ def summary_of(
 def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
     """Write tables and pictures; returns every file that MLflow keeps."""
     lines = folder.rounds()
-    layers = folder.path / "sparsity_per_layer.csv"
     names = [entry.name for entry in federation.layout.prunable]
-    rows = [",".join(["round", *names])]
-    rows += [",".join(map(str, [line["round"], *line["sparsity/layers"]])) for line in lines]
-    layers.write_text("\n".join(rows) + "\n")
+    layers = [folder.path / f"{what}_per_layer.csv" for what in ("sparsity", "flops")]
+    for file, key in zip(layers, ("sparsity/layers", "flops/layers"), strict=True):
+        rows = [",".join(["round", *names])]
+        rows += [",".join(map(str, [line["round"], *line[key]])) for line in lines]
+        file.write_text("\n".join(rows) + "\n")
     pictures = [folder.path / f"{name}.png" for name in ("partition", "curves", "devices")]
     dataset, config = federation.dataset, federation.config
     title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
@@ -67,7 +68,8 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         pictures.append(folder.path / "partition_shifted.png")
         shifted = f"{title}, from round {config.shift.round} on"
         picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
-    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, layers, *pictures]
+    clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
+    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients, *pictures]
 
 
 def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:

@@ -22,12 +22,7 @@ class ClusterError(RuntimeError):
 
 def ray_engine(config: Config, federation: Federation) -> RayEngine:
     """Actors on the connected cluster, one a free core (or GPU share) unless configured."""
-    import ray
-
-    actors = config.actors
-    if actors is None:
-        room = sum(_actors_on(node["Resources"], config) for node in ray.nodes() if node["Alive"])
-        actors = max(1, min(room, config.cohort))
+    actors = config.actors or max(1, min(room(config), config.cohort))
     _decode_on_every_node(config)
     return RayEngine(
         federation.workload(),
@@ -36,6 +31,22 @@ def ray_engine(config: Config, federation: Federation) -> RayEngine:
         cpus=config.cpus_per_actor,
         gpus=config.gpus_per_actor,
     )
+
+
+def room(config: Config) -> int:
+    """How many of its actors the connected cluster holds."""
+    import ray
+
+    return sum(_actors_on(node["Resources"], config) for node in ray.nodes() if node["Alive"])
+
+
+def local_room(config: Config) -> int:
+    """How many of its actors a private cluster would hold by its cores, or the connected one has room for."""
+    import ray
+
+    if ray.is_initialized():
+        return room(config)
+    return max(1, int((os.cpu_count() or 1) / config.cpus_per_actor + 1e-9))
 
 
 def _actors_on(resources: dict[str, float], config: Config) -> int:

@@ -30,18 +30,23 @@ class Choice(Section):
 
 
 class DataSection(Section):
-    """Where the images come from."""
+    """Where the images or spoken clips come from."""
 
     name: str = Field(
         "digits", description="digits, a Hugging Face repository, or module:attribute of your own"
     )
     path: str | None = Field(None, description="local folder of parquet files instead of the hub")
-    image_column: str | None = Field(None, description="column of the images; inferred when unset")
+    image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")
     label_column: str | None = Field(None, description="column of the labels; inferred when unset")
     group_column: str | None = Field(None, description="column that the natural partition groups by")
     revision: str | None = Field(None, description="revision of the hub repository")
+    data_dir: str | None = Field(None, description="folder of the hub repository that holds the files")
     train_split: str = Field("train", description="name of the training split")
     test_split: str = Field("test", description="name of the test split")
+    features: Literal["logmel", "waveform8k"] | None = Field(
+        None, description="what spoken clips become; default logmel"
+    )
+    exclude_classes: tuple[str, ...] = Field((), description="classes left out, such as _silence_")
     validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
     cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
 
@@ -109,6 +114,25 @@ class AvailabilitySection(Section):
                 f"availability.path: the CSV file of a trace, found {self.path} with name {self.name}"
             )
         return self
+
+
+class ClientEvaluationSection(Section):
+    """Per-client evaluation: each client's accuracy on its own mix of classes; see ``clients.csv``."""
+
+    every: int = Field(0, ge=0, description="rounds between them, the last round included; 0: never")
+    clients: int | None = Field(None, ge=1, description="how many clients are judged; default all")
+    after: int = Field(0, ge=0, description="how many of them after local training too; a test pass each")
+
+    def problems(self, clients: int) -> list[str]:
+        """What is wrong with the section in a federation of so many clients."""
+        judged = self.clients or clients
+        if judged > clients:
+            return [f"evaluate_clients.clients: {judged}, but partition.clients is {clients}"]
+        if self.after > judged:
+            return [f"evaluate_clients.after: {self.after}, but only {judged} clients are judged"]
+        if not self.every and (self.clients or self.after):
+            return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
+        return []
 
 
 class TierSection(Section):

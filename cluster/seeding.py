@@ -20,6 +20,7 @@ Purpose = Literal[
     "partition",
     "availability",
     "dropout",
+    "evaluation",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -27,21 +27,26 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     result: dict[str, Any] = json.loads(json.dumps(tree))
     parsed = []
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
-        try:
-            parsed.append((key.strip(), _number(yaml.safe_load(text))))
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+        parsed.append(parse_override(override))
     # Names first: `algorithm.beta=1.3 algorithm.name=sparsyfed` means the same in either order.
     for key, value in sorted(parsed, key=lambda item: not item[0].endswith(".name")):
         result = merge(result, nested(key, value))
     return result
 
 
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of ``key=value``; the value is YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
+    try:
+        return key.strip(), _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+
+
 def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a preset or YAML file as a nested mapping, with what it ``extends`` underneath."""
+    """Read a preset or YAML file as nested values, over what it ``extends``: a base, or several in order."""
     path = find(source)
     if str(path) in seen:
         raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
@@ -52,10 +57,12 @@ def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
     tree = {key: _number(value) for key, value in tree.items()}
-    base = tree.pop("extends", None)
-    if base and (path.parent / base).is_file():
-        base = path.parent / base  # beside the file that names it, wherever the command is typed
-    return merge(load_tree(base, (*seen, str(path))), tree) if base else tree
+    bases = tree.pop("extends", None) or []
+    below: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        beside = path.parent / base  # beside the file that names it, wherever the command is typed
+        below = merge(below, load_tree(beside if beside.is_file() else base, (*seen, str(path))))
+    return merge(below, tree)
 
 
 def presets() -> dict[str, Path]:

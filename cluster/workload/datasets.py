@@ -1,8 +1,9 @@
 """Data sets as memory-mapped arrays: decoded once per node, afterwards only opened.
 
 `prepare` is the one slow step. It turns scikit-learn's digits, a Hugging Face hub repository, a folder of
-parquet files or a user's function into uint8 images [N, C, H, W] and int64 labels in a folder named after a
-fingerprint. `open_dataset` maps that folder; it is all a client actor calls, and it imports no decoder.
+parquet files or a user's function into uint8 images [N, C, H, W] (spoken clips: float32 spectrograms) and
+int64 labels in a folder named after a fingerprint. `open_dataset` maps that folder; it is all a client actor
+calls, and it imports no decoder.
 
     folder = prepare(name="digits", cache_dir=Path("~/.cache/sparsyfed").expanduser())
     dataset = open_dataset(folder)          # dataset.train.images: uint8 [1437, 1, 8, 8]
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,11 @@ def prepare(
     label_column: str | None = None,
     group_column: str | None = None,
     revision: str | None = None,
+    data_dir: str | None = None,
     train_split: str = "train",
     test_split: str = "test",
+    features: str | None = None,
+    exclude_classes: Sequence[str] = (),
     cache_dir: Path,
 ) -> Path:
     """Decode a data set into arrays once per node and return their folder.
@@ -129,13 +133,18 @@ def prepare(
             W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes` and
             `train_groups`. With `path` it is
             only a name.
-        path: Folder with `<split>-*.parquet` or `<split>.parquet`, directly or in its subfolder `data`.
-        image_column: Column of encoded images; inferred from the features or the usual names.
+        path: Folder with `<split>-*.parquet`, `<split>.parquet` or `<split>/*.parquet`, directly or in its
+            subfolder `data`.
+        image_column: Column of encoded images or WAV clips; inferred from the features or the usual names.
         label_column: Column of integer or text labels; inferred likewise.
         group_column: Column whose values (writer, speaker, device) define the natural partition.
         revision: Branch, tag or commit of the hub repository.
+        data_dir: Folder of the hub repository that holds the files, where it has several data sets.
         train_split: Split, or prefix of the local files, to train on.
         test_split: The same for the test set.
+        features: What spoken clips become: `logmel` (64 mel bands x 98 frames, normalised by the mean and
+            standard deviation of train; the default) or `waveform8k` (1 x 8000 raw samples).
+        exclude_classes: Classes whose samples are left out, such as `_silence_`.
         cache_dir: Folder that holds the prepared data sets of this node.
 
     Raises:
@@ -143,14 +152,19 @@ def prepare(
     """
     columns = {"image_column": image_column, "label_column": label_column, "group_column": group_column}
     asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
-    asked |= {"train_split": train_split, "test_split": test_split}
+    asked |= {"train_split": train_split, "test_split": test_split, "data_dir": data_dir}
+    asked |= {"features": features, "exclude_classes": list(exclude_classes)}
     generated = path is None and (name == "digits" or ":" in name)
-    for key, value in {**columns, "revision": revision}.items():
+    of_tables = {**columns, "revision": revision, "data_dir": data_dir, "features": features}
+    for key, value in {**of_tables, "exclude_classes": list(exclude_classes) or None}.items():
         if generated and value is not None:
             raise DataError(f"data.{key} = {value!r} has no meaning for data.name = {name!r}: leave it out")
-    if path is not None and (name == "digits" or revision is not None):
-        key = "data.name = 'digits'" if name == "digits" else f"data.revision = {revision!r}"
-        raise DataError(f"{key} has no meaning with data.path = {path!r}: leave one of them out")
+    of_hub = {"name": name if name == "digits" else None, "revision": revision, "data_dir": data_dir}
+    for key, value in of_hub.items():
+        if path is not None and value is not None:
+            raise DataError(
+                f"data.{key} = {value!r} has no meaning with data.path = {path!r}: leave one of them out"
+            )
     files: list[list[Path]] = []
     if path is not None:
         files = [_parquet_files(Path(path), split) for split in (train_split, test_split)]
@@ -169,14 +183,17 @@ def prepare(
     def decode(folder: Path) -> dict[str, Any]:
         from cluster.workload import decoding
 
+        wanted = decoding.Wanted(columns, features, exclude_classes)
         if path is not None:
-            return decoding.decode_parquet(folder, files=files, columns=columns)
+            return decoding.decode_parquet(folder, wanted, files=files)
         if name == "digits":
             return decoding.decode_digits(folder)
         if generated:
             return decoding.decode_user(folder, name)
         splits = (train_split, test_split)
-        return decoding.decode_hub(folder, name=name, revision=revision, splits=splits, columns=columns)
+        return decoding.decode_hub(
+            folder, wanted, name=name, revision=revision, data_dir=data_dir, splits=splits
+        )
 
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', name)}-{fingerprint}"
@@ -279,12 +296,13 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
             f"data.path = '{folder}' is no folder on this node; absolute path: {folder.absolute()}"
         )
     for place in (folder, folder / "data"):
-        files = [*place.glob(f"{split}.parquet"), *place.glob(f"{split}-*.parquet")]
+        patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
+        files = [file for pattern in patterns for file in place.glob(pattern)]
         if files:
             return sorted(files)
     found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
     raise DataError(
-        f"data.path = '{folder}' has no '{split}-*.parquet' or '{split}.parquet', nor has its subfolder "
-        f"data; parquet files found: {found[:10] or 'none'} (data.train_split and data.test_split name "
-        f"the splits)"
+        f"data.path = '{folder}' has no '{split}-*.parquet', '{split}.parquet' or '{split}/*.parquet', nor "
+        f"has its subfolder data; parquet files found: {found[:10] or 'none'} (data.train_split and "
+        f"data.test_split name the splits)"
     )

@@ -2,23 +2,31 @@
 
 Four sources, one result: `<split>-images.npy`, `<split>-labels.npy` and, with groups, `train-groups.npy` in a
 folder. Every function here returns the names (`classes`, `group_names`) that belong beside them in
-`meta.json`. Tables are decoded one image after the other into a memory map: a data set never has to fit in
-memory, and threads only lose (PIL's small images hold the interpreter lock: two threads take 1.5 to 1.8 times
-as long as one).
+`meta.json`. Tables are decoded one image or clip after the other into a memory map: a data set never has
+to fit in memory, and threads only lose (PIL's small images hold the interpreter lock: two threads take 1.5 to
+1.8 times as long as one).
 """
 
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster.workload import audio
 from cluster.workload.datasets import DataError, did_you_mean, hold_out, load_reference
+from cluster.workload.tables import (
+    Table,
+    choose_column,
+    hub_table,
+    image_candidates,
+    label_candidates,
+    parquet_table,
+)
 
-USUAL_IMAGE_COLUMNS = ("image", "img")
+USUAL_IMAGE_COLUMNS = ("image", "img", "audio")
 USUAL_LABEL_COLUMNS = ("label", "labels", "fine_label")
 DIGITS_TEST_SAMPLES = 360  # a fifth of the 1,797 digits
 DIGITS_SPLIT_SEED = 1337
@@ -125,53 +133,45 @@ def _write_groups(folder: Path, values: list[Any], place: str) -> list[str]:
     return [str(value) for value in names]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One split in Arrow's form: where it is from, its schema, its row count, and its rows batch by batch."""
-
-    place: str
-    schema: Any
-    rows: int
-    batches: Callable[[str], Iterator[Any]]  # column name -> consecutive arrays of that column
-
-    def column(self, name: str) -> Iterator[Any]:
-        """The values of a column as Python objects, in order, a batch in memory at a time."""
-        for batch in self.batches(name):
-            yield from batch.to_pylist()
-
-    @property
-    def features(self) -> dict[str, dict[str, Any]]:
-        """Hugging Face's feature of every column, as stored in the schema; empty for plain parquet files."""
-        stored = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = stored.get("info", {}).get("features", {})
-        return {name: feature if isinstance(feature, dict) else {} for name, feature in features.items()}
-
-
 class _ColourFound(Exception):
     """An image that is not grey was met while decoding to one channel."""
 
 
-def decode_parquet(
-    folder: Path, *, files: list[list[Path]], columns: Mapping[str, str | None]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a table.
+
+    Attributes:
+        columns: `image_column`, `label_column` and `group_column`; None to infer, or for no groups.
+        features: What clips become, a key of `audio.FEATURES`; None for `logmel`.
+        exclude_classes: Classes whose rows are left out.
+    """
+
+    columns: Mapping[str, str | None]
+    features: str | None = None
+    exclude_classes: Sequence[str] = ()
+
+
+def decode_parquet(folder: Path, wanted: Wanted, *, files: list[list[Path]]) -> dict[str, Any]:
     """Parquet files of the train and of the test split."""
-    return _decode_tables(folder, columns, *map(_parquet_table, files))
+    return _decode_tables(folder, wanted, *map(parquet_table, files))
 
 
 def decode_hub(
     folder: Path,
+    wanted: Wanted,
     *,
     name: str,
     revision: str | None,
+    data_dir: str | None,
     splits: tuple[str, str],
-    columns: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """A Hugging Face hub repository, downloaded into the user's own Hugging Face cache."""
     import datasets
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        loaded = datasets.load_dataset(name, revision=revision)
+        loaded = datasets.load_dataset(name, revision=revision, data_dir=data_dir)
     except Exception as error:  # the library raises a dozen unrelated types, of other libraries too
         raise DataError(
             f"data.name = {name!r}{at} could not be loaded from the Hugging Face hub "
@@ -184,120 +184,123 @@ def decode_hub(
                 f"data.{key} = {split!r} is no split of {name!r}{at}; allowed are {sorted(loaded)}"
                 f"{did_you_mean(split, loaded)}"
             )
-    return _decode_tables(folder, columns, *(_hub_table(name, split, loaded[split]) for split in splits))
+    return _decode_tables(folder, wanted, *(hub_table(name, split, loaded[split]) for split in splits))
 
 
-def _hub_table(name: str, split: str, dataset: Any) -> "_Table":
-    def batches(column: str) -> Iterator[Any]:
-        # The Arrow format hands out the encoded bytes, the default one would decode every image.
-        for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=512):
-            yield table[column]
-
-    return _Table(f"split {split!r} of {name!r}", dataset.features.arrow_schema, len(dataset), batches)
-
-
-def _parquet_table(files: list[Path]) -> "_Table":
-    import pyarrow
-    import pyarrow.parquet
-
-    parts = []
-    for file in files:
-        try:
-            parts.append(pyarrow.parquet.ParquetFile(file))
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{file} is not a readable parquet file: {error}") from error
-
-    def batches(column: str) -> Iterator[Any]:
-        for file, part in zip(files, parts, strict=True):
-            if column not in part.schema_arrow.names:
-                raise DataError(f"{file} has no column {column!r}, which {files[0].name} has")
-            for batch in part.iter_batches(batch_size=512, columns=[column]):
-                yield batch.column(column)
-
-    rows = sum(part.metadata.num_rows for part in parts)
-    return _Table(str(files[0]), parts[0].schema_arrow, rows, batches)
-
-
-def _decode_tables(
-    folder: Path, columns: Mapping[str, str | None], train: _Table, test: _Table
-) -> dict[str, Any]:
-    image_column = _choose(
-        train, "image_column", columns["image_column"], _image_candidates(train), USUAL_IMAGE_COLUMNS
+def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> dict[str, Any]:
+    columns = wanted.columns
+    image_column = choose_column(
+        train, "image_column", columns["image_column"], image_candidates(train), USUAL_IMAGE_COLUMNS
     )
-    label_column = _choose(
-        train, "label_column", columns["label_column"], _label_candidates(train), USUAL_LABEL_COLUMNS
+    label_column = choose_column(
+        train, "label_column", columns["label_column"], label_candidates(train), USUAL_LABEL_COLUMNS
     )
-    names = {"image_column": image_column, "label_column": label_column}
-    for key, column in names.items():
-        _choose(test, key, column, [], ())
-    if train.rows == 0 or test.rows == 0:
-        raise DataError(f"{(test if train.rows else train).place} has no rows")
+    for key, column in (("image_column", image_column), ("label_column", label_column)):
+        choose_column(test, key, column, [], ())
     feature = train.features.get(label_column, {})
     classes = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-    for split, table in (("train", train), ("test", test)):
-        values = list(table.column(label_column))
-        labels, classes = _encode(values, classes, f"labels in column {label_column!r} of {table.place}")
-        np.save(folder / f"{split}-labels.npy", labels)
+    tables, labels = {"train": train, "test": test}, {}
+    for split, table in tables.items():
+        if table.rows == 0:
+            raise DataError(f"{table.place} has no rows")
+        place = f"labels in column {label_column!r} of {table.place}"
+        labels[split], classes = _encode(list(table.column(label_column)), classes, place)
+    assert classes is not None, "the training split decides the classes"
+    if wanted.exclude_classes:
+        codes = _excluded(wanted.exclude_classes, classes, train.place)
+        for split, table in tables.items():
+            kept = ~np.isin(labels[split], codes)
+            if not kept.any():
+                raise DataError(f"data.exclude_classes leaves no row of {table.place}")
+            tables[split] = table.only(kept)
+            labels[split] = labels[split][kept] - np.searchsorted(codes, labels[split][kept])
+        classes = [name for code, name in enumerate(classes) if code not in codes]
+    for split in tables:
+        np.save(folder / f"{split}-labels.npy", labels[split])
     group_names = None
     if columns["group_column"] is not None:
-        group_column = _choose(train, "group_column", columns["group_column"], [], ())
-        group_names = _write_groups(
-            folder, list(train.column(group_column)), f"{train.place}, {group_column!r}"
-        )
-    try:
-        size = _decode_images(folder / "train-images.npy", train, image_column, 1, None)
-        _decode_images(folder / "test-images.npy", test, image_column, 1, size)
-    except _ColourFound:  # at the first image of nearly every colour data set
-        size = _decode_images(folder / "train-images.npy", train, image_column, 3, None)
-        _decode_images(folder / "test-images.npy", test, image_column, 3, size)
-    return {"classes": classes, "group_names": group_names}
-
-
-def _image_candidates(table: _Table) -> list[str]:
-    """Columns with the Image feature; else structs with encoded bytes that no other feature claims."""
-    import pyarrow.types
-
-    features = table.features
-    declared = [name for name, feature in features.items() if feature.get("_type") == "Image"]
-    structs = [
-        field.name
-        for field in table.schema
-        if "_type" not in features.get(field.name, {})
-        and pyarrow.types.is_struct(field.type)
-        and field.type.get_field_index("bytes") >= 0
-    ]
-    return declared or structs
-
-
-def _label_candidates(table: _Table) -> list[str]:
-    """Columns with the ClassLabel feature; `_choose` falls back to the usual names."""
-    return [name for name, feature in table.features.items() if feature.get("_type") == "ClassLabel"]
-
-
-def _choose(
-    table: _Table, key: str, wanted: str | None, candidates: list[str], usual: tuple[str, ...]
-) -> str:
-    """The column asked for, the only candidate, or the only one with a usual name; otherwise an error."""
-    columns = table.schema.names
-    if wanted is not None:
-        if wanted not in columns:
-            raise DataError(
-                f"data.{key} = {wanted!r} is no column of {table.place}; columns are {columns}"
-                f"{did_you_mean(wanted, columns)}"
-            )
-        return wanted
-    if len(candidates) != 1:
-        candidates = [name for name in candidates or columns if name in usual]
-    if len(candidates) != 1:
+        group_column = choose_column(train, "group_column", columns["group_column"], [], ())
+        groups = list(tables["train"].column(group_column))
+        group_names = _write_groups(folder, groups, f"{train.place}, {group_column!r}")
+    names = {"classes": classes, "group_names": group_names}
+    first = next(tables["train"].column(image_column))
+    content = first.get("bytes") if isinstance(first, dict) else first
+    declared = train.features.get(image_column, {}).get("_type")
+    if declared == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
+        return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel")
+    if wanted.features is not None:
         raise DataError(
-            f"data.{key} cannot be inferred for {table.place}: {candidates or 'no column'} would fit; "
-            f"name one of the columns {columns}"
+            f"data.features = {wanted.features!r} has no meaning for the images in column {image_column!r} "
+            f"of {train.place}: leave it out"
         )
-    return candidates[0]
+    _decode_pictures(folder, tables, image_column)
+    return names
+
+
+def _excluded(wanted: Sequence[str], classes: list[str], place: str) -> np.ndarray:
+    """Codes of the classes that are left out, sorted."""
+    for name in wanted:
+        if name not in classes:
+            raise DataError(
+                f"data.exclude_classes: {name!r} is no class of {place}; classes are {classes}"
+                f"{did_you_mean(name, classes)}"
+            )
+    return np.array(sorted({classes.index(name) for name in wanted}))
+
+
+def _content(cell: Any, place: str, kind: str) -> bytes | str:
+    """Encoded bytes, or the path of a file that holds them."""
+    content = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(content, (bytes, str)):
+        found = "nothing" if content is None else f"a value of type {type(content).__name__}"
+        raise DataError(f"{place} holds {found}; allowed are encoded {kind} as bytes, or bytes with a path")
+    return content
+
+
+def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, features: str) -> dict[str, Any]:
+    """Write the features of every clip, float32 [N, 1, H, W]; spectrograms with mean 0, deviation 1.
+
+    Returns:
+        Name, and what was subtracted and divided by (both of train), to be kept beside the arrays.
+    """
+    transform, shape, normalised = audio.FEATURES[features]
+    written = {}
+    for split, table in tables.items():
+        path = folder / f"{split}-images.npy"
+        written[split] = clips = np.lib.format.open_memmap(
+            path, mode="w+", dtype=np.float32, shape=(table.rows, 1, *shape)
+        )
+        for row, cell in enumerate(table.column(column)):
+            place = f"clip {row} in column {column!r} of {table.place}"
+            content = _content(cell, place, "WAV files")
+            try:
+                content = Path(content).read_bytes() if isinstance(content, str) else content
+                clips[row, 0] = transform(*audio.read_wav(content))
+            except (OSError, audio.AudioError) as error:
+                raise DataError(f"{place} {error}") from error
+    mean, deviation = audio.moments(written["train"]) if normalised else (0.0, 1.0)
+    for clips in written.values():
+        if normalised:
+            for start in range(0, len(clips), 1024):
+                clips[start : start + 1024] = (clips[start : start + 1024] - mean) / max(deviation, 1e-12)
+        clips.flush()
+    return {"features": {"name": features, "mean": mean, "deviation": deviation}}
+
+
+def _decode_pictures(folder: Path, tables: Mapping[str, Table], column: str) -> None:
+    """Write every image, uint8 [N, C, H, W], grey if all of them are."""
+    for channels in (1, 3):
+        size: tuple[int, int] | None = None
+        try:
+            for split, table in tables.items():
+                size = _decode_images(folder / f"{split}-images.npy", table, column, channels, size)
+            return
+        except _ColourFound:  # at the first image of nearly every colour data set
+            continue
 
 
 def _decode_images(
-    path: Path, table: _Table, column: str, channels: int, size: tuple[int, int] | None
+    path: Path, table: Table, column: str, channels: int, size: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Decode a column into uint8 [N, channels, H, W] at `path`.
 
@@ -320,12 +323,7 @@ def _decode_images(
     pixels: np.memmap | None = None
     for row, cell in enumerate(table.column(column)):
         place = f"image {row} in column {column!r} of {table.place}"
-        content = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
-        if not isinstance(content, (bytes, str)):
-            found = "nothing" if content is None else f"a value of type {type(content).__name__}"
-            raise DataError(
-                f"{place} holds {found}; allowed are encoded images as bytes, or bytes with a path"
-            )
+        content = _content(cell, place, "images")
         try:
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
             image.load()

@@ -53,7 +53,7 @@ def test_run_shows_its_rounds_and_leaves_every_file(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert {p.name for p in Path("mine").iterdir()} == {
         "config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "checkpoints",
-        "partition.png", "curves.png", "devices.png", "sparsity_per_layer.csv",
+        "partition.png", "curves.png", "devices.png", "sparsity_per_layer.csv", "flops_per_layer.csv",
     }  # fmt: skip
     lines = [json.loads(line) for line in Path("mine/rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
@@ -296,7 +296,7 @@ def test_run_help_lists_what_is_declared(capsys: pytest.CaptureFixture[str]) -> 
         main(["run", "--help"])
     text = capsys.readouterr().out
     assert "  topk             Dense training, then one global cut to the top K" in text
-    assert "  quickstart       The main job" in text
+    assert "  quickstart              The main job" in text
     assert " local.lr=0.1 " in text
     assert "learning rate of round 1" in text
     assert "float32, float16, bfloat16, int8" in text

@@ -397,8 +397,8 @@ def hub(monkeypatch):
     split = datasets.Dataset.from_dict(columns, features=features)
     calls = []
 
-    def load_dataset(name, revision):
-        calls.append((name, revision))
+    def load_dataset(name, revision, data_dir):
+        calls.append((name, revision, data_dir))
         return datasets.DatasetDict({"train": split, "test": split.select([2])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -408,6 +408,7 @@ def hub(monkeypatch):
 def test_hub_repositories_are_decoded_like_files(tmp_path, hub):
     pixels, calls = hub
     options = {"name": "some/pets", "revision": "v2", "group_column": "user", "cache_dir": tmp_path}
+    options["data_dir"] = "v0.02"
     dataset = open_dataset(prepare(**options))
     np.testing.assert_array_equal(dataset.train.images, pixels.transpose(0, 3, 1, 2))
     assert dataset.test.labels.tolist() == [1]
@@ -415,7 +416,7 @@ def test_hub_repositories_are_decoded_like_files(tmp_path, hub):
     assert dataset.train.groups.tolist() == [1, 0, 1]
     assert dataset.folder.name == f"some-pets-{dataset.fingerprint}"
     prepare(**options)
-    assert calls == [("some/pets", "v2")]  # the second call does not ask the hub
+    assert calls == [("some/pets", "v2", "v0.02")]  # the second call does not ask the hub
     with pytest.raises(
         DataError, match=r"data.test_split = 'tset' is no split.*'test', 'train'.*mean 'test'"
     ):

@@ -1,29 +1,57 @@
-"""A grid is many runs in one folder: named, skipped when complete, resumed when not."""
+"""A grid is many runs in one folder: named, skipped when complete, resumed when not, side by side on Ray."""
+
+import os
+import signal
+import threading
 
 import pytest
+import ray
 
-from cluster.grid import expand, run_grid, table
-from cluster.run_folder import RunFolder
+from cluster.cli import main
+from cluster.config import resolve
+from cluster.driver import DivergedError
+from cluster.grid import expand, run_grid, shares_of, table
+from cluster.ray_session import ClusterError
+from cluster.run_folder import RunFolder, comparable
 from cluster.trees import ConfigError
 
-GRID = """
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+BASE = """
 extends: quickstart
 rounds: 3
 cohort: 2
 execution: inline
+partition: {clients: 4}
 local: {epochs: 1}
 model: {name: mlp, hidden: [8]}
 tracking: {enabled: false}
+"""
+
+GRID = f"""{BASE}
 grid:
-  algorithm: [{name: fedavg}, {name: topk}, {name: sparsyfed, beta: 1.5}]
+  algorithm: [{{name: fedavg}}, {{name: topk}}, {{name: sparsyfed, beta: 1.5}}]
   seed: [0, 1]
+"""
+
+LABELLED = f"""{BASE}
+grid:
+  method:
+    dense: {{algorithm: {{name: fedavg}}}}
+    zerofl: {{algorithm: {{name: zerofl, mask_ratio: 0.1}}, local: {{lr: 0.05}}}}
+    topk: {{algorithm: {{name: topk}}}}
+  algorithm.sparsity: [0.8, 0.9]
 """
 
 
 @pytest.fixture
 def grid_file(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(GRID)
+    return written(tmp_path, GRID)
+
+
+def written(tmp_path, text, name="mine.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
     return path
 
 
@@ -31,8 +59,15 @@ def quiet(name, config):
     return lambda line: None
 
 
+def lines(folder):
+    return [comparable(line) for line in RunFolder(folder).rounds()]
+
+
+# ------------------------------------------------------------------------------------------------- axes
+
+
 def test_every_point_is_a_run_of_its_own_name(grid_file):
-    runs = expand(grid_file, ["algorithm.sparsity=0.8"])
+    runs = expand(grid_file, ["algorithm.sparsity=0.8"]).runs
     names = ["fedavg-seed0", "fedavg-seed1", "topk-seed0", "topk-seed1"]
     assert list(runs) == [*names, "sparsyfed-beta1.5-seed0", "sparsyfed-beta1.5-seed1"]
     assert runs["topk-seed1"].seed == 1
@@ -44,26 +79,113 @@ def test_a_single_experiment_is_no_grid():
     assert expand("quickstart") is None
 
 
-@pytest.mark.parametrize("override", ["algorithm.name=topk", "seed=3"])
-def test_what_the_grid_varies_cannot_be_overridden(grid_file, override):
-    with pytest.raises(ConfigError, match="the grid itself varies algorithm, seed"):
-        expand(grid_file, [override])
+def test_labels_name_pieces_and_a_method_is_varied_by_its_own_hyperparameters_only(tmp_path):
+    runs = expand(written(tmp_path, LABELLED)).runs
+    assert list(runs) == ["dense", *(f"{m}-sparsity{s}" for m in ("zerofl", "topk") for s in (0.8, 0.9))]
+    assert runs["zerofl-sparsity0.8"].algorithm.options == {"sparsity": 0.8, "mask_ratio": 0.1}
+    assert runs["zerofl-sparsity0.8"].local.lr == 0.05
+    assert runs["topk-sparsity0.9"].local.lr == 0.1
+    # The order of the axes is that of the names, and nothing else.
+    turned = LABELLED.replace("  algorithm.sparsity: [0.8, 0.9]\n", "").replace(
+        "grid:\n", "grid:\n  algorithm.sparsity: [0.8, 0.9]\n"
+    )
+    assert expand(written(tmp_path, turned)).runs["sparsity0.8-topk"] == runs["topk-sparsity0.8"]
+
+
+def test_an_override_of_an_axis_narrows_it(tmp_path, grid_file):
+    assert list(expand(grid_file, ["seed=7", "algorithm=topk"]).runs) == ["topk-seed7"]
+    assert list(expand(grid_file, ["seed=[2,3]", "algorithm=[fedavg]"]).runs) == [
+        "fedavg-seed2",
+        "fedavg-seed3",
+    ]
+    path = written(tmp_path, LABELLED, "labelled.yaml")
+    assert list(expand(path, ["method=[topk,dense]", "algorithm.sparsity=0.5"]).runs) == [
+        "topk-sparsity0.5",
+        "dense",
+    ]
+
+
+def test_a_grid_narrowed_to_one_run_is_an_experiment(tmp_path):
+    path = written(tmp_path, f"{LABELLED}\nruns_at_once: 2")
+    config = resolve(path, ["method=zerofl", "algorithm.sparsity=0.9", "rounds=9"])
+    assert (config.algorithm.name, config.rounds) == ("zerofl", 9)
+    assert config.algorithm.options == {"sparsity": 0.9, "mask_ratio": 0.1}
+    with pytest.raises(
+        ConfigError, match=r"a grid of 2 runs: .*narrow it to one by method=\.\.\., algorithm"
+    ):
+        resolve(path, ["method=topk"])
+
+
+def test_a_file_extends_several_in_their_order(tmp_path):
+    written(tmp_path, "rounds: 7\nlocal: {lr: 0.3}\ngrid: {seed: [0, 1]}\n", "first.yaml")
+    written(tmp_path, "rounds: 8\nlocal: {epochs: 2}\n", "second.yaml")
+    third = written(
+        tmp_path, "extends: [first.yaml, second.yaml]\ngrid: {local.batch_size: [4]}\n", "third.yaml"
+    )
+    runs = expand(third).runs
+    assert list(runs) == ["seed0-batch_size4", "seed1-batch_size4"]
+    config = runs["seed1-batch_size4"]
+    assert (config.rounds, config.local.lr, config.local.epochs, config.seed) == (8, 0.3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            GRID,
+            ["algorithm.name=topk"],
+            r"algorithm.name=topk: the grid itself varies algorithm; write algorithm=",
+        ),
+        (GRID, ["algorithm.beta=2"], "the grid itself varies algorithm"),
+        (LABELLED, ["local.lr=1"], "the grid itself varies method"),
+        (LABELLED, ["local={lr: 1}"], "the grid itself varies method"),
+        (LABELLED, ["method=zeroflo"], r"method=zeroflo: did you mean zerofl\? It has dense, zerofl, topk"),
+        (f"{BASE}\ngrid: {{seed: 3}}", [], r"grid.seed: expected a list of values .* found 3"),
+        (f"{BASE}\ngrid: [1]", [], r"grid: expected axes, found \[1\]"),
+        (f"{BASE}\ngrid: {{sed: [3]}}", [], r"sed: unknown key; did you mean seed\?"),
+        (
+            f"{BASE}\ngrid: {{algorithm.bta: [3]}}",
+            [],
+            r"no method has this .*; did you mean algorithm.beta\?",
+        ),
+        (f"{BASE}\ngrid: {{rounds: [3, 3.0]}}", [], None),
+        (f"{BASE}\ngrid: {{local.lr: [1], server.lr: [1, 1]}}", [], None),
+        (f"{BASE}\ngrid: {{a: {{x: {{seed: 1}}, 'x ': {{seed: 2}}}}}}", [], None),
+        (f"{GRID}\nruns_at_once: 0", [], "runs_at_once: expected a whole number from 1, found 0"),
+        (GRID, ["runs_at_once=2"], "runs_at_once: 2 runs side by side need execution=ray"),
+    ],
+)
+def test_a_wrong_grid_names_what_is_wrong(tmp_path, text, overrides, message):
+    path = written(tmp_path, text)
+    if message is None:
+        assert len(expand(path, overrides).runs) >= 1
+        return
+    with pytest.raises(ConfigError, match=message):
+        expand(path, overrides)
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    path = written(tmp_path, f"{BASE}\ngrid: {{a: {{x y: {{seed: 1}}, x_y: {{seed: 2}}}}}}")
+    with pytest.raises(ConfigError, match="two runs are named x_y"):
+        expand(path)
+
+
+# -------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_grid_run_again_resumes_what_is_not_complete(grid_file, tmp_path):
-    overrides = ["partition.clients=4"]
-    short = run_grid(expand(grid_file, [*overrides, "stop_after=1"]), tmp_path / "out", started=quiet)
-    assert [result.summary["rounds"] for result in short.values()] == [1] * 6
+    short = run_grid(expand(grid_file, ["stop_after=1"]), tmp_path / "out", started=quiet)
+    assert [result.summary["rounds"] for result in short.results.values()] == [1] * 6
     begun = []
 
     def started(name, config):
         begun.append(name)
         return lambda line: None
 
-    whole = run_grid(expand(grid_file, overrides), tmp_path / "out", started=started)
+    whole = run_grid(expand(grid_file), tmp_path / "out", started=started).results
     assert len(begun) == 6
     assert all(result.summary["complete"] for result in whole.values())
-    run_grid(expand(grid_file, overrides), tmp_path / "out", started=started)
+    run_grid(expand(grid_file), tmp_path / "out", started=started)
     assert len(begun) == 6  # nothing was computed again
     rows = table(whole)
     assert [row[0] for row in rows[1:]] == list(whole)
@@ -72,7 +194,125 @@ def test_a_grid_run_again_resumes_what_is_not_complete(grid_file, tmp_path):
 
 
 def test_a_folder_of_another_grid_is_refused(grid_file, tmp_path):
-    overrides = ["partition.clients=4", "stop_after=1"]
-    run_grid(expand(grid_file, overrides), tmp_path / "out", started=quiet)
+    run_grid(expand(grid_file, ["stop_after=1", "seed=0"]), tmp_path / "out", started=quiet)
     with pytest.raises(ConfigError, match="another configuration"):
-        run_grid(expand(grid_file, [*overrides, "local.lr=0.01"]), tmp_path / "out", started=quiet)
+        run_grid(expand(grid_file, ["local.lr=0.01"]), tmp_path / "out", started=quiet)
+
+
+def test_ctrl_c_ends_the_run_in_progress_and_begins_no_other(grid_file, tmp_path):
+    def started(name, config):
+        return lambda line: os.kill(os.getpid(), signal.SIGINT) if line["round"] == 1 else None
+
+    outcome = run_grid(expand(grid_file), tmp_path / "out", started=started)
+    assert list(outcome.results) == ["fedavg-seed0"]
+    assert not outcome.results["fedavg-seed0"].ended
+
+
+def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
+    path = written(
+        tmp_path, f"{BASE}\nrounds: 4\nmax_update_norm: 1000.0\ngrid: {{local.lr: [1.0e+20, 0.1]}}"
+    )
+    command = ["run", str(path), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "[1/2] lr1e_20  failed" in said.out
+    assert "[2/2] lr0.1  4 rounds" in said.out
+    assert "error: lr1e_20: every update was refused in 3 rounds in a row" in said.err
+    table_rows = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table_rows] == ["run", "lr0.1"]
+    assert main(command) == 1
+    assert "2 runs, 1 complete before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("room", "cohort", "actors", "runs", "at_once", "expected"),
+    [
+        (2, 10, None, 9, None, (1, 2)),  # two cores: one run on both
+        (64, 10, None, 9, None, (6, 10)),  # six cohorts fit
+        (64, 10, None, 3, None, (3, 10)),  # no more than there are runs, and no actor without a client
+        (64, 10, None, 9, 8, (8, 8)),
+        (2, 10, None, 9, 2, (2, 1)),
+        (7, 10, 2, 9, None, (3, 2)),  # a number of actors that was asked for is each run's
+        (2, 2, 4, 9, None, (1, 4)),  # that it does not fit is said when it is placed
+    ],
+)
+def test_shares_by_hand(room, cohort, actors, runs, at_once, expected):
+    config = resolve("quickstart", [f"cohort={cohort}", f"actors={'null' if actors is None else actors}"])
+    assert shares_of(room, config, runs, at_once) == expected
+
+
+def test_more_at_once_than_there_is_room_for_is_refused():
+    with pytest.raises(ClusterError, match=r"runs_at_once: 3 runs with 1 actors each, .* room for 2"):
+        shares_of(2, resolve("quickstart"), 9, 3)
+
+
+# ------------------------------------------------------------------------------------------ side by side
+
+
+@pytest.fixture(scope="module")
+def two_cores():
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=2**28,
+    )
+    yield
+    ray.shutdown()
+
+
+SIDE_BY_SIDE = f"""{BASE}
+rounds: 5
+execution: ray
+runs_at_once: 2
+evaluate_clients: {{every: 1, after: 2}}
+max_update_norm: 1000.0
+grid:
+  local.lr: [0.1, 1.0e+20, 0.2]
+"""
+
+
+@pytest.mark.timeout(600)  # eight processes that import torch, on a machine that may be busy
+def test_runs_side_by_side_fail_stop_and_go_on_alone(tmp_path, two_cores, capsys):
+    path = written(tmp_path, SIDE_BY_SIDE)
+    threads, failed = [], threading.Event()
+
+    def started(name, config):
+        assert config.actors == 1
+        threads.append(threading.current_thread())
+
+        def on_line(line):
+            # The signal arrives at the main thread while a run is under way in another.
+            if name == "lr0.2" and line["round"] == 1:
+                assert failed.wait(60)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_line
+
+    def ended(name, result):
+        if name == "lr1e_20":
+            failed.set()
+
+    outcome = run_grid(expand(path), tmp_path / "out", started=started, ended=ended)
+    assert threading.main_thread() not in threads
+    assert isinstance(outcome.failures["lr1e_20"], DivergedError)
+    assert outcome.results["lr0.1"].ended
+    assert not outcome.results["lr0.2"].ended
+    assert "stopping after this round" in capsys.readouterr().err
+
+    # Run again, what is complete is skipped and what was stopped goes on.
+    threads.clear()
+    again = run_grid(expand(path, ["local.lr=[0.1,0.2]"]), tmp_path / "out", started=started)
+    assert len(threads) == 1
+    assert all(result.summary["complete"] for result in again.results.values())
+
+    # The same bits as in this process and one after the other, also of what clients are judged on.
+    inline = expand(path, ["execution=inline", "runs_at_once=1", "local.lr=[0.1,0.2]"])
+    run_grid(inline, tmp_path / "inline", started=quiet)
+    for name in ("lr0.1", "lr0.2"):
+        one, other = (tmp_path / kind / name for kind in ("out", "inline"))
+        assert lines(one) == lines(other)
+        for file in ("model.safetensors", "clients.csv"):
+            assert (one / file).read_bytes() == (other / file).read_bytes()

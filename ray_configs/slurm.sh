@@ -24,7 +24,7 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
 # Nodes of a busy machine are slow to start; Ray's own limit is 30 s.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # The same command on every node: the one whose address it is becomes the head and runs what follows `--`.

@@ -195,9 +195,10 @@ class ClientHost:
         return results
 
     def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray:
-        """What a client makes of the evaluated model: effective weights of what it would send in the next round.
+        """What a client makes of the evaluated model: effective weights of what it would send next.
 
-        It trains on the data that it holds in the round that is evaluated, before a shift that follows. Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
+        It trains on the data that it holds in the evaluated round, before a shift that may follow. Nothing is
+        folded, and every visit draws from streams of its own: training does not notice.
         """
         sparsity = Devices(self.config).sparsity(client, self._method.sparsity)
         evaluated = broadcast.instructions.round - 1

@@ -24,6 +24,7 @@ from cluster.client import EvaluationChunk
 from cluster.devices import Devices
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
+from cluster.shift import period_of
 
 Evaluated = Sequence[tuple[EvaluationChunk, np.ndarray, float]]
 
@@ -69,12 +70,13 @@ class ClientEvaluation:
         """
         if not evaluated or not self.due(round_number, last=last):
             return {}
-        before = self._before(evaluated)
+        shares = self._shares(period_of(self._federation.config.shift, round_number))
+        before = self._before(evaluated, shares)
         after = np.full(len(before), np.nan)
         places = np.searchsorted(self._judged, self._trained)
         hits = {chunk.client: hits for chunk, hits, _ in evaluated if chunk.client is not None}
         for place, client in zip(places, self._trained, strict=True):
-            after[place] = self._weighted(self._shares[place : place + 1], hits[int(client)])[0]
+            after[place] = self._weighted(shares[place : place + 1], hits[int(client)])[0]
         self._write(folder, round_number, before, after)
         metrics = _spread(before, "")
         if np.isfinite(after).any():
@@ -106,10 +108,14 @@ class ClientEvaluation:
         dataset = self._federation.dataset
         return np.bincount(dataset.test.labels, minlength=len(dataset.classes))
 
-    @cached_property
-    def _shares(self) -> np.ndarray:
-        """Each judged client's class shares, float64[judged, classes], without the classes not in test."""
-        dataset, partition = self._federation.dataset, self._federation.partition
+    def _shares(self, period: int) -> np.ndarray:
+        """Each judged client's class shares, float64[judged, classes], without the classes not in test.
+
+        Args:
+            period: Shifts of the data before the round.
+        """
+        federation = self._federation
+        dataset, partition = federation.dataset, (federation.partition, *federation.shifted)[period]
         labels, classes = dataset.train.labels, len(dataset.classes)
         held = [np.bincount(labels[partition.client(int(c))], minlength=classes) for c in self._judged]
         testable = np.array(held, np.float64) * (self._counts > 0)
@@ -119,25 +125,25 @@ class ClientEvaluation:
     def _weighted(self, shares: np.ndarray, hits: np.ndarray) -> np.ndarray:
         return (shares * (hits / np.maximum(self._counts, 1))).sum(axis=1)
 
-    def _before(self, evaluated: Evaluated) -> np.ndarray:
+    def _before(self, evaluated: Evaluated, shares: np.ndarray) -> np.ndarray:
         """Each judged client's accuracy of the global model: cut to its tier's budget, where it has one."""
         hits: dict[str | None, np.ndarray] = {}
         for chunk, correct, _ in evaluated:
             if chunk.split == "test" and chunk.client is None:
                 hits[chunk.tier] = hits.get(chunk.tier, 0) + correct
-        accuracies = self._weighted(self._shares, hits[None])
+        accuracies = self._weighted(shares, hits[None])
         tiers = list(self._federation.config.devices.tiers)
         own = Devices(self._federation.config).tiers[self._judged] if tiers else None
         for index, tier in enumerate(tiers):
             if tier in hits and own is not None:
-                accuracies[own == index] = self._weighted(self._shares[own == index], hits[tier])
+                accuracies[own == index] = self._weighted(shares[own == index], hits[tier])
         return accuracies
 
     def _write(self, folder: RunFolder, round_number: int, before: np.ndarray, after: np.ndarray) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["client", "samples", "accuracy", "accuracy_after", "round"])
-        sizes = self._federation.sizes
+        sizes = self._federation.sizes_in(period_of(self._federation.config.shift, round_number))
         for client, one, other in zip(self._judged, before, after, strict=True):
             cells = ["" if np.isnan(value) else repr(float(value)) for value in (one, other)]
             writer.writerow([int(client), int(sizes[client]), *cells, round_number])

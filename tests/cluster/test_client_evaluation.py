@@ -181,6 +181,19 @@ def test_a_class_without_test_images_does_not_count_and_a_tier_is_judged_at_its_
     assert metrics["clients/accuracy_std"] == 0.5
 
 
+def test_after_a_shift_clients_are_judged_on_what_they_hold_then(tmp_path, cache):
+    shift = {"round": 2, "partition": {"seed": 99}}
+    options = {"rounds": 2, "cohort": 6, "local": {"lr": 0.5}, "shift": shift}
+    run = run_inline(tiny_federation(cache, evaluate_clients=ALL, **options), tmp_path / "run")
+    federation = run.driver.federation
+    rows = rows_of(tmp_path / "run")
+    assert [int(row["samples"]) for row in rows] == federation.shifted[0].sizes.tolist()
+    predictions = predictions_of(federation, run.states[-1].weights)
+    object.__setattr__(federation, "partition", federation.shifted[0])  # what judged_by_hand looks at
+    expected = [judged_by_hand(federation, client, predictions) for client in range(6)]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -31,6 +31,7 @@ def narrowed(name):
     cohort = "cohort=" + ("[1,2,3]" if "cohort" in axes else "2")
     model = NARROW[tree["model"]["name"]]
     rest = ["stop_after=2", "local.epochs=1", "execution=inline", "tracking.enabled=false"]
+    rest += ["shift.round=2"] * ("shift" in tree)
     return ["rounds=2", clients, cohort, *model, *rest]
 
 

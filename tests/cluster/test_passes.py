@@ -22,6 +22,7 @@ from algorithms.layers import ActivationPruning, prune_inputs
 from algorithms.sparsyfed import SparsyFed
 from algorithms.topk import TopK
 from algorithms.zerofl import ZeroFL
+from cluster.client import _same
 from cluster.config import resolve
 from cluster.local_training import Broadcast, LocalSettings, Trained, Trainer
 from cluster.passes import WARM_UP, GraphPasses, set_up_cuda
@@ -164,6 +165,15 @@ def test_a_round_is_received_once_and_a_new_one_replaces_it():
     other = replace(first, weights=first.weights * 2)
     assert not np.array_equal(trainer.visit(0, rows, 0.0, other).values, expected)
     assert np.array_equal(trainer.visit(0, rows, 0.0, first).values, expected)
+
+
+def test_copies_of_a_broadcast_share_its_memory():
+    method = FedAvg()
+    first = broadcast_of(trainer_of(method), method, None, 1)
+    assert _same(first, replace(first))  # as two calls of one round unpack it from the object store
+    assert not _same(first, replace(first, weights=first.weights.copy()))
+    assert not _same(first, replace(first, samples=61))
+    assert not _same(first, replace(first, period=1))
 
 
 @pytest.mark.parametrize("name", ["fedavg", "sparsyfed", "zerofl"])

@@ -58,6 +58,7 @@ def _command_parser() -> argparse.ArgumentParser:
             "sparsyfed run algorithm.name=topk rounds=10    the same experiment with another method",
             "sparsyfed describe sparsyfed                   what a method does and its hyperparameters",
             "sparsyfed describe partition.alpha=0.1         what would run, on what, how large",
+            "sparsyfed compare runs/mine                    table and plots of many runs",
             "sparsyfed ui                                   every run side by side",
         ),
     )
@@ -113,6 +114,34 @@ def _command_parser() -> argparse.ArgumentParser:
     )
     sync.add_argument("folder", metavar="DIR", help="the run's folder")
     sync.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (default 600)")
+
+    compare = command(
+        "compare",
+        "table and plots of several runs",
+        """
+        Compare runs: a table (mean and 95 % interval over seeds; the best is marked only where it is
+        significantly better) and plots, as one HTML report and as PNG, PDF, CSV, Markdown and LaTeX. Runs
+        that differ only in their seed are one group. A comparison of an MLflow experiment is kept in it.""",
+        epilog=_examples(
+            "sparsyfed compare                              every run in runs/",
+            "sparsyfed compare runs/compare-digits runs/x   run folders, or folders of them",
+            "sparsyfed compare digits-lda0.5                an experiment of the MLflow store in runs/",
+            "sparsyfed compare digits-lda0.5 --filter \"params.seed != '3'\" --store http://tracker:5000",
+            "sparsyfed compare runs/mine --round 20         as they were after round 20, complete or not",
+        ),
+    )
+    compare.add_argument("sources", nargs="*", metavar="DIR|EXPERIMENT", help="default: the folder of --root")
+    compare.add_argument(
+        "--filter", metavar="RULE", help="MLflow's filter string, such as \"tags.method = 'topk'\""
+    )
+    compare.add_argument("--store", metavar="URI", help="the experiment's store; default mlflow.db in --root")
+    compare.add_argument("--root", default="runs", metavar="DIR", help="folder of runs (default %(default)s)")
+    compare.add_argument(
+        "--output", default="comparison", metavar="DIR", help="default %(default)s, overwritten"
+    )
+    compare.add_argument("--round", type=int, metavar="N", help="compare after this round, not at the end")
+    compare.add_argument("--target", type=float, metavar="PERCENT", help="accuracy whose cost in MB is shown")
+    compare.add_argument("--no-log", action="store_true", help="do not keep the comparison in MLflow")
 
     ui = command(
         "ui",

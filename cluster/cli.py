@@ -1,4 +1,4 @@
-"""The command line: ``sparsyfed run | resume | sync | ui | describe | bench``, also ``python -m cluster``.
+"""The command line: ``sparsyfed run | resume | compare ...``; ``python -m cluster`` is the same.
 
 torch, Ray and MLflow are imported by the commands that need them, so that help, version and wrong arguments
 answer at once.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _EXPECTED = {
     ("cluster.checkpoint", "CheckpointError"): 2,
     ("cluster.choices", "ChoiceError"): 2,
+    ("cluster.compare.reading", "ComparisonError"): 2,
     ("cluster.trees", "ConfigError"): 2,
     ("cluster.devices", "DeviceError"): 2,
     ("cluster.samplers", "SamplerError"): 2,
@@ -204,6 +205,15 @@ def _sync(arguments: argparse.Namespace) -> int:
 def _ui(arguments: argparse.Namespace) -> int:
     from cluster import tracking
 
+    uri = _store(arguments)
+    print("starting MLflow ...", flush=True)
+    return tracking.serve_ui(uri, arguments.host, arguments.port)
+
+
+def _store(arguments: argparse.Namespace) -> str:
+    """The tracking store that --store or --root names."""
+    from cluster import tracking
+
     uri: str = arguments.store or f"sqlite:///{Path(arguments.root).absolute() / 'mlflow.db'}"
     if "://" not in uri and not uri.startswith("sqlite:"):
         uri = f"sqlite:///{Path(uri).absolute()}"
@@ -212,8 +222,35 @@ def _ui(arguments: argparse.Namespace) -> int:
             f"there is no store yet at {tracking.sqlite_file(uri)}; `sparsyfed run` makes one in runs/. "
             "Name another with --root FOLDER (the one that holds the runs) or --store URI"
         )
-    print("starting MLflow ...", flush=True)
-    return tracking.serve_ui(uri, arguments.host, arguments.port)
+    return uri
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    sources = arguments.sources
+    console = _console()
+    with _busy(console, "comparing"):
+        from cluster import compare
+        from cluster.progress import shown
+
+        tracked = arguments.store or arguments.filter or (sources and not Path(sources[0]).is_dir())
+        if tracked and len(sources) != 1:
+            arguments.parser.error("name one MLflow experiment, or one or more folders of runs")
+        if tracked:
+            uri, (experiment,) = _store(arguments), sources
+            runs = compare.read_experiment(uri, experiment, arguments.filter or "")
+            source = f"MLflow experiment {experiment}" + (f", {arguments.filter}" if arguments.filter else "")
+        else:
+            folders = [Path(each) for each in sources or [arguments.root]]
+            runs, source = compare.read_folders(folders), f"runs in {', '.join(map(str, folders))}"
+        target = None if arguments.target is None else arguments.target / 100
+        comparison = compare.Comparison.of(runs, source, after=arguments.round, target=target)
+        folder = Path(arguments.output)
+        report = compare.write(comparison, folder)
+        if tracked and not arguments.no_log:
+            compare.log_to_mlflow(comparison, folder, uri, experiment)
+    compare.print_comparison(console, comparison)
+    console.print(f"report    {shown(report)}\nfolder    {shown(folder)} (tables, figures/*.png and *.pdf)")
+    return 0
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -262,6 +299,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
     "sync": _sync,
+    "compare": _compare,
     "ui": _ui,
     "describe": _describe,
     "bench": _bench,

@@ -210,7 +210,7 @@ class Config(Section):
         tree = self.dump()
         for key, built in (("algorithm", self.build_algorithm()), ("server", self.build_server())):
             tree[key] = {"name": tree[key]["name"], **vars(built)}
-        return _flatten(tree)
+        return flatten(tree)
 
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
@@ -259,11 +259,12 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -73,6 +73,20 @@ def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     return float(2.0 * stdtr(len(differences) - 1, -abs(statistic)))
 
 
+def welch_p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """Two-sided p-value of Welch's t test, for runs that share no seeds; NaN for fewer than two on a side."""
+    if min(len(first), len(second)) < 2:
+        return math.nan
+    samples = [np.asarray(values, np.float64) for values in (first, second)]
+    errors = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
+    difference = float(samples[0].mean() - samples[1].mean())
+    if sum(errors) == 0.0:
+        return 1.0 if difference == 0.0 else 0.0
+    parts = sum(error**2 / (len(sample) - 1) for error, sample in zip(errors, samples, strict=True))
+    freedom = sum(errors) ** 2 / parts
+    return float(2.0 * stdtr(freedom, -abs(difference) / math.sqrt(sum(errors))))
+
+
 def paired_differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, Difference]:
     """Every other method against the reference, Holm-corrected together.
 

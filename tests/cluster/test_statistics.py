@@ -3,9 +3,11 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from cluster.statistics import (
     expected_best,
@@ -13,6 +15,7 @@ from cluster.statistics import (
     mean_interval,
     paired_differences,
     paired_p_value,
+    welch_p_value,
 )
 
 accuracies = st.floats(0.0, 1.0, allow_subnormal=False)
@@ -85,3 +88,25 @@ def test_the_expected_best_is_the_mean_over_all_orders(values):
     for draws, expected in enumerate(expected_best(values), start=1):
         mean = sum(max(order[:draws]) for order in orders) / len(orders)
         assert expected == pytest.approx(mean, abs=1e-12)
+
+
+def test_welchs_test_of_two_against_two():
+    # Means 2 and 6, variances 2 over 2 each: t = 4 / sqrt 2 with 2 degrees of freedom, closed as above.
+    t = 4 / math.sqrt(2)
+    assert welch_p_value([1, 3], [5, 7]) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-12)
+
+
+def test_the_tests_agree_with_scipy():
+    first, second = [0.612, 0.634, 0.598, 0.641, 0.620], [0.590, 0.601, 0.603, 0.611, 0.588]
+    assert paired_p_value(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue, rel=1e-9)
+    for other in (second, second[:2]):
+        expected = stats.ttest_ind(first, other, equal_var=False).pvalue
+        assert welch_p_value(first, other) == pytest.approx(expected, rel=1e-9)
+    interval = stats.t.interval(0.95, 4, loc=np.mean(first), scale=stats.sem(first))
+    assert mean_interval(first)[1:] == pytest.approx(interval, rel=1e-9)
+
+
+def test_welchs_test_without_spread_or_values():
+    assert welch_p_value([1, 1], [2, 2, 2]) == 0.0
+    assert welch_p_value([2, 2], [2, 2, 2]) == 1.0
+    assert math.isnan(welch_p_value([1], [2, 3]))

@@ -23,6 +23,7 @@ from cluster.config import RESULT_FREE, Config, validate
 from cluster.driver import Driver, Line
 from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
+from cluster.introduction import final_scalars
 from cluster.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
 from cluster.ray_session import ClusterError, connected, ray_engine
 from cluster.run_folder import RunFolder, RunFolderError
@@ -218,7 +219,7 @@ def _conduct(
                 tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
             raise
         if tracker is not None:
-            final = {f"final/{k}": v for k, v in summary.items() if isinstance(v, (int, float))}
+            final = final_scalars(summary, folder.rounds())
             delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
             summary |= {"mlflow_run_id": tracker.run_id, "tracking_delivered": delivered}
             folder.write_result(summary)

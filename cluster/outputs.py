@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster import tracking
+from cluster import introduction, tracking
 from cluster.config import Config, code_digest, validate
 from cluster.federation import Federation
 from cluster.plots import curves, population
@@ -77,10 +77,11 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
     section = config.tracking
     if not section.enabled or section.uri is None:
         return None
-    run_name = section.run_name or f"{config.algorithm.name}-s{config.seed}"
     tags = {
         "method": config.algorithm.name,
         "seed": str(config.seed),
+        "group": introduction.group_name(config),
+        "mlflow.note.content": introduction.description(config, folder.path),
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
@@ -95,7 +96,8 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "source_type": "local" if config.data.path else "hub",
         "source": source,
     }
-    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), run_name)
+    name = section.run_name or introduction.run_name(config)
+    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), name)
     return tracking.Tracker(folder.path, target, params=config.flat(), tags=tags, dataset=dataset)
 
 

@@ -232,7 +232,7 @@ class TrackingSection(Section):
     enabled: bool = True
     uri: str | None = Field(None, description="tracking server or store; default sqlite in the output root")
     experiment: str | None = Field(None, description="default: data and partition, e.g. digits-lda0.5")
-    run_name: str | None = Field(None, description="default: <method>-s<seed>")
+    run_name: str | None = Field(None, description="default: <method>-<sparsity>-s<seed>")
     tags: dict[str, str] = Field(default_factory=dict)
 
 

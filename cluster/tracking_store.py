@@ -34,6 +34,9 @@ QUIET_DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+# Has MLflow open the experiment on its runs and their charts, not on the traces of language models.
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
 
 class TrackingError(ValueError):
     """A tracking store or a run's tracking file that cannot be used; says which and what to do."""
@@ -151,7 +154,7 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
     if experiment is None:
         location = str(artifact_folder(uri)) if uri.startswith("sqlite:") else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=_TRAINING)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -170,6 +170,7 @@ def metric(key: str, scale: float = 1.0, first: int = 0) -> Callable[[Run], Seri
 
 # ----------------------------------------------------------------------------------------------- curves
 
+_ACCURACY = "test accuracy (%)"
 _accuracy = metric("test/accuracy", 100.0)
 
 
@@ -188,28 +189,35 @@ def _curves() -> tuple[Plot, ...]:
         ("flops", "training cost (GFLOP)", metric("flops/sparse_total", 1 / GIGA)),
     )
     # Round 1 starts from a dense model: what masks do is shown from round 2 on.
-    over_rounds = (
-        ("accuracy-rounds", "Test accuracy over rounds", "test accuracy (%)", _accuracy),
-        ("sparsity-rounds", "Sparsity of the global model", "sparsity (%)", metric("sparsity/global", 100)),
-        ("regrowth-rounds", "Weights that were 0 before the round and are not after it",
-         "regrowth (‰ of weights)", metric("masks/regrowth_share", 1000, first=2)),
-        ("consensus-rounds", "Agreement of the cohort's masks, 1 where all are equal",
-         "consensus", metric("masks/consensus", first=2)),
-    )  # fmt: skip
-    curves = [
-        Plot(name, caption, _line(of), _axes("round", label)) for name, caption, label, of in over_rounds
-    ]
-    curves[2] = Plot(curves[2].name, curves[2].caption, curves[2].draw, _regrowth_axes)
-    against = [
+    regrowth, consensus = metric("masks/regrowth_share", 1000, first=2), metric("masks/consensus", first=2)
+    sparsity = metric("sparsity/global", 100)
+    return (
+        Plot("accuracy-rounds", "Test accuracy over rounds", _line(_accuracy), _axes("round", _ACCURACY)),
+        *(
+            Plot(
+                f"accuracy-{name}",
+                f"Test accuracy against {label.partition(' (')[0]}",
+                _line(_accuracy, against=cost),
+                _axes(label, _ACCURACY),
+            )
+            for name, label, cost in costs
+        ),
         Plot(
-            f"accuracy-{name}",
-            f"Test accuracy against {label.partition(' (')[0]}",
-            _line(_accuracy, against=of),
-            _axes(label, "test accuracy (%)"),
-        )
-        for name, label, of in costs
-    ]
-    return (curves[0], *against, *curves[1:])
+            "sparsity-rounds", "Sparsity of the global model", _line(sparsity), _axes("round", "sparsity (%)")
+        ),
+        Plot(
+            "regrowth-rounds",
+            "Regrowth: weights that were 0 before the round and are not after it",
+            _line(regrowth),
+            _regrowth_axes,
+        ),
+        Plot(
+            "consensus-rounds",
+            "Agreement of the cohort's masks, 1 where all are equal",
+            _line(consensus),
+            _axes("round", "consensus"),
+        ),
+    )
 
 
 def _each(draw: Callable[[Any, Group, dict[str, Any]], bool]) -> Draw:
@@ -347,9 +355,7 @@ def _draw_clients(axes: Any, group: Group, style: dict[str, Any]) -> bool:
 
 
 def _client_axes(axes: Any) -> None:
-    axes.set(
-        xlabel="accuracy of the global model on a client's data (%)", ylabel="share of clients", ylim=(0, 1)
-    )
+    axes.set(xlabel="accuracy of the global model on a client (%)", ylabel="share of clients", ylim=(0, 1))
 
 
 def _draw_sparsities(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, Any]]) -> bool:
@@ -379,7 +385,7 @@ def _draw_sparsities(axes: Any, groups: Sequence[Group], styles: Sequence[dict[s
 
 def _sparsity_axes(axes: Any) -> None:
     """Equal steps for equal factors of density: 0, 90, 99, 99.9 %."""
-    axes.set(xlabel="sparsity of the global model (%)", ylabel="test accuracy (%)", xscale="log")
+    axes.set(xlabel="sparsity of the global model (%)", ylabel=_ACCURACY, xscale="log")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -37,6 +37,7 @@ METRICS = (
     "flops/sparse_total",
     "time/simulated_s",
     "clients/accuracy_mean",
+    "clients/accuracy_mean_after",
     "clients/accuracy_worst_decile",
 )
 

@@ -133,6 +133,7 @@ def columns_for(target: float | None) -> tuple[Column, ...]:
         Column("accuracy", "accuracy (%)", _percent("test/accuracy"), "higher"),
         Column("best_accuracy", "best (%)", _best_accuracy),
         Column("clients_accuracy", "clients' mean (%)", _percent("clients/accuracy_mean"), "higher"),
+        Column("clients_after", "after local (%)", _percent("clients/accuracy_mean_after"), "higher"),
         Column("worst_decile", "worst decile (%)", _percent("clients/accuracy_worst_decile"), "higher"),
         *cost,
         Column("sparsity", "sparsity (%)", _percent("sparsity/global")),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import cluster
-from cluster import tracking_store
+from cluster import tracking, tracking_store
 from cluster.config import resolve
 from cluster.introduction import description, final_scalars, group_name, run_name
 
@@ -89,10 +89,15 @@ def test_a_run_is_introduced_in_the_store(tmp_path):
     small = ["execution=inline", "rounds=2", "cohort=2", "partition.clients=6", "local.epochs=1"]
     config = resolve("quickstart", [*small, "model.name=mlp", "model.hidden=[8]"])
     result = cluster.run(config, tmp_path / "one")
+    report = tracking.sync(tmp_path / "one")  # in case that the machine was too slow to deliver in time
     client = tracking_store.connect(f"sqlite:///{tmp_path}/mlflow.db")
-    run = client.get_run(result.summary["mlflow_run_id"])
+    run = client.get_run(report.run_id)
     assert run.info.run_name == "sparsyfed-0.9-s0"
     assert run.data.tags["group"] == group_name(config)
     assert run.data.tags["mlflow.note.content"] == description(config, tmp_path / "one")
+    # What MLflow's page of compared runs draws first, and that it opens the experiment on its charts.
+    assert next(iter(run.data.metrics)) == "test/accuracy"
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.data.metrics["final/accuracy"] == run.data.metrics["test/accuracy"]
     assert run.data.metrics["final/uplink_mb"] == pytest.approx(result.summary["uplink_bytes"] / 1e6)

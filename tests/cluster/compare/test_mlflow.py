@@ -146,6 +146,7 @@ def test_compare_without_a_name_reads_the_folders_of_the_root(root, tmp_path, mo
         (["--filter", "tags.method = 'x'"], "name one MLflow experiment"),
         (["a", "b"], "name one MLflow experiment"),
         ([], "runs: there is no such folder"),
+        (["--target", "0"], "--target 0: expected a percentage, such as 80"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -121,8 +122,12 @@ class Comparison:
         grouped = group_runs(runs, after=after)
         if after is not None:
             source += f", after round {after}"
-        shared = [grouped.shared.get(key) for key in ("data.name", "partition.name", "partition.alpha")]
-        title = " ".join(["Comparison", *(f"{text}" for text in shared if text)])
+        shared = grouped.shared
+        data = Path(shared.get("data.path") or shared.get("data.name", "")).name
+        partition = shared.get("partition.name", "")
+        if partition in ("lda", "dirichlet") and "partition.alpha" in shared:
+            partition += f" {shared['partition.alpha']}"
+        title = "Comparison" + "".join(f", {text}" for text in (data, partition) if text)
         return cls(title, source, grouped, Table.of(grouped.groups, target))
 
 

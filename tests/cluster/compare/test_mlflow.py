@@ -45,7 +45,7 @@ def deliver(folder, status="FINISHED", artifacts=True):
     tracker = Tracker(folder, target, params=params, tags={"method": config.algorithm.name, "kind": "run"})
     tracker.start()
     files = [folder / "sparsity_per_layer.csv", folder / "clients.csv"] if artifacts else []
-    assert tracker.finish(status, files, {}, deadline_s=60)
+    assert tracker.finish(status, files, {}, deadline_s=250)
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_the_page_refers_to_nothing_outside(folder):
 
 def test_the_page_says_what_is_compared_and_what_is_not(folder):
     text = (folder / "report.html").read_text()
+    assert "<title>Comparison, digits, lda 0.5</title>" in text
     assert "runs of a test: 4 runs in 2 groups, 1 left out" in text
     assert "&lt;broken&gt; &amp; late" in text
     assert "ended after round 1 of 3" in text

@@ -15,6 +15,11 @@ from cluster.config import Config
 _LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulated_s")
 
 
+def in_short(config: Config) -> dict[str, str]:
+    """A parameter that sorts before all others, for MLflow's parallel coordinates: method and sparsity."""
+    return {"algorithm": _method(config)}
+
+
 def run_name(config: Config) -> str:
     """Method, sparsity and seed, as in ``sparsyfed-0.9-s0``: what a chart's legend has to tell apart."""
     return f"{_method(config)}-s{config.seed}"

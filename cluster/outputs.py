@@ -98,7 +98,9 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
     }
     name = section.run_name or introduction.run_name(config)
     target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), name)
-    return tracking.Tracker(folder.path, target, params=config.flat(), tags=tags, dataset=dataset)
+    return tracking.Tracker(
+        folder.path, target, params=introduction.in_short(config) | config.flat(), tags=tags, dataset=dataset
+    )
 
 
 def benchmark_name(config: Config) -> str:

@@ -250,6 +250,9 @@ def _line(of: Callable[[Run], Series | None], against: Callable[[Run], Series | 
 def _axes(across: str, up: str) -> Callable[[Any], None]:
     def finish(axes: Any) -> None:
         axes.set(xlabel=across, ylabel=up)
+        if up == _ACCURACY:  # the interval of few seeds may go beyond what there is
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0.0), min(high, 102.0))
         if across == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         elif _ends_differ(axes):

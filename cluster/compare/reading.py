@@ -267,7 +267,8 @@ def _read_stored(client: MlflowClient, run: StoredRun) -> Run:
     return Run(
         run.info.run_name,
         run.info.run_id,
-        {key: value for key, value in run.data.params.items() if value not in ABSENT},
+        # `algorithm` alone repeats what the keys below it say.
+        {key: own for key, own in run.data.params.items() if own not in ABSENT and key != "algorithm"},
         series,
         _last_row(layers) if layers else {},
         client_accuracies(clients) if clients else np.empty(0),

@@ -12,6 +12,7 @@ from cluster.compare import plots
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, read_experiment, read_folder
 from cluster.config import resolve
+from cluster.introduction import in_short
 from cluster.outputs import benchmark_name
 from cluster.tracking import Tracker, TrackingTarget
 from tests.cluster.compare.made import write_run
@@ -41,7 +42,7 @@ def deliver(folder, status="FINISHED", artifacts=True):
     config = resolve(folder / "config.yaml")
     target = TrackingTarget(f"sqlite:///{folder.parent}/mlflow.db", benchmark_name(config), folder.name)
     # What does not apply to a method is written as "-" or None, by versions.
-    params = {**config.flat(), "algorithm.other": "-"}
+    params = {**in_short(config), **config.flat(), "algorithm.other": "-"}
     tracker = Tracker(folder, target, params=params, tags={"method": config.algorithm.name, "kind": "run"})
     tracker.start()
     files = [folder / "sparsity_per_layer.csv", folder / "clients.csv"] if artifacts else []

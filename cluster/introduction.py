@@ -16,7 +16,7 @@ _LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulat
 
 
 def in_short(config: Config) -> dict[str, str]:
-    """A parameter that sorts before all hyperparameters, for MLflow's parallel coordinates: method and sparsity."""
+    """Method and sparsity as a parameter that sorts before all hyperparameters in MLflow's charts."""
     return {"algorithm": _method(config)}
 
 

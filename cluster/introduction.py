@@ -16,7 +16,7 @@ _LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulat
 
 
 def in_short(config: Config) -> dict[str, str]:
-    """A parameter that sorts before all others, for MLflow's parallel coordinates: method and sparsity."""
+    """Method and sparsity as a parameter that sorts before all hyperparameters in MLflow's charts."""
     return {"algorithm": _method(config)}
 
 
@@ -79,7 +79,9 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         if values:
             scalars[name] = float(np.mean(values))
     last = lines[-1] if lines else {}
-    scalars |= {key.replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None}
+    scalars |= {
+        key.removeprefix("time/").replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None
+    }
     return {f"final/{name}": float(value) for name, value in scalars.items() if value is not None}
 
 

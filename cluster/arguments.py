@@ -96,10 +96,13 @@ def _command_parser() -> argparse.ArgumentParser:
             "sparsyfed resume runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
             "sparsyfed resume DIR stop_after=null    go on to the planned end",
             "sparsyfed resume DIR actors=4           on more actors",
+            "sparsyfed resume s3://bucket/runs/NAME  on another machine, from checkpoint_uri=s3://bucket/runs",
         ),
     )
-    resume.add_argument("folder", metavar="DIR", help="the run's folder")
+    resume.add_argument("folder", metavar="DIR|URI", help="the run's folder, or its copy on shared storage")
     resume.add_argument("words", nargs="*", metavar="key=value")
+    resume.add_argument("--output", metavar="DIR", help="folder to rebuild from a URI; default: runs/NAME")
+    _add_remote(command)
 
     sync = command(
         "sync",
@@ -192,6 +195,37 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     bench.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     bench.add_argument("--compare", metavar="FILE", help="show ratios to figures stored with --output")
+
+
+def _add_remote(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands for runs on a cluster."""
+    texts = {
+        "status": (
+            "list the runs on a cluster",
+            """
+            List the runs whose drivers are on a cluster: state, rounds done, accuracy, time and folder.""",
+        ),
+        "attach": (
+            "follow a run on a cluster",
+            """
+            Show the live progress of a run on a cluster. Ctrl-C leaves, and the run goes on.""",
+        ),
+        "stop": (
+            "end a run on a cluster after its round",
+            """
+            End a run on a cluster after the round in progress, with a checkpoint, and wait until it has
+            ended. `sparsyfed resume` continues it to the same result.""",
+        ),
+    }
+    for name, (summary, text) in texts.items():
+        rows = [("", "of the cluster on this machine"), (" --address 10.0.0.5:6379", "of another")]
+        if name != "status":
+            rows.append((" digits-lda0.5-sparsyfed-s0", "a run, by how its name begins"))
+        examples = [f"{f'sparsyfed {name}{words}':<46} {meaning}" for words, meaning in rows]
+        own = command(name, summary, text, epilog=_examples(*examples))
+        if name != "status":
+            own.add_argument("name", nargs="?", metavar="RUN", help="the run's name or its beginning")
+        own.add_argument("--address", default="auto", help="Ray cluster: auto or host:port (default auto)")
 
 
 def _take_in_late_words(arguments: argparse.Namespace, extra: Sequence[str]) -> None:

@@ -34,9 +34,11 @@ _EXPECTED = {
     ("cluster.devices", "DeviceError"): 2,
     ("cluster.samplers", "SamplerError"): 2,
     ("cluster.cli", "NoRepositoryError"): 2,
-    ("cluster.engine", "PlacementError"): 2,
+    ("cluster.actor_pool", "PlacementError"): 2,
+    ("cluster.gpu", "GpuError"): 2,
     ("cluster.ray_session", "ClusterError"): 2,
     ("cluster.run_folder", "RunFolderError"): 2,
+    ("cluster.shared_storage", "StorageError"): 2,
     ("cluster.tracking_store", "TrackingError"): 2,
     ("cluster.workload.datasets", "DataError"): 2,
     ("cluster.workload.models", "ModelError"): 2,
@@ -65,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `sparsyfed ... | head` ended; without this, Python complains once more when it closes stdout.
@@ -139,16 +141,16 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    folder, overrides = Path(arguments.folder), arguments.overrides
+    overrides = arguments.overrides
     console = _console()
     with _busy(console, "loading"):
         from cluster import execution
         from cluster.config import validate
         from cluster.progress import announce
-        from cluster.run_folder import RunFolder
         from cluster.trees import apply_overrides
 
-        opened = RunFolder.open(folder)
+        opened = execution.open_run(arguments.folder, arguments.output)
+        folder = opened.path
         config = validate(apply_overrides(opened.config().dump(), overrides))
         lines = opened.rounds()
     done = lines[-1]["round"] if lines else 0
@@ -171,6 +173,7 @@ def _follow(
 ) -> int:
     """Show a run while it works and what it left; shared by ``run`` and ``resume``."""
     from cluster.driver import DivergedError, ReplayError
+    from cluster.execution import RunGoesOn
     from cluster.progress import RunDisplay, conclude, shown
 
     try:
@@ -178,7 +181,7 @@ def _follow(
             result = work(display)
     except (Exception, KeyboardInterrupt) as error:
         # Resuming is no cure for a mistake, nor for what the same rounds would run into again.
-        hopeless = _status(error) == 2 or isinstance(_root(error), (DivergedError, ReplayError))
+        hopeless = _status(error) == 2 or isinstance(_root(error), (DivergedError, ReplayError, RunGoesOn))
         if not hopeless and any((folder / "checkpoints").glob("*.safetensors")):
             print(f"what was computed is kept: sparsyfed resume {shown(folder)}", file=sys.stderr)
         raise
@@ -297,6 +300,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     return subprocess.call([sys.executable, "-m", "tests.benchmarks", *words], cwd=root)
 
 
+def _remote(arguments: argparse.Namespace) -> int:
+    console = _console()
+    with _busy(console, "connecting"):
+        from cluster import remote_commands
+    if arguments.command == "status":
+        return remote_commands.status(console, arguments.address)
+    command = remote_commands.stop if arguments.command == "stop" else remote_commands.attach
+    return command(console, arguments.address, arguments.name)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
@@ -305,6 +318,9 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ui": _ui,
     "describe": _describe,
     "bench": _bench,
+    "status": _remote,
+    "stop": _remote,
+    "attach": _remote,
 }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -23,12 +24,15 @@ from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
 from cluster.devices import Devices
+from cluster.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.passes import set_up_cuda
 from cluster.shift import period_of
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
 from cluster.workload.holdings import Partition
+
+_logger = logging.getLogger("sparsyfed.client")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,27 @@ class ClientReport:
         """Whether the update is part of the round's total."""
         return self.refused is None and not self.late
 
+    @classmethod
+    def failed(cls, client: int, samples: int, layers: int, reason: str) -> ClientReport:
+        """The report of a client that failed and was skipped: nothing trained, nothing sent."""
+        return cls(
+            client=client,
+            samples=samples,
+            steps=0,
+            loss=math.nan,
+            seconds=0.0,
+            phases=(0.0, 0.0, 0.0, 0.0),
+            uplink_bytes=0,
+            uplink_nonzero_bytes=0,
+            upload_density=0.0,
+            regrown_before_cut=0,
+            regrown=0,
+            deactivated=0,
+            flops_dense=0.0,
+            flops_sparse=np.zeros(layers),
+            refused=reason,
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationChunk:
@@ -127,14 +152,22 @@ class ClientHost:
 
     Args:
         workload: What there is to play.
+        gpus: GPUs this host was given, a share of one or whole ones; by default what the configuration gives
+            every actor. Above 0 it trains on CUDA.
+
+    Raises:
+        GpuError: It was given a GPU and torch sees none.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, gpus: float | None = None) -> None:
         config = self.config = workload.config
         torch.set_num_threads(config.threads)
-        self._device = torch.device("cuda" if config.gpus_per_actor > 0 else "cpu")
+        share = config.gpus_per_actor if gpus is None else gpus
+        self._device = device_for(share)
+        self._memory: GpuMemory | None = None
         if self._device.type == "cuda":
             set_up_cuda()
+            self._memory = GpuMemory(share)
         dataset = open_dataset(workload.folder)
         self._workload = workload
         self._splits = {"train": dataset.train, "test": dataset.test}
@@ -161,7 +194,12 @@ class ClientHost:
         self._broadcast: Broadcast | None = None
 
     def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
-        """Play each client and fold its decoded update into this host's partial total of the round."""
+        """Play each client and fold its decoded update into this host's partial total of the round.
+
+        Raises:
+            ClientError: A client's code raised, and ``on_client_error`` is ``stop``.
+            GpuError: The first client took more GPU memory than this host's share.
+        """
         broadcast = self._start_round(broadcast)
         return [self._play_one(broadcast, task) for task in tasks]
 
@@ -249,6 +287,8 @@ class ClientHost:
         try:
             marks = [time.perf_counter()]
             trained = self._trainer.visit(task.client, rows, task.sparsity, broadcast)
+            if self._memory is not None:
+                self._memory.check(task.client)
             marks.append(time.perf_counter())
             stage = "encode"
             message = wire.encode(
@@ -272,11 +312,21 @@ class ClientHost:
             if here and not late:
                 refused = self._fold(broadcast, task.client, received, trained.samples)
             marks.append(time.perf_counter())
-        except Exception as error:
-            raise ClientError(
-                f"client {task.client} failed in round {broadcast.instructions.round}, stage {stage}: "
-                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        except GpuError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise GpuError(
+                f"client {task.client} found no more GPU memory ({error}); {GPU_MEMORY_CURE}"
             ) from None
+        except Exception as error:
+            what = f"stage {stage}: {type(error).__name__}: {error}"
+            failure = f"client {task.client} failed in round {broadcast.instructions.round}, {what}"
+            # A fold that was interrupted may have left half an update in the total.
+            if self.config.on_client_error == "skip" and stage != "fold":
+                _logger.warning(failure, exc_info=True)
+                layers = len(self._trainer.layout.prunable)
+                return ClientReport.failed(task.client, len(rows), layers, f"failed in {what}")
+            raise ClientError(f"{failure}\n{traceback.format_exc()}") from None
         prunable = self.shape.prunable
         sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
         return ClientReport(

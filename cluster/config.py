@@ -25,6 +25,8 @@ from cluster.sections import (
     ClientEvaluationSection,
     DataSection,
     DevicesSection,
+    Gpus,
+    Label,
     LocalSection,
     ModelChoice,
     PartitionSection,
@@ -43,8 +45,25 @@ _CHOICES = ("algorithm", "model", "data", "partition", "server", "sampler", "sch
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
-    {"stop_after", "execution", "address", "actors", "cpus_per_actor", "checkpoint_every", "tracking"}
+    {
+        "stop_after",
+        "execution",
+        "address",
+        "detached",
+        "actors",
+        "cpus_per_actor",
+        "label",
+        "client_timeout_s",
+        "on_client_error",
+        "checkpoint_every",
+        "checkpoint_uri",
+        "tracking",
+    }
 )
+
+
+#: The same, inside sections that do change results.
+_PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 
 
 class Config(Section):
@@ -56,14 +75,25 @@ class Config(Section):
     cohort: int = Field(10, ge=1, description="clients a round")
     evaluate_every: int = Field(1, ge=1, description="rounds between central evaluations")
     checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints")
+    checkpoint_uri: str | None = Field(
+        None, description="folder on shared storage (file://, s3://, gs:// ...) that keeps runs for resume"
+    )
     max_update_norm: float | None = Field(
         None, gt=0.0, description="refuse updates farther from the global model"
     )
     execution: Literal["ray", "inline"] = Field("ray", description="on Ray actors, or in this process")
     address: str = Field("local", description="Ray cluster: local (private), auto, or host:port")
+    detached: bool = Field(False, description="the driver outlives this process; see sparsyfed attach")
     actors: int | None = Field(None, ge=1, description="client actors; default one a core or GPU share")
     cpus_per_actor: float = Field(1.0, gt=0.0)
-    gpus_per_actor: float = Field(0.0, ge=0.0, description="above 0 trains on CUDA")
+    gpus_per_actor: Gpus = Field(0.0, description="a share of one or whole GPUs; above 0 trains on CUDA")
+    label: Label = Field(default_factory=dict, description="labels of the nodes that actors may run on")
+    client_timeout_s: float = Field(
+        300.0, gt=0.0, description="seconds beyond a client's expected ones until its actor counts as hung"
+    )
+    on_client_error: Literal["stop", "skip"] = Field(
+        "stop", description="a client that fails ends the run, or is counted and named like a refused one"
+    )
     threads: int = Field(1, ge=1, description="torch threads an actor; changes last bits")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="arithmetic of training; tf32 on GPUs only"
@@ -103,6 +133,11 @@ class Config(Section):
         problems += self.evaluate_clients.problems(self.partition.clients)
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
+        if self.detached and (self.address == "local" or self.execution == "inline"):
+            problems.append(
+                f"detached: needs a cluster that outlives this process, found address: {self.address}, "
+                f"execution: {self.execution}; set address=auto or host:port and execution=ray"
+            )
         if not problems:
             problems += [*self._device_problems(), *self._schedule_problems(), *self._shift_problems()]
         if problems:
@@ -214,11 +249,7 @@ class Config(Section):
 
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
-        relevant = {
-            key: value
-            for key, value in self.flat().items()
-            if key.split(".")[0] not in RESULT_FREE and key != "data.cache"
-        }
+        relevant = {key: value for key, value in self.flat().items() if changes_results(key)}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 
@@ -259,6 +290,11 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def changes_results(key: str) -> bool:
+    """Whether a dotted key can change a result."""
+    return key.split(".")[0] not in RESULT_FREE and not _PLACE.fullmatch(key)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
@@ -293,7 +329,8 @@ def _in_plain_words(error: ValidationError) -> str:
             hint = f"; did you mean {near[0]}?" if near else ""
             lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
         elif problem["type"] == "value_error":
-            lines.append(str(problem["ctx"]["error"]))
+            found = f"{where}: found {problem['input']!r}; " if where else ""
+            lines.append(found + str(problem["ctx"]["error"]))
         else:
             lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}")
     return "\n".join(lines)

@@ -62,6 +62,7 @@ class Driver:
         engine: Where rounds are computed.
         on_line: Called with each new round's line once it is stored.
         should_stop: Asked before each round; True ends the run with a checkpoint, once there is a round.
+        on_checkpoint: Called with every checkpoint, once it is written.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Driver:
         *,
         on_line: Callable[[Line], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.federation, self.engine = folder, federation, engine
-        self._on_line, self._should_stop = on_line, should_stop
+        self._on_line, self._should_stop, self._on_checkpoint = on_line, should_stop, on_checkpoint
         config = self.config = federation.config
         self.method, self.server = config.build_algorithm(), config.build_server()
         self.layout: ParameterLayout = federation.layout
@@ -286,6 +288,7 @@ class Driver:
             Checkpoint(self.state, driver, self._digest, snapshot.bases),
             best_round=best,
         )
+        self._on_checkpoint()
 
     def save_model(self) -> None:
         """Write the effective weights, so that the plain module loads them and reproduces the accuracy."""

@@ -19,14 +19,15 @@ from torch import nn
 
 from cluster import tracking
 from cluster.client import build_model
-from cluster.config import RESULT_FREE, Config, validate
+from cluster.config import RESULT_FREE, Config, changes_results, validate
 from cluster.driver import Driver, Line
 from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
 from cluster.introduction import final_scalars
 from cluster.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
-from cluster.ray_session import ClusterError, connected, ray_engine
+from cluster.ray_session import connected
 from cluster.run_folder import RunFolder, RunFolderError
+from cluster.shared_storage import SharedStorage, is_uri
 from cluster.trees import ConfigError, apply_overrides
 from cluster.workload.datasets import open_dataset, prepare
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 TRACKING_DEADLINE_S = 30.0
 
 Progress = Callable[[Line], None]
+
+
+class RunGoesOn(KeyboardInterrupt):
+    """Ctrl-C left a run that goes on without this process; the message says how to come back to it."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,15 @@ def run(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunFolderError(f"{path} exists and is not empty; resume it, or choose another --output")
     federation = _preflight(config)
+    if config.checkpoint_uri is not None:
+        SharedStorage.of_run(config.checkpoint_uri, path).check(new=True)
     config = with_tracking(config, path.absolute().parent)
     with connected(config, federation.layout.size):
         folder = RunFolder.create(path.absolute(), config)
         try:
             return _execute(folder, config, progress, should_stop)
+        except RunGoesOn:
+            raise
         except BaseException:
             folder.discard()
             raise
@@ -109,6 +118,7 @@ def run(
 def resume(
     path: str | Path,
     overrides: Sequence[str] = (),
+    output: str | Path | None = None,
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -116,29 +126,33 @@ def resume(
     """Continue an interrupted run from its last checkpoint; the result is that of an uninterrupted one.
 
     Args:
-        path: The run's folder.
+        path: The run's folder, or the URI of its copy on shared storage (see ``checkpoint_uri``).
         overrides: ``key=value`` for what cannot change a result, such as ``actors`` or ``stop_after``.
+        output: The folder to rebuild from the copy; by default one of its name under ``runs/``.
         progress: Called with each new round's line.
         should_stop: Asked after each round; True ends the run with a checkpoint.
 
     Raises:
         ConfigError: An override could change the result.
         CheckpointError: The last checkpoint is damaged.
+        StorageError: There is no such copy, or ``output`` is taken.
     """
-    folder = RunFolder.open(Path(path).absolute())
+    folder = open_run(path, output)
     config = folder.config()
     if overrides:
         changed = validate(apply_overrides(config.dump(), overrides))
         if changed.digest() != config.digest():
             old, new = config.flat(), changed.flat()
             keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-            fixed = [key for key in keys if key.split(".")[0] not in RESULT_FREE]
+            fixed = [key for key in keys if changes_results(key)]
             raise ConfigError(
                 f"{', '.join(fixed)}: would change the result of a run that has begun. "
                 f"resume accepts {', '.join(sorted(RESULT_FREE))}; start a new run for anything else"
             )
         config = changed
     federation = _preflight(config)
+    if config.checkpoint_uri is not None:
+        SharedStorage.of_run(config.checkpoint_uri, folder.path).check(new=False)
     with connected(config, federation.layout.size):
         with folder.locked():  # of another process's run not even the configuration is touched
             folder.write_config(config)
@@ -174,6 +188,16 @@ def run_or_resume(
     return resume(path, now, progress=progress, should_stop=should_stop)
 
 
+def open_run(place: str | Path, output: str | Path | None = None) -> RunFolder:
+    """A run's folder, rebuilt from its copy on shared storage where ``place`` is a URI."""
+    if is_uri(place):
+        name = str(place).rstrip("/").rpartition("/")[2]
+        return SharedStorage(str(place)).fetch(Path(output or Path("runs") / name).absolute())
+    if output is not None:
+        raise RunFolderError(f"{place} is continued where it is; --output is for a run named by its URI")
+    return RunFolder.open(Path(place).absolute())
+
+
 def conduct(
     path: Path,
     make_engine: Callable[[Config, Federation], Engine],
@@ -204,7 +228,15 @@ def _conduct(
                 tracker.round_written()
             on_line(line)
 
-        driver = Driver(folder, federation, engine, on_line=stored, should_stop=should_stop)
+        storage = SharedStorage.of_run(config.checkpoint_uri, folder.path) if config.checkpoint_uri else None
+
+        def push() -> None:
+            if storage is not None:
+                storage.push(folder)
+
+        driver = Driver(
+            folder, federation, engine, on_line=stored, should_stop=should_stop, on_checkpoint=push
+        )
         if tracker is not None:
             tracker.start()
         started = time.perf_counter()
@@ -223,44 +255,11 @@ def _conduct(
             delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
             summary |= {"mlflow_run_id": tracker.run_id, "tracking_delivered": delivered}
             folder.write_result(summary)
+        if storage is not None and not storage.push(folder, finished=True):
+            summary["checkpoint_uri_behind"] = True
         return summary
     finally:
         engine.close()
-
-
-class DriverActor:
-    """Runs the rounds on the cluster and hands their lines to whoever asks."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: list[Line] = []
-        self._changed = threading.Condition()
-        self._done = False
-        self._stop = False
-
-    def conduct(self) -> dict[str, Any]:
-        """Run to the end; see :func:`conduct`."""
-        try:
-            return conduct(self._path, ray_engine, self._on_line, lambda: self._stop)
-        finally:
-            with self._changed:
-                self._done = True
-                self._changed.notify_all()
-
-    def lines_after(self, count: int) -> tuple[list[Line], bool]:
-        """Wait for lines beyond the first ``count``; returns them and whether the run is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._done or len(self._lines) > count, timeout=30.0)
-            return self._lines[count:], self._done
-
-    def stop(self) -> None:
-        """End the run after the current round, with a checkpoint."""
-        self._stop = True
-
-    def _on_line(self, line: Line) -> None:
-        with self._changed:
-            self._lines.append(line)
-            self._changed.notify_all()
 
 
 # ------------------------------------------------------------------------------------------- both ways
@@ -279,38 +278,10 @@ def _execute(
                 lambda: stopped.is_set() or should_stop(),
             )
     else:
-        summary = _on_ray(folder, on_line, should_stop)
+        from cluster import remote
+
+        summary = remote.drive(folder, config, on_line, should_stop)
     return Result(folder.path, summary)
-
-
-def _on_ray(folder: RunFolder, on_line: Progress, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # The run's folder is on this node; the driver asks for no CPU, so that every core trains.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(DriverActor).options(num_cpus=0, max_concurrency=4, scheduling_strategy=here)
-    driver: Any = actor.remote(folder.path)
-    finished = driver.conduct.remote()
-    seen, done = 0, False
-    with stop_on_signal(lambda: driver.stop.remote()):
-        try:
-            while not done:
-                lines, done = ray.get(driver.lines_after.remote(seen))
-                seen += len(lines)
-                for line in lines:
-                    on_line(line)
-                if should_stop():
-                    driver.stop.remote()
-            summary: dict[str, Any] = ray.get(finished)
-            return summary
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
-        except ray.exceptions.RayActorError as error:
-            raise ClusterError(
-                f"the driver died ({str(error).splitlines()[0]}); nothing computed is lost: "
-                f"sparsyfed resume {folder.path}"
-            ) from None
 
 
 @contextmanager

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.actor_pool import MakeHost
+from cluster.client import ClientHost
 from cluster.config import Config
-from cluster.engine import RayEngine
+from cluster.devices import Devices
 from cluster.federation import Federation, prepare_arguments
+from cluster.placement import Node, bundles, kinds_of
+from cluster.ray_engine import RayEngine
 from cluster.workload.datasets import prepare
 
 
@@ -20,24 +25,38 @@ class ClusterError(RuntimeError):
     """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
 
 
-def ray_engine(config: Config, federation: Federation) -> RayEngine:
-    """Actors on the connected cluster, one a free core (or GPU share) unless configured."""
-    actors = config.actors or max(1, min(room(config), config.cohort))
+def ray_engine(config: Config, federation: Federation, make_host: MakeHost = ClientHost) -> RayEngine:
+    """Actors on the connected cluster, one a core (or GPU share) of its nodes unless configured.
+
+    Args:
+        config: The experiment.
+        federation: Data and partition.
+        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+
+    Raises:
+        PlacementError: They were not placed in time; names asked and free resources.
+    """
+    kinds = kinds_of(config)
+    devices, own = Devices(config), {kind.name for kind in kinds}
+    tiers = list(config.devices.kinds)
+
+    def kind_of(client: int) -> str:
+        tier = tiers[devices.tiers[client]]
+        return tier if tier in own else ""
+
     _decode_on_every_node(config)
     return RayEngine(
         federation.workload(),
         federation.sizes,
-        actors=actors,
-        cpus=config.cpus_per_actor,
-        gpus=config.gpus_per_actor,
+        bundles(kinds, _nodes(), config.actors, config.cohort),
+        kind_of=kind_of,
+        make_host=make_host,
     )
 
 
 def room(config: Config) -> int:
     """How many of its actors the connected cluster holds."""
-    import ray
-
-    return sum(_actors_on(node["Resources"], config) for node in ray.nodes() if node["Alive"])
+    return sum(bundle.actors for bundle in bundles(kinds_of(config), _nodes(), None, sys.maxsize))
 
 
 def local_room(config: Config) -> int:
@@ -49,13 +68,14 @@ def local_room(config: Config) -> int:
     return max(1, int((os.cpu_count() or 1) / config.cpus_per_actor + 1e-9))
 
 
-def _actors_on(resources: dict[str, float], config: Config) -> int:
-    """How many actors one node holds; an actor's share never spans two GPUs."""
-    room = int(resources.get("CPU", 0) / config.cpus_per_actor + 1e-9)
-    gpus, share = resources.get("GPU", 0.0), config.gpus_per_actor
-    if share > 0:
-        room = min(room, int(gpus // share) if share >= 1 else int(gpus) * int(1 / share + 1e-9))
-    return room
+def _nodes() -> list[Node]:
+    import ray
+
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 @contextmanager
@@ -69,16 +89,7 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
     if config.execution == "inline":
         yield
         return
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    namespace = f"sparsyfed-{os.getpid()}"
     local = config.address == "local"
-    _check_answer(config.address)
     arguments: dict[str, Any] = {}
     if local:
         # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and spare room.
@@ -88,10 +99,33 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
         arguments = {"include_dashboard": False, "object_store_memory": store}
     if not local and _is_user_code(config):
         arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
+    with connection(config.address, **arguments):
+        yield
+
+
+@contextmanager
+def connection(address: str, **arguments: Any) -> Iterator[None]:
+    """A connection to a cluster, unless the caller has one.
+
+    Args:
+        address: local (a private cluster that ends with the connection), auto, or host:port.
+        arguments: More of ``ray.init``.
+
+    Raises:
+        ClusterError: No cluster answers there.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _check_answer(address)
     try:
         ray.init(
-            address=config.address,
-            namespace=namespace,
+            address=address,
+            namespace=f"sparsyfed-{os.getpid()}",
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
@@ -99,7 +133,7 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ClusterError(
-            f"address: no Ray cluster answers at {config.address!r} ({str(error).splitlines()[0]}); "
+            f"address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); "
             "start one with `ray start --head`, or use address=local"
         ) from None
     try:
@@ -136,15 +170,14 @@ def _decode_on_every_node(config: Config) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    remote_prepare: Any = ray.remote(prepare)  # type: ignore[arg-type]
-    decode = remote_prepare.options(num_cpus=0)
+    decode: Any = ray.remote(prepare)  # type: ignore[arg-type]
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     arguments = prepare_arguments(config)
     ray.get(
         [
-            decode.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                **arguments
-            )
+            decode.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(**arguments)
             for node in others
         ]
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.profiles import PROFILES
 
@@ -14,6 +14,19 @@ class Section(BaseModel):
     """Keys and values: frozen, and no other keys than the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _share_or_whole(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("allowed is a share of one GPU (at most 1) or a whole number of them")
+    return gpus
+
+
+#: GPUs of one actor.
+Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_share_or_whole)]
+
+#: Labels of a node: names and exact values.
+Label = dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]]
 
 
 class Choice(Section):
@@ -150,6 +163,14 @@ class TierSection(Section):
     sparsity: float | None = Field(
         None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
     )
+    cpus: float | None = Field(None, gt=0.0, description="CPUs of an actor of the tier's own kind")
+    gpus: Gpus | None = Field(None, description="GPUs of an actor of the tier's own kind")
+    label: Label | None = Field(None, description="labels of the nodes of the tier's own actors")
+
+    @property
+    def own_kind(self) -> bool:
+        """Whether the tier's clients run on actors of their own kind."""
+        return not (self.cpus is None and self.gpus is None and self.label is None)
 
 
 class DevicesSection(Section):

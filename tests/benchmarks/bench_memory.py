@@ -14,8 +14,8 @@ import ray
 
 import cluster
 from cluster.driver import Driver
-from cluster.engine import RayEngine
 from cluster.federation import Federation
+from cluster.ray_session import ray_engine
 from cluster.run_folder import RunFolder
 from tests.benchmarks.report import Figure
 
@@ -38,7 +38,7 @@ def series(last: int) -> dict[str, dict[int, float]]:
     )
     try:
         federation = Federation.of(config)
-        engine = RayEngine(federation.workload(), federation.sizes, actors=2, cpus=1, gpus=0)
+        engine = ray_engine(config, federation)
         names = ("driver", "actor 1", "actor 2")
         processes = dict(zip(names, [psutil.Process(), *map(psutil.Process, engine.pids())], strict=True))
         resident: dict[str, dict[int, float]] = {who: {} for who in names}

@@ -15,8 +15,8 @@ import ray
 
 import cluster
 from cluster.driver import Driver
-from cluster.engine import RayEngine
 from cluster.federation import Federation
+from cluster.ray_session import ray_engine
 from cluster.run_folder import RunFolder
 from tests.benchmarks.peers import workload
 from tests.benchmarks.report import Figure
@@ -74,7 +74,7 @@ def figures(name: str, quick: bool) -> list[Figure]:
     )
     try:
         federation = Federation.of(config)
-        engine = RayEngine(federation.workload(), federation.sizes, actors=_WORKERS, cpus=1, gpus=0)
+        engine = ray_engine(config, federation)
         folder = RunFolder.create(Path(tempfile.mkdtemp()) / "run", config)
         driver = Driver(folder, federation, engine)
         for _ in range(3):

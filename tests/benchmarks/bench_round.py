@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 import cluster
 from cluster.driver import Driver
-from cluster.engine import RayEngine
 from cluster.federation import Federation
 from cluster.profile import phases
+from cluster.ray_session import ray_engine
 from cluster.run_folder import RunFolder
 from cluster.workload import models
 from tests.benchmarks.report import Figure
@@ -151,7 +151,7 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
         }
     )
     federation = Federation.of(config)
-    engine = RayEngine(federation.workload(), federation.sizes, actors=case.actors, cpus=1, gpus=0)
+    engine = ray_engine(config, federation)
     run_folder = RunFolder.create(Path(tempfile.mkdtemp(dir=folder)) / "run", config)
     driver = Driver(run_folder, federation, engine)
     spawn = multiprocessing.get_context("spawn")

@@ -11,10 +11,12 @@ import pytest
 import ray
 
 import cluster
+from cluster.actor_pool import PlacementError
 from cluster.driver import Driver
-from cluster.engine import PlacementError, RayEngine
 from cluster.federation import Federation
-from cluster.ray_session import ClusterError
+from cluster.placement import ActorKind, Bundle
+from cluster.ray_engine import RayEngine
+from cluster.ray_session import ClusterError, ray_engine
 from cluster.run_folder import RunFolder, comparable
 
 # A ResNet-18 of full width (11.2 million weights, BatchNorm) and clients of very unequal sizes: sums of this
@@ -86,7 +88,7 @@ def test_an_actor_killed_while_it_trains_changes_nothing(local_ray, undisturbed,
     settings = config("actors=2")
     folder = RunFolder.create(tmp_path / "run", settings)
     federation = Federation.of(settings)
-    engine = RayEngine(federation.workload(), federation.sizes, actors=2, cpus=1, gpus=0)
+    engine = ray_engine(settings, federation)
     run, killed = engine.run, []
 
     def run_and_kill(broadcast, tasks, chunks, meanwhile):
@@ -99,7 +101,11 @@ def test_an_actor_killed_while_it_trains_changes_nothing(local_ray, undisturbed,
             killed.append(engine_pids.pop())
             os.kill(killed[-1], signal.SIGKILL)
 
-        engine_pids = engine.pids() if broadcast.instructions.round == 2 and not killed else []
+        engine_pids = (
+            [place.pid for place in engine.places()]
+            if broadcast.instructions.round == 2 and not killed
+            else []
+        )
         return run(broadcast, tasks, chunks, kill_soon if engine_pids else meanwhile)
 
     engine.run = run_and_kill
@@ -138,7 +144,9 @@ def test_actors_that_cannot_be_placed_name_asked_and_free(local_ray, tmp_path):
     settings = config("model.name=small_cnn")
     federation = Federation.of(settings)
     with pytest.raises(PlacementError, match=r"2 actors with 3 CPU .* free now: .*CPU.*4"):
-        RayEngine(federation.workload(), federation.sizes, actors=2, cpus=3, gpus=0, placement_timeout=5)
+        RayEngine(
+            federation.workload(), federation.sizes, [Bundle(ActorKind("", 3), 1)] * 2, placement_timeout=5
+        )
 
 
 def test_a_failing_client_names_itself_and_keeps_its_traceback(local_ray, tmp_path):

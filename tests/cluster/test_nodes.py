@@ -238,7 +238,8 @@ def test_a_tiers_clients_run_on_actors_of_its_own_kind(tier_engine, tiered, plac
     gate = place / "data" / "gate"
     for marker in gate.iterdir():
         marker.unlink()
-    weak, strong = (actor.pid for actor in tier_engine.places())
+    kinds = dict(zip(tier_engine._pool.kinds, tier_engine.places(), strict=True))
+    weak, strong = kinds["weak"].pid, kinds["strong"].pid
     run_on(tier_engine, tiered, tmp_path / "run")
     played = {tuple(map(int, path.name.split("-")[1:])) for path in gate.glob("played-*")}
     tiers = Devices(tiered).tiers

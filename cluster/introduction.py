@@ -16,7 +16,7 @@ _LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulat
 
 
 def in_short(config: Config) -> dict[str, str]:
-    """A parameter that sorts before all others, for MLflow's parallel coordinates: method and sparsity."""
+    """Method and sparsity as a parameter that sorts before all hyperparameters in MLflow's charts."""
     return {"algorithm": _method(config)}
 
 
@@ -63,6 +63,8 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     up, down = summary["uplink_bytes"] / 1e6, summary["downlink_bytes"] / 1e6
     scalars = {
         "rounds": summary["rounds"],
+        "accuracy": summary["accuracy"],
+        "best_accuracy": summary["best_accuracy"],
         "sparsity": summary["sparsity"],
         "uplink_mb": up,
         "downlink_mb": down,
@@ -70,9 +72,6 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         "gflop": summary["flops_sparse"] / 1e9,
         "seconds": summary["seconds"],
     }
-    # None is what was not measured: the test data in a study's search, validation data where none is held out.
-    accuracies = {name: summary.get(name) for name in ("accuracy", "best_accuracy", "val_accuracy")}
-    scalars |= {name: value for name, value in accuracies.items() if value is not None}
     for name in ("regrowth_share", "client_regrowth_share", "consensus"):
         # Round 1 starts from a dense model: what masks do is measured from round 2 on.
         key = f"masks/{name}"
@@ -80,7 +79,9 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         if values:
             scalars[name] = float(np.mean(values))
     last = lines[-1] if lines else {}
-    scalars |= {key.replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None}
+    scalars |= {
+        key.removeprefix("time/").replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None
+    }
     return {f"final/{name}": float(value) for name, value in scalars.items() if value is not None}
 
 

@@ -245,7 +245,7 @@ def test_a_tiers_clients_run_on_actors_of_its_own_kind(tier_engine, tiered, plac
     tiers = Devices(tiered).tiers
     assert played == {((weak, strong)[tiers[client]], client) for _, client in played}
     names = {actor["name"].split("-")[0] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    assert {"weak", "strong", "clients"} <= names
+    assert {"weak", "strong"} <= names
     cluster.run(inline(tiered), tmp_path / "inline")
     assert_same_run(tmp_path / "run", tmp_path / "inline")
 

@@ -35,27 +35,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n{self.format_usage()}")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(
+    argv: Sequence[str] | None = None, study_section: Callable[[], type[BaseModel]] | None = None
+) -> argparse.Namespace:
     """Read a command line; help, version and mistakes end the process (status 0, 0 and 2).
+
+    Args:
+        argv: Arguments without the program's name; by default the process's.
+        study_section: Looks up the section whose keys the help of `tune` lists.
 
     Returns:
         ``command``, its options and ``parser``, for mistakes found later. Where keys can be overridden also
         ``overrides``, and where the experiment is named ``source``, None when it is not.
     """
-    arguments, extra = _command_parser().parse_known_args(argv)
+    arguments, extra = _command_parser(study_section).parse_known_args(argv)
     _take_in_late_words(arguments, extra)
     if "words" in arguments:
         _sort_words(arguments)
     return arguments
 
 
-def _command_parser() -> argparse.ArgumentParser:
+def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparsyfed",
         description="Train one sparse model over many devices, each with private data, on a Ray cluster.",
         epilog=_examples(
             "sparsyfed run                                  the quickstart: SparsyFed on handwritten digits",
             "sparsyfed run algorithm.name=topk rounds=10    the same experiment with another method",
+            "sparsyfed tune study-digits                    every method tuned alike, then a table",
             "sparsyfed describe sparsyfed                   what a method does and its hyperparameters",
             "sparsyfed describe partition.alpha=0.1         what would run, on what, how large",
             "sparsyfed compare runs/mine                    table and plots of many runs",
@@ -84,6 +91,23 @@ def _command_parser() -> argparse.ArgumentParser:
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
     run.add_argument("--output", metavar="DIR", help="the run's folder, new or empty; default: one in runs/")
     run.add_argument("--profile", action="store_true", help="show at the end where the rounds' time went")
+
+    tune = command(
+        "tune",
+        "tune every method under one protocol",
+        """
+        Tune every method of a study under one protocol and compare them fairly: the same number of trials of
+        the same length for each, trial 0 its published default, configurations selected on validation data
+        that no client holds. The best of each method then runs on fresh seeds and is judged on test data,
+        with intervals and paired tests. Test data is not read before every search has ended.
+
+        Trials run side by side on the Ray cluster. A study that was interrupted, by Ctrl-C or a crash, goes
+        on when the same command is given again: no trial is lost and none is run twice.""",
+        details=lambda: _tune_details(study_section),
+    )
+    tune.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value")
+    tune.add_argument("--output", metavar="DIR", help="the study's folder; default: runs/<study's name>")
+    tune.add_argument("--report", metavar="STUDY", help="only write the report of this study anew")
 
     resume = command(
         "resume",
@@ -272,6 +296,28 @@ def _run_details() -> str:
     return f"{examples}\n\n{_choices_text()}\n\n{_keys_text()}"
 
 
+def _tune_details(study_section: Callable[[], type[BaseModel]] | None) -> str:
+    examples = _examples(
+        "sparsyfed tune study-digits",
+        "sparsyfed tune my_study.yaml study.trials=30 study.final_seeds=10",
+        "sparsyfed tune study-digits study.methods=[topk,sparsyfed] --output runs/two",
+        "sparsyfed tune study-digits study.pruner.name=hyperband    budgets in client-rounds",
+        "sparsyfed tune --report runs/study-digits",
+        "optuna-dashboard runs/study-digits/study.journal           the trials in a browser",
+    )
+    text = """a study is an experiment with a section `study`:
+  extends: quickstart
+  data: {validation: 0.2}
+  study:
+    methods: [topk, sparsyfed, {name: flash, stage1: magnitude}]   what an entry sets is not tuned
+    trials: 20
+    shared: {local.lr: {low: 0.01, high: 1, log: true}}            tuned for all methods, or for none"""
+    keys = (
+        [] if study_section is None else [_rows_text("keys of the study", _keys(study_section(), "study."))]
+    )
+    return "\n\n".join([examples, text, *keys])
+
+
 def _describe_details() -> str:
     examples = _examples(
         "sparsyfed describe topk                           a method",
@@ -319,11 +365,16 @@ def _keys_text() -> str:
     """Every key of the configuration with its default and meaning, for ``--help``."""
     from cluster.config import Config
 
-    rows = [(f"{key}={default}", meaning) for key, default, meaning in _keys(Config, "")]
-    width = max(len(key) for key, _ in rows)
-    lines = [f"  {key:<{width}}  {meaning}".rstrip() for key, meaning in rows]
     own = "  algorithm.* is what `sparsyfed describe METHOD` lists"
-    return "\n".join(["keys and their defaults:", *lines, own])
+    return f"{_rows_text('keys', _keys(Config, ''))}\n{own}"
+
+
+def _rows_text(title: str, keys: Sequence[tuple[str, str, str]]) -> str:
+    rows = [(f"{key}={default}", meaning) for key, default, meaning in keys]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(
+        [f"{title} and their defaults:", *(f"  {key:<{width}}  {meaning}".rstrip() for key, meaning in rows)]
+    )
 
 
 def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
@@ -339,13 +390,11 @@ def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
         meaning = field.description or ""
         if options := _literals(kind):
             meaning = ", ".join(options) + (f": {meaning}" if meaning else "")
-        rows.append(
-            (
-                prefix + key,
-                yaml.safe_dump(field.get_default(call_default_factory=True)).split("\n")[0],
-                meaning,
-            )
-        )
+        default = "..."
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            default = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+        rows.append((prefix + key, default, meaning))
     return rows
 
 

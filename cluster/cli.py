@@ -1,4 +1,4 @@
-"""The command line: ``sparsyfed run | resume | compare | ...``; ``python -m cluster`` is the same.
+"""The command line: ``sparsyfed run | tune | compare | ...``; ``python -m cluster`` is the same.
 
 torch, Ray and MLflow are imported by the commands that need them, so that help, version and wrong arguments
 answer at once.
@@ -18,6 +18,7 @@ from cluster import __version__
 from cluster.arguments import parse
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console
 
     from cluster.config import Config
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 a mistake that the message says how to put right,
         130 stopped by Ctrl-C.
     """
-    arguments = parse(argv)
+    arguments = parse(argv, _study_section)
     try:
         return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt as interrupt:
@@ -138,6 +139,27 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
         return 1
     ended = len(outcome.results) == len(grid.runs) and all(r.ended for r in outcome.results.values())
     return 0 if ended else 130
+
+
+def _study_section() -> type[BaseModel]:
+    from tuning.study import StudySection
+
+    return StudySection
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    source, overrides = arguments.source, arguments.overrides
+    if arguments.report is not None and (source or overrides or arguments.output):
+        arguments.parser.error("--report takes a study's folder or name, and nothing beside it")
+    if arguments.report is None and source is None:
+        arguments.parser.error("which study? Give a preset, such as study-digits, or a file of your own")
+    console = _console()
+    with _busy(console, "loading"):
+        from tuning import command
+    if arguments.report is not None:
+        return command.report(console, arguments.report)
+    title = f"sparsyfed {__version__}: study {source}"
+    return command.tune(console, source, overrides, arguments.output, title)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -312,6 +334,7 @@ def _remote(arguments: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "tune": _tune,
     "resume": _resume,
     "sync": _sync,
     "compare": _compare,

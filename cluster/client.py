@@ -170,10 +170,8 @@ class ClientHost:
             self._memory = GpuMemory(share)
         dataset = open_dataset(workload.folder)
         self._workload = workload
-        self._splits = {"train": dataset.train, "test": dataset.test}
-        held_out = workload.validation
-        if len(held_out):
-            self._splits["val"] = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
+        self._dataset, held_out = dataset, workload.validation
+        self._validation = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
         self._method = config.build_algorithm()
         model = build_model(config, dataset)
         settings = LocalSettings(
@@ -216,7 +214,8 @@ class ClientHost:
         models: dict[str | None, np.ndarray] = {}
         results = []
         for chunk in chunks:
-            started, split = time.perf_counter(), self._splits[chunk.split]
+            started = time.perf_counter()
+            split = self._validation if chunk.split == "val" else self._dataset.test
             if chunk.client is not None:
                 model = self._locally_trained(broadcast, chunk.client)
             else:

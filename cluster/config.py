@@ -74,6 +74,9 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="seed of initialisation, cohorts and batch order")
     cohort: int = Field(10, ge=1, description="clients a round")
     evaluate_every: int = Field(1, ge=1, description="rounds between central evaluations")
+    evaluate_on: Literal["test", "validation"] = Field(
+        "test", description="test (and held-out) data, or validation alone: test data is then never read"
+    )
     checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints")
     checkpoint_uri: str | None = Field(
         None, description="folder on shared storage (file://, s3://, gs:// ...) that keeps runs for resume"
@@ -131,6 +134,8 @@ class Config(Section):
                 "lower cohort or raise partition.clients"
             )
         problems += self.evaluate_clients.problems(self.partition.clients)
+        if self.evaluate_on == "validation" and not self.data.validation:
+            problems.append("evaluate_on: validation, but no data is held out; set data.validation=0.1")
         if self.stop_after is not None and self.stop_after > self.rounds:
             problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
         if self.detached and (self.address == "local" or self.execution == "inline"):
@@ -265,6 +270,8 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
     tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
+    if "study" in tree:
+        raise ConfigError(f"{source} is a study of several methods: sparsyfed tune {source}")
     try:
         if "grid" in tree:
             return validate(only_point(source, tree, overrides))
@@ -278,7 +285,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_in_plain_words(error)) from None
+        raise ConfigError(in_plain_words(error)) from None
 
 
 def code_digest() -> str:
@@ -306,16 +313,23 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _in_plain_words(error: ValidationError) -> str:
+def in_plain_words(error: ValidationError, root: type[Section] = Config, above: str = "") -> str:
+    """One line a mistake: the key, what was found, what is allowed.
+
+    Args:
+        error: What pydantic found.
+        root: The section that was validated.
+        above: Key of that section with a dot behind it; nothing for the whole configuration.
+    """
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = above + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            section: Any = Config
+            section: Any = root
             for part in problem["loc"][:-1]:
                 # Of a mapping of sections, such as the tiers by name, each value is one.
                 section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
-            prefix = ".".join(str(part) for part in problem["loc"][:-1])
+            prefix = where.rpartition(".")[0]
             known = list(section.model_fields)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}? " if near else ""

@@ -236,7 +236,7 @@ class Driver:
         self._ending = True
         self._book_keeping()
         state = self.state
-        evaluated = self._stored.get(state.round, {}).get("test/accuracy") is not None
+        evaluated = self._stored.get(state.round, {}).get(self.federation.selection_metric) is not None
         if self._waiting is not None or not evaluated:
             chunks = self._chunks + self._clients.chunks(state.round, last=True)
             outcome = self._schedule.evaluate(state, chunks, lambda: None)

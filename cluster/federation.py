@@ -126,10 +126,11 @@ class Federation:
 
     def evaluation_chunks(self, rows: int) -> list[EvaluationChunk]:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
-        test, val = len(self.dataset.test.labels), len(self.validation)
-        whole: list[tuple[str, int, str | None]] = [("test", test, None), ("val", val, None)]
-        tiers = self.config.devices.tiers.items()
-        whole += [("test", test, name) for name, tier in tiers if tier.sparsity is not None]
+        whole: list[tuple[str, int, str | None]] = [("val", len(self.validation), None)]
+        if self.config.evaluate_on == "test":
+            test = len(self.dataset.test.labels)
+            tiers = [n for n, tier in self.config.devices.tiers.items() if tier.sparsity is not None]
+            whole = [("test", test, None), *whole, *(("test", test, name) for name in tiers)]
         return [
             EvaluationChunk(split, start, min(start + rows, length), tier)
             for split, length, tier in whole

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from algorithms import SERVER_OPTIMIZERS, hyperparameters, registry
 from cluster import introduction, tracking
 from cluster.config import Config, code_digest, validate
 from cluster.federation import Federation
@@ -30,8 +31,9 @@ def summary_of(
         "seed": config.seed,
         "rounds": last["round"],
         "complete": last["round"] >= config.rounds,
-        "accuracy": last["test/accuracy"],
-        "best_accuracy": best["test/accuracy"],
+        "accuracy": last.get("test/accuracy"),  # None where test data is not evaluated
+        "best_accuracy": best.get("test/accuracy"),
+        "val_accuracy": last.get("val/accuracy"),
         "best_round": best["round"],
         "selected_by": metric,
         "sparsity": last["sparsity/global"],
@@ -98,9 +100,19 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
     }
     name = section.run_name or introduction.run_name(config)
     target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), name)
-    return tracking.Tracker(
-        folder.path, target, params=introduction.in_short(config) | config.flat(), tags=tags, dataset=dataset
-    )
+    return tracking.Tracker(folder.path, target, params=_parameters(config), tags=tags, dataset=dataset)
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    """The flat configuration under keys that are the same for all methods, so that MLflow compares runs."""
+    declared = {"algorithm": registry().values(), "server": SERVER_OPTIMIZERS.values()}
+    absent = {
+        f"{section}.{parameter.name}": "-"
+        for section, choices in declared.items()
+        for choice in choices
+        for parameter in hyperparameters(choice)
+    }
+    return absent | introduction.in_short(config) | config.flat()
 
 
 def benchmark_name(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of one run: its rounds, and the devices that its clients are."""
+"""Pictures of one run, its rounds and devices, and how every picture looks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ from cluster.federation import Federation
 
 #: Devices drawn of a larger population.
 _DEVICES_DRAWN = 2000
+
+#: Blue, vermillion, green, purple, orange, sky blue, black: those of Okabe and Ito, told apart by all.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def style(place: int) -> dict[str, Any]:
+    """Colour and marker of the ``place``-th thing in a picture; the second time round they pair otherwise."""
+    turn = place // len(COLOURS)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": _MARKERS[(place + turn) % len(_MARKERS)]}
+
+
+def finish(axes: Any) -> None:
+    """Grid behind, no box around."""
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -54,9 +71,8 @@ def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
     for place in axes.flat:
         for round_number in shifts:
             place.axvline(round_number, color="0.4", linestyle=":", linewidth=1.2)
-        place.grid(alpha=0.25)
+        finish(place)
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.spines[["top", "right"]].set_visible(False)
         if place.get_legend_handles_labels()[0]:
             place.legend(frameon=False, fontsize=9)
     figure.suptitle(title)

@@ -229,6 +229,9 @@ def conclude(console: Console, result: Result) -> None:
     config, lines = folder.config(), folder.rounds()
     split = "validation" if summary["selected_by"].startswith("val") else "test"
     best = f" (round {summary['best_round']} by {split} accuracy)"
+    kind, final = "accuracy", summary["accuracy"]
+    if final is None:
+        kind, final = "validation accuracy", summary["val_accuracy"]
     console.print()
     console.print(
         Text(
@@ -240,8 +243,8 @@ def conclude(console: Console, result: Result) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_row(
-        "accuracy",
-        Text(percent(summary["accuracy"]), "bold green")
+        kind,
+        Text(percent(final), "bold green")
         + Text(f" final, {percent(summary['best_accuracy'])} best{best}", "not bold default"),
     )
     grid.add_row("sparsity", percent(summary["sparsity"]))
@@ -326,7 +329,7 @@ def shown(path: Path) -> str:
 
 
 def _accuracy(line: Line) -> float | None:
-    value: float | None = line.get("test/accuracy")
+    value: float | None = line.get("test/accuracy", line.get("val/accuracy"))
     return value
 
 

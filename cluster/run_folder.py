@@ -27,6 +27,10 @@ class RunFolderError(ValueError):
     """The folder is no run, or is taken; the message says what to do."""
 
 
+class BusyError(RunFolderError):
+    """Another process is running in the folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and files of one run."""
@@ -78,13 +82,13 @@ class RunFolder:
         """Keep other processes from running in this folder.
 
         Raises:
-            RunFolderError: Another process is running it.
+            BusyError: Another process is running it.
         """
         try:
             with FileLock(self.checkpoints / ".lock", timeout=0):
                 yield
         except Timeout:
-            raise RunFolderError(f"{self.path} is being run by another process") from None
+            raise BusyError(f"{self.path} is being run by another process") from None
 
     def config(self) -> Config:
         """The run's configuration."""

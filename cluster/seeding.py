@@ -21,6 +21,7 @@ Purpose = Literal[
     "availability",
     "dropout",
     "evaluation",
+    "sampler",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -134,6 +134,12 @@ class Tracker:
         """Starts delivering; returns at once."""
         self._thread.start()
 
+    def wait_until_known(self, timeout_s: float) -> str | None:
+        """The MLflow run's id, once MLflow has answered; None where it has not in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.run_id is not None, timeout_s)
+        return self.run_id
+
     def round_written(self) -> None:
         """Says that a line was appended to `rounds.jsonl`; returns at once."""
         with self._changed:
@@ -188,6 +194,7 @@ class Tracker:
                 pause_s, retry_s = _GATHER_S, _FIRST_RETRY_S
                 self._report(None)
             with self._changed:
+                self._changed.notify_all()
                 if self._abandoned:
                     break
                 if closing and self._problem is None:

@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,15 @@ class Dataset:
 
     name: str
     train: Split
-    test: Split
     classes: tuple[str, ...]
     group_names: tuple[str, ...] | None
     fingerprint: str
     folder: Path
+
+    @cached_property
+    def test(self) -> Split:
+        """The test split, opened when it is first asked for: a search of hyperparameters never does."""
+        return _open_split(self.folder, "test", None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,27 +84,33 @@ def open_dataset(folder: Path) -> Dataset:
         meta = json.loads((folder / "meta.json").read_text())
         group_names = meta["group_names"]
         train_groups = None if group_names is None else np.load(folder / "train-groups.npy")
-        splits = {
-            split: Split(
-                # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
-                images=np.load(folder / f"{split}-images.npy", mmap_mode="r").view(np.ndarray),
-                labels=np.load(folder / f"{split}-labels.npy"),
-                groups=train_groups if split == "train" else None,
-            )
-            for split in ("train", "test")
-        }
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder} is not a complete prepared data set ({error}): delete it and prepare it again"
-        ) from error
+        raise _incomplete(folder, error) from error
     return Dataset(
         name=meta["name"],
-        train=splits["train"],
-        test=splits["test"],
+        train=_open_split(folder, "train", train_groups),
         classes=tuple(meta["classes"]),
         group_names=None if group_names is None else tuple(group_names),
         fingerprint=meta["fingerprint"],
         folder=folder,
+    )
+
+
+def _open_split(folder: Path, split: str, groups: np.ndarray | None) -> Split:
+    try:
+        return Split(
+            # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
+            images=np.load(folder / f"{split}-images.npy", mmap_mode="r").view(np.ndarray),
+            labels=np.load(folder / f"{split}-labels.npy"),
+            groups=groups,
+        )
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder, error) from error
+
+
+def _incomplete(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder} is not a complete prepared data set ({error}): delete it and prepare it again"
     )
 
 

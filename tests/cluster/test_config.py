@@ -21,8 +21,8 @@ def message(overrides, source="quickstart"):
 
 
 EXPERIMENTS = [
-    name for name, path in presets().items() if "grid" not in load_tree(path)
-]  # the rest: comparisons
+    name for name, path in presets().items() if not {"grid", "study"} & load_tree(path).keys()
+]  # the rest: comparisons and studies
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -1,0 +1,312 @@
+"""The coordinator: asks every method's study, runs trials side by side on the cluster, tells how they ended.
+
+One process, one lock on the study's folder. Trials are runs like any other, each with a driver of its own and
+its share of the actors; a thread follows each of them. Everything is kept as it happens, so that after a kill
+the coordinator is simply started again.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from optuna.trial import Trial
+
+from cluster.client import ClientError
+from cluster.config import Config, validate
+from cluster.driver import DivergedError
+from cluster.engine import PlacementError
+from cluster.execution import complete, run_or_resume
+from cluster.ray_session import ClusterError, room
+from cluster.run_folder import BusyError, RunFolder
+from cluster.trees import ConfigError, merge
+from tuning.folder import StudyFolder
+from tuning.protocol import MethodResult, collect
+from tuning.search import Cost, Search
+from tuning.study import Plan
+
+Line = dict[str, Any]
+Outcome = Literal["finished", "pruned", "failed"]
+
+#: How often a run is begun anew after the cluster took its driver or its actors.
+_ATTEMPTS = 4
+#: Seconds that a run waits for the driver of a killed coordinator to let go of its folder.
+_HANDOVER_S = 60.0
+
+
+@dataclass(eq=False)
+class Job:
+    """One run of the study: a trial, or a final run of a best configuration.
+
+    Attributes:
+        label: The method.
+        number: The trial whose configuration is run.
+        config: Its experiment.
+        path: Its run folder.
+        trial: The Optuna trial of the search; None for a final run.
+        stop: Set to end the run after its round.
+    """
+
+    label: str
+    number: int
+    config: Config
+    path: Path
+    trial: Trial | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def shown(self) -> str:
+        """Its name in progress and in MLflow."""
+        return f"{self.label}-{'trial' if self.trial else 'final'}-" + (
+            f"{self.number:03d}" if self.trial else f"s{self.config.seed}"
+        )
+
+
+class Display(Protocol):
+    """What is shown while the study goes on; called under the coordinator's lock."""
+
+    def started(self, job: Job) -> None:
+        """A run begins, or goes on."""
+
+    def line(self, job: Job, line: Line) -> None:
+        """A round of a run is done."""
+
+    def ended(self, job: Job, outcome: Outcome, value: float | None, reason: str | None) -> None:
+        """A run is done; ``value`` is its accuracy, on validation data for a trial and test data else."""
+
+
+def shares(plan: Plan, free: int) -> tuple[int, int]:
+    """How many trials run at once on ``free`` actor places, and the actors of each.
+
+    A method is best tuned one trial after the other, each with many actors; beyond a method a trial, and a
+    client an actor, what is free takes more trials of a method at once.
+    """
+    asked, actors = plan.section.trials_at_once, plan.base.actors
+    if plan.base.execution == "inline":
+        return 1, 1
+    if asked is None and actors is not None:
+        asked = max(1, free // actors)
+    elif asked is None:
+        asked = max(1, min(free, len(plan.contenders)), free // plan.base.cohort)
+    return asked, actors or max(1, min(plan.base.cohort, free // asked))
+
+
+class Coordinator:
+    """Runs a study in its folder until it is complete or stopped.
+
+    Args:
+        plan: The study.
+        folder: Its folder, locked and taken by the caller.
+        searches: The methods' searches by label.
+        display: What shows it.
+        tags: Tags of every run in MLflow.
+        stopped: Whether the user asked to stop.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: StudyFolder,
+        searches: dict[str, Search],
+        display: Display,
+        tags: dict[str, str],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._plan, self._folder, self._searches = plan, folder, searches
+        self._display, self._tags, self._stopped = display, tags, stopped
+        self._lock = threading.RLock()
+        self._running: set[Job] = set()
+        self._done: queue.SimpleQueue[tuple[Job, BaseException | None]] = queue.SimpleQueue()
+        self._slots, self._actors = 1, 1
+
+    def run(self) -> bool:
+        """Search, then run every best configuration on fresh seeds, on the connected cluster.
+
+        Returns:
+            Whether the study is complete; False where it was stopped.
+        """
+        free = room(self._plan.base) if self._plan.base.execution == "ray" else 1
+        self._slots, self._actors = shares(self._plan, free)
+        left = [
+            self._trial(label, trial)
+            for label, search in self._searches.items()
+            for trial in search.interrupted()
+        ]
+        interrupted = [job for job in left if job is not None]
+        self._work(lambda: interrupted.pop(0) if interrupted else self._next_trial())
+        if not self._stopped():
+            finals = self._final_runs(collect(self._plan, self._folder, self._searches))
+            self._work(lambda: finals.pop(0) if finals else None)
+        return not self._stopped()
+
+    # ------------------------------------------------------------------------------------- what is run
+
+    def _next_trial(self) -> Job | None:
+        """The next trial of the method with the fewest running, then the fewest begun.
+
+        While there are as many methods as places, each has one trial at a time, and what is suggested to it
+        depends on its own trials alone.
+        """
+        running = Counter(job.label for job in self._running)
+        order = {label: (running[label], len(s.trials())) for label, s in self._searches.items()}
+        for label in sorted(order, key=lambda label: order[label]):
+            while self._searches[label].wants_another():
+                job = self._trial(label, self._searches[label].ask())
+                if job is not None:
+                    return job
+        return None
+
+    def _trial(self, label: str, trial: Trial) -> Job | None:
+        """A trial to run; None where its values make no valid experiment, which is told as failed."""
+        contender = self._plan.contenders[label]
+        path = self._folder.trial(label, trial.number)
+        try:
+            config = contender.trial_config(trial.params)
+        except ConfigError as error:
+            self._searches[label].tell_failed(trial, str(error), Cost.of(path))
+            return None
+        job = Job(label, trial.number, config, path, trial)
+        job.config = self._placed(job, "trial")
+        return job
+
+    def _final_runs(self, results: dict[str, MethodResult]) -> list[Job]:
+        jobs = []
+        for seed in self._plan.final_seeds:
+            for label, result in results.items():
+                if result.best is None or seed in result.finals:
+                    continue
+                config = self._plan.contenders[label].final_config(result.best.values, seed)
+                path = self._folder.final(label, result.best.number, seed)
+                job = Job(label, result.best.number, config, path)
+                job.config = self._placed(job, "final")
+                jobs.append(job)
+        return jobs
+
+    def _placed(self, job: Job, kind: str) -> Config:
+        """The job's experiment with its share of the cluster and its place in MLflow."""
+        tags = {**self._tags, "kind": kind, "trial": str(job.number)}
+        changes = {"actors": self._actors, "tracking": {"run_name": job.shown, "tags": tags}}
+        return validate(merge(job.config.dump(), changes))
+
+    # ------------------------------------------------------------------------------------ running it
+
+    def _work(self, following: Callable[[], Job | None]) -> None:
+        """Keep every place busy until nothing follows; the first error ends the rest after their round."""
+        failure: BaseException | None = None
+        while True:
+            with self._lock:
+                while len(self._running) < self._slots and failure is None and not self._stopped():
+                    job = following()
+                    if job is None:
+                        break
+                    self._running.add(job)
+                    self._display.started(job)
+                    threading.Thread(target=self._follow, args=(job,), daemon=True, name=job.shown).start()
+            if not self._running:
+                break
+            job, error = self._done.get()
+            self._running.discard(job)
+            if error is not None and failure is None:
+                failure = error
+                for other in self._running:
+                    other.stop.set()
+        if failure is not None:
+            raise failure
+
+    def _follow(self, job: Job) -> None:
+        try:
+            summary = self._compute(job)
+            with self._lock:
+                self._conclude(job, summary)
+        except (DivergedError, ClientError) as error:
+            try:
+                with self._lock:
+                    self._fail(job, error)
+            except BaseException as second:
+                self._done.put((job, second))
+                return
+        except BaseException as error:
+            self._done.put((job, error))
+            return
+        self._done.put((job, None))
+
+    def _compute(self, job: Job) -> dict[str, Any]:
+        """The run's summary; begun anew where the cluster lost its driver or actors."""
+        done = complete(job.config, job.path)
+        if done is not None:
+            return done.summary
+        if job.path.exists() and not (job.path / "config.yaml").exists():
+            shutil.rmtree(job.path)  # killed before anything was computed
+        give_up = time.monotonic() + _HANDOVER_S
+        attempt = 1
+        while True:
+            for line in RunFolder(job.path).rounds():
+                self._judge(job, line)  # of what was stored before an interruption
+            try:
+                return run_or_resume(
+                    job.config,
+                    job.path,
+                    progress=lambda line: self._on_line(job, line),
+                    should_stop=lambda: job.stop.is_set() or self._stopped(),
+                ).summary
+            except BusyError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(1.0)
+            except (ClusterError, PlacementError):
+                attempt += 1
+                if attempt > _ATTEMPTS:
+                    raise
+
+    def _on_line(self, job: Job, line: Line) -> None:
+        self._judge(job, line)
+        with self._lock:
+            self._display.line(job, line)
+
+    def _judge(self, job: Job, line: Line) -> None:
+        """Hand a trial's accuracy to its study, and end the trial where the pruner says so."""
+        accuracy = line.get("val/accuracy")
+        if job.trial is None or accuracy is None or job.stop.is_set():
+            return
+        with self._lock:
+            if self._searches[job.label].report(job.trial, line["round"], accuracy):
+                job.stop.set()
+
+    def _conclude(self, job: Job, summary: dict[str, Any]) -> None:
+        """Tell the study what a run came to, unless it was stopped for another reason than its own."""
+        whole = summary["complete"]
+        if job.trial is None:
+            if whole:
+                self._display.ended(job, "finished", summary["accuracy"], None)
+            return
+        search, cost = self._searches[job.label], Cost.of(job.path)
+        if whole:
+            search.tell_finished(job.trial, summary["val_accuracy"], cost)
+            self._display.ended(job, "finished", summary["val_accuracy"], None)
+        elif search.pruned_at(job.trial) is not None:
+            search.tell_pruned(job.trial, cost)
+            self._display.ended(job, "pruned", summary["val_accuracy"], None)
+        else:
+            return  # it stays running, for the coordinator that goes on with the study
+        _drop_checkpoints(job.path)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        reason = str(error).strip().partition("\n")[0]
+        if job.trial is None:
+            raise error
+        self._searches[job.label].tell_failed(job.trial, reason, Cost.of(job.path))
+        self._display.ended(job, "failed", None, reason)
+        _drop_checkpoints(job.path)
+
+
+def _drop_checkpoints(path: Path) -> None:
+    """A trial that was told is never continued; its rounds, result and model stay."""
+    for checkpoint in (path / "checkpoints").glob("*.safetensors"):
+        checkpoint.unlink()

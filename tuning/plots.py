@@ -1,0 +1,198 @@
+"""The pictures of a study: a colour and a marker for each method, told apart by the colour-blind too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cluster.plots import finish, style
+from tuning.protocol import MethodResult, accuracies, intervals
+from tuning.study import Plan
+
+Results = Mapping[str, MethodResult]
+
+
+def draw_all(plan: Plan, results: Results, folder: Path) -> list[tuple[Path, str]]:
+    """Draw what there is to draw; returns the files with their captions."""
+    pictures: list[tuple[str, str, Callable[[Plan, Results], Figure | None]]] = [
+        ("accuracy.png", "Tuned test accuracy with 95 % intervals", _accuracy),
+        ("budget.png", "Accuracy to expect of a tuning budget", _budget),
+        ("importance.png", "Importance of hyperparameters", _importance),
+        ("history.png", "Optimisation history", _history),
+        ("pareto.png", "Validation accuracy against uplink", _pareto),
+    ]
+    drawn = []
+    for name, caption, draw in pictures:
+        figure = draw(plan, results)
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if figure is not None:
+            figure.savefig(path, dpi=150)
+            drawn.append((path, caption))
+    return drawn
+
+
+def _accuracy(plan: Plan, results: Results) -> Figure | None:
+    """Mean and interval of each method over the fresh seeds, the seeds as dots, the best on top."""
+    values = accuracies(plan, results)
+    if not values:
+        return None
+    means, styles = intervals(values), _styles(results)
+    order = sorted(values, key=lambda label: means[label].mean)
+    figure = Figure(figsize=(7, 1.2 + 0.42 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    for place, label in enumerate(order):
+        mean, low, high = (100 * end for end in means[label])
+        own = styles[label]
+        axes.plot([100 * v for v in values[label]], [place] * len(values[label]), "o", color=own["color"],
+                  markersize=3.5, alpha=0.45, markeredgewidth=0)  # fmt: skip
+        spread = None if math.isnan(low) else [[mean - low], [high - mean]]
+        axes.errorbar(mean, place, xerr=spread, color=own["color"], marker=own["marker"], markersize=7,
+                      capsize=4, linewidth=1.8)  # fmt: skip
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set(xlabel=f"test accuracy (%): mean, 95 % interval and {len(next(iter(values.values())))} seeds")
+    if plan.reference in means:
+        axes.axvline(100 * means[plan.reference].mean, color="0.6", linewidth=1, linestyle=":", zorder=0)
+    finish(axes)
+    return figure
+
+
+def _budget(plan: Plan, results: Results) -> Figure | None:
+    """Best validation accuracy to expect after k trials, against trials and against client-rounds."""
+    curves = {label: result.curve for label, result in results.items() if result.curve[1]}
+    if not curves:
+        return None
+    styles = _styles(results)
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    by_trials, by_cost = figure.subplots(1, 2, sharey=True)
+    longest = max(len(best) for _, best in curves.values())
+    dearest = max(cost[-1] for cost, _ in curves.values())
+    for label, (cost, best) in curves.items():
+        percent = [100 * value for value in best]
+        for axes, across, end in (
+            (by_trials, list(range(1, len(best) + 1)), longest),
+            (by_cost, [value / 1000 for value in cost], dearest / 1000),
+        ):
+            axes.plot(across, percent, label=label, linewidth=1.6, markersize=5, **styles[label])
+            if not results[label].contender.space:  # one configuration is as good after any budget
+                axes.plot([across[-1], end], [percent[-1]] * 2, color=styles[label]["color"], linewidth=1,
+                          linestyle=":")  # fmt: skip
+    by_trials.set(xlabel="trials", ylabel="best validation accuracy to expect (%)")
+    by_trials.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_cost.set(xlabel="client-rounds spent (thousands)")
+    for axes in (by_trials, by_cost):
+        finish(axes)
+    figure.legend(
+        *by_trials.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9
+    )
+    return figure
+
+
+def _importance(plan: Plan, results: Results) -> Figure | None:
+    """Share of the variance of validation accuracy that each tuned key explains, a bar each."""
+    bars = [
+        (label, key, 100 * share)
+        for label, result in results.items()
+        for key, share in sorted(result.importance.items(), key=lambda item: -item[1])
+    ]
+    if not bars:
+        return None
+    styles = _styles(results)
+    figure = Figure(figsize=(7, 1.1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(bars), 0, -1)
+    axes.barh(places, [share for _, _, share in bars], height=0.7,
+              color=[styles[label]["color"] for label, _, _ in bars])  # fmt: skip
+    for place, (_, _, share) in zip(places, bars, strict=True):
+        axes.text(share + 1, place, f"{share:.0f}", va="center", fontsize=8)
+    axes.set_yticks(places, [f"{label}   {key.removeprefix('algorithm.')}" for label, key, _ in bars])
+    axes.set(xlabel="share of the variance of validation accuracy (%)", xlim=(0, 108))
+    finish(axes)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _history(plan: Plan, results: Results) -> Figure | None:
+    """Every trial in its order and the best so far, a panel for each method that was tuned."""
+    tuned = {label: result for label, result in results.items() if len(result.tried) > 1}
+    if not tuned:
+        return None
+    columns = min(3, len(tuned))
+    rows = math.ceil(len(tuned) / columns)
+    figure = Figure(figsize=(3.2 * columns + 0.4, 2.4 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    styles = _styles(results)
+    known = [100 * t.accuracy for r in tuned.values() for t in r.tried if t.accuracy is not None]
+    floor = max(0.0, min(known, default=0.0) - 6)
+    for axes, (label, result) in zip(panels.flat, tuned.items(), strict=False):
+        colour, marker = styles[label]["color"], styles[label]["marker"]
+        best, steps = -math.inf, []
+        for trial in result.tried:
+            if trial.state == "finished" and trial.accuracy is not None:
+                best = max(best, 100 * trial.accuracy)
+                axes.plot(trial.number, 100 * trial.accuracy, marker, color=colour, markersize=5)
+            elif trial.state == "pruned" and trial.accuracy is not None:
+                axes.plot(
+                    trial.number, 100 * trial.accuracy, marker, color=colour, markersize=5, fillstyle="none"
+                )
+            elif trial.state == "failed":
+                axes.plot(trial.number, floor + 2, "x", color="black", markersize=6)
+            if best > -math.inf:
+                steps.append((trial.number, best))
+        axes.step(*zip(*steps, strict=True), where="post", color=colour, linewidth=1.4) if steps else None
+        axes.set_title(label, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(floor, min(101.0, max(known, default=100.0) + 4))
+        finish(axes)
+    for axes in list(panels.flat)[len(tuned) :]:
+        axes.set_visible(False)
+    figure.supxlabel("trial (0 is the published default)", fontsize=10)
+    figure.supylabel("validation accuracy (%)", fontsize=10)
+    pruned = any(result.count("pruned") for result in tuned.values())
+    failed = any(result.count("failed") for result in tuned.values())
+    handles = [_mark("o", "finished"), _mark("", "best so far", linestyle="-")]
+    handles += [_mark("o", "pruned", fillstyle="none")] * pruned + [_mark("x", "failed")] * failed
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    return figure
+
+
+def _pareto(plan: Plan, results: Results) -> Figure | None:
+    """Every finished trial by what it sent and how accurate it was; the front of each method joined."""
+    styles = _styles(results)
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    drawn = False
+    for label, result in results.items():
+        finished = [trial for trial in result.tried if trial.state == "finished"]
+        if not finished:
+            continue
+        drawn = True
+        own = styles[label]
+        axes.plot(*_points(finished), linestyle="", marker=own["marker"], color=own["color"], alpha=0.4,
+                  markersize=5, markeredgewidth=0)  # fmt: skip
+        axes.plot(*_points(result.front()), linewidth=1.5, markersize=6, label=label, **own)
+    axes.set(xlabel="uplink of a trial (MB, logarithmic)", ylabel="validation accuracy (%)", xscale="log")
+    finish(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9,
+                  title="Pareto front of", title_fontsize=9)  # fmt: skip
+    return figure if drawn else None
+
+
+def _points(trials: list[Any]) -> tuple[list[float], list[float]]:
+    return [trial.uplink_bytes / 1e6 for trial in trials], [100 * trial.accuracy for trial in trials]
+
+
+def _styles(results: Results) -> dict[str, dict[str, Any]]:
+    return {label: style(place) for place, label in enumerate(results)}
+
+
+def _mark(marker: str, label: str, **options: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="black", marker=marker, label=label, **({"linestyle": ""} | options))

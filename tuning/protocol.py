@@ -1,0 +1,179 @@
+"""The protocol: what every method was given and spent, which configuration is best, and what that is worth.
+
+Every method gets the same budget; trial 0 is its published default; a configuration is selected by its
+accuracy on validation data in the last round; the selected one is run anew on fresh seeds, the same for all
+methods, and only these runs are judged on test data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial, TrialState
+
+from cluster.execution import complete
+from cluster.statistics import Difference, Interval, expected_best, mean_interval, paired_differences
+from tuning.folder import StudyFolder
+from tuning.search import Search
+from tuning.study import Contender, Plan
+
+State = Literal["finished", "pruned", "failed", "running"]
+
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One configuration that a method was given.
+
+    Attributes:
+        number: The trial's number; 0 is the published default.
+        state: How it ended.
+        values: Its configuration, by key.
+        accuracy: On validation data: in the last round, or of a pruned trial when that was decided.
+        uplink_bytes: Bytes its clients sent.
+        client_rounds: Clients trained, summed over its rounds.
+        rounds: Rounds computed.
+        seconds: Time its rounds took.
+        reason: Why it failed.
+    """
+
+    number: int
+    state: State
+    values: dict[str, Any]
+    accuracy: float | None
+    uplink_bytes: int
+    client_rounds: int
+    rounds: int
+    seconds: float
+    reason: str | None
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Tried:
+        """Read from the storage."""
+        spent = trial.user_attrs
+        return cls(
+            number=trial.number,
+            state=_STATES[trial.state],
+            values=dict(trial.params),
+            accuracy=trial.values[0] if trial.values else None,
+            uplink_bytes=spent.get("uplink_bytes", 0),
+            client_rounds=spent.get("client_rounds", 0),
+            rounds=spent.get("rounds", 0),
+            seconds=spent.get("seconds", 0.0),
+            reason=spent.get("reason"),
+        )
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a study found out about one method.
+
+    Attributes:
+        contender: The method.
+        tried: Every trial that was begun, by number.
+        finals: Results of the best configuration on fresh seeds, by seed.
+        importance: Share of the variance of accuracy that each tuned key explains; empty where unknown.
+    """
+
+    contender: Contender
+    tried: list[Tried]
+    finals: dict[int, dict[str, Any]]
+    importance: dict[str, float]
+
+    @property
+    def best(self) -> Tried | None:
+        """See :func:`select`."""
+        return select(self.tried)
+
+    def count(self, state: State) -> int:
+        """Trials that ended so."""
+        return sum(trial.state == state for trial in self.tried)
+
+    @property
+    def client_rounds(self) -> int:
+        """Client-rounds that the search really spent."""
+        return sum(trial.client_rounds for trial in self.tried)
+
+    @cached_property
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Client-rounds and best accuracy to expect after 1, 2, ... trials, over all orders of the trials.
+
+        k of n trials drawn at random cost k times the mean on average. A failed trial is worth 0.
+        """
+        ended = [trial for trial in self.tried if trial.state != "running"]
+        if not ended:
+            return [], []
+        mean = sum(trial.client_rounds for trial in ended) / len(ended)
+        best = expected_best([trial.accuracy or 0.0 for trial in ended])
+        return [mean * (turn + 1) for turn in range(len(ended))], best
+
+    def boundaries(self) -> dict[str, str]:
+        """Tuned keys whose best value lies on an end of its range, and which."""
+        if self.best is None:
+            return {}
+        found = {
+            key: self.contender.space[key].boundary(value)
+            for key, value in self.best.values.items()
+            if key in self.contender.space
+        }
+        return {key: end for key, end in found.items() if end is not None}
+
+    def front(self) -> list[Tried]:
+        """Finished trials that no other beats in both accuracy and uplink bytes, by bytes."""
+        finished = [trial for trial in self.tried if trial.state == "finished"]
+        cheapest_first = sorted(finished, key=lambda t: (t.uplink_bytes, -(t.accuracy or 0.0), t.number))
+        front: list[Tried] = []
+        for trial in cheapest_first:
+            if not front or (trial.accuracy or 0.0) > (front[-1].accuracy or 0.0):
+                front.append(trial)
+        return front
+
+
+def select(tried: list[Tried]) -> Tried | None:
+    """The most accurate finished trial; of equals the one with fewer bytes, then the earlier one."""
+    finished = [trial for trial in tried if trial.state == "finished"]
+    return max(finished, key=lambda t: (t.accuracy, -t.uplink_bytes, -t.number), default=None)
+
+
+def collect(plan: Plan, folder: StudyFolder, searches: Mapping[str, Search]) -> dict[str, MethodResult]:
+    """What is known of every method so far."""
+    results = {}
+    for label, search in searches.items():
+        tried = [Tried.of(trial) for trial in search.trials()]
+        best, finals = select(tried), {}
+        if best is not None:
+            for seed in plan.final_seeds:
+                config = plan.contenders[label].final_config(best.values, seed)
+                done = complete(config, folder.final(label, best.number, seed))
+                if done is not None:
+                    finals[seed] = done.summary
+        results[label] = MethodResult(plan.contenders[label], tried, finals, search.importance())
+    return results
+
+
+def accuracies(plan: Plan, results: Mapping[str, MethodResult]) -> dict[str, list[float]]:
+    """Test accuracies of the methods on the seeds that every one of them has finished, in order of seeds."""
+    judged = {label: result for label, result in results.items() if result.finals}
+    seeds = [seed for seed in plan.final_seeds if all(seed in r.finals for r in judged.values())]
+    if not seeds:
+        return {}
+    return {label: [r.finals[seed]["accuracy"] for seed in seeds] for label, r in judged.items()}
+
+
+def intervals(values: Mapping[str, list[float]]) -> dict[str, Interval]:
+    """Mean test accuracy and its 95 % interval."""
+    return {label: mean_interval(own) for label, own in values.items()}
+
+
+def differences(plan: Plan, values: Mapping[str, list[float]]) -> dict[str, Difference]:
+    """How much each other method is above the reference, paired by seed and Holm-corrected together."""
+    return paired_differences(values, plan.reference) if plan.reference in values else {}

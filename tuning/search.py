@@ -1,0 +1,168 @@
+"""One method's search: what is asked next, what is told, and when its budget is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import Trial, TrialState
+
+from cluster.run_folder import RunFolder
+from tuning.spaces import Dimension
+from tuning.storage import make_sampler, open_study
+from tuning.study import Contender, Plan
+
+#: Attribute of a trial that is to end early: the round after which that was decided.
+PRUNED_AT = "pruned_at"
+
+#: Different configurations that an importance is computed from, at least.
+_ENOUGH_FOR_IMPORTANCE = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trial really spent.
+
+    Attributes:
+        client_rounds: Clients trained, summed over its rounds.
+        rounds: Rounds computed.
+        uplink_bytes: Bytes its clients sent.
+        seconds: Time its rounds took.
+    """
+
+    client_rounds: int
+    rounds: int
+    uplink_bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, path: Path) -> Cost:
+        """Read from the lines of a run's folder."""
+        lines = RunFolder(path).rounds()
+        return cls(
+            client_rounds=sum(line["clients/trained"] for line in lines),
+            rounds=sum(line["round"] > 0 for line in lines),
+            uplink_bytes=sum(line["comm/uplink_bytes"] for line in lines),
+            seconds=round(sum(line["time/round_s"] for line in lines), 3),
+        )
+
+
+class Search:
+    """Asks and tells one method's Optuna study. Not thread-safe: the coordinator holds a lock.
+
+    Args:
+        plan: The study.
+        contender: The method.
+        storage: Where its trials are kept.
+        owner: Mark of the study's folder.
+    """
+
+    def __init__(self, plan: Plan, contender: Contender, storage: BaseStorage, owner: str) -> None:
+        self.contender = contender
+        self._plan, self._storage = plan, storage
+        self._study = open_study(plan, contender.label, storage, owner)
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Every trial that was begun, by number."""
+        return self._study.get_trials(
+            deepcopy=False,
+            states=(TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL),
+        )
+
+    def interrupted(self) -> list[Trial]:
+        """Trials that a coordinator which is gone left running, their values complete."""
+        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [self._suggested(Trial(self._study, trial._trial_id), trial.number) for trial in left]
+
+    def wants_another(self) -> bool:
+        """Whether the budget holds another whole trial beside those begun."""
+        begun = self.trials()
+        if not self.contender.space:
+            return not begun  # it has one configuration
+        if not self._plan.pruned:
+            return len(begun) < self._plan.section.trials
+        # Of a running trial it is not known yet whether it will be ended early.
+        spent = [trial.user_attrs.get("client_rounds", 0) for trial in begun if trial.state.is_finished()]
+        whole = max([self._plan.whole_trial, *spent])
+        running = len(begun) - len(spent)
+        return sum(spent) + (running + 1) * whole <= self._plan.budget
+
+    def ask(self) -> Trial:
+        """Begin the next trial."""
+        number = len(self.trials())
+        return self._suggested(self._study.ask(), number)
+
+    def report(self, trial: Trial, round_number: int, accuracy: float) -> bool:
+        """Take in a trial's accuracy after a round; returns whether the trial is to end now."""
+        known = self._frozen(trial)
+        if PRUNED_AT in known.user_attrs:
+            return True
+        if len(self._plan.section.objectives) > 1 or round_number in known.intermediate_values:
+            return False
+        trial.report(accuracy, round_number)
+        if not self._plan.pruned or round_number >= self._plan.base.rounds or not trial.should_prune():
+            return False
+        trial.set_user_attr(PRUNED_AT, round_number)
+        return True
+
+    def pruned_at(self, trial: Trial) -> int | None:
+        """The round after which it was decided to end the trial, if it was."""
+        return self._frozen(trial).user_attrs.get(PRUNED_AT)
+
+    def tell_finished(self, trial: Trial, accuracy: float, cost: Cost) -> None:
+        """A trial ran its planned rounds."""
+        self._spent(trial, cost)
+        values = [accuracy, float(cost.uplink_bytes)][: len(self._plan.section.objectives)]
+        self._study.tell(trial.number, values)
+
+    def tell_pruned(self, trial: Trial, cost: Cost) -> None:
+        """A trial was ended early."""
+        self._spent(trial, cost)
+        self._study.tell(trial.number, state=TrialState.PRUNED)
+
+    def tell_failed(self, trial: Trial, reason: str, cost: Cost) -> None:
+        """A trial cannot finish, such as one that diverged."""
+        trial.set_user_attr("reason", reason)
+        self._spent(trial, cost)
+        self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def importance(self) -> dict[str, float]:
+        """Share of the variance of accuracy that each key explains, by fANOVA; empty for too few trials."""
+        finished = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+        varied = {tuple(trial.params.values()) for trial in finished}
+        if len(varied) < _ENOUGH_FOR_IMPORTANCE or len({trial.values[0] for trial in finished}) < 2:
+            return {}
+        return optuna.importance.get_param_importances(
+            self._study,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+            target=lambda trial: trial.values[0],
+        )
+
+    def _spent(self, trial: Trial, cost: Cost) -> None:
+        for key, value in vars(cost).items():
+            trial.set_user_attr(key, value)
+
+    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        return self._storage.get_trial(trial._trial_id)
+
+    def _suggested(self, trial: Trial, number: int) -> Trial:
+        """Give the trial its values, those that a crash in mid-ask left out included."""
+        if self._frozen(trial).params.keys() < self.contender.space.keys():
+            self._study.sampler = make_sampler(self._plan.section.sampler, self._plan.section.seed, number)
+            for dimension in self.contender.space.values():
+                _suggest(trial, dimension)
+        return trial
+
+
+def _suggest(trial: Trial, dimension: Dimension) -> Any:
+    space = dimension.distribution
+    if isinstance(space, CategoricalDistribution):
+        return trial.suggest_categorical(dimension.key, space.choices)
+    if isinstance(space, IntDistribution):
+        return trial.suggest_int(dimension.key, space.low, space.high, log=space.log)
+    assert isinstance(space, FloatDistribution)
+    return trial.suggest_float(dimension.key, space.low, space.high, log=space.log)

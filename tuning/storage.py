@@ -1,0 +1,128 @@
+"""Where a study's trials are kept, and the samplers and pruners that read them."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from pathlib import Path
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+
+from cluster import seeding
+from cluster.run_folder import BusyError
+from cluster.tracking_store import absolute_uri
+from cluster.trees import ConfigError
+from tuning.study import Plan, SamplerSection
+
+#: Name of the default storage in a study's folder.
+JOURNAL = "study.journal"
+
+_BITS = 2**32
+
+
+def open_journal(folder: Path) -> BaseStorage:
+    """The journal file in a study's folder: the default, fast, and safe on a shared file system."""
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+
+
+def open_database(url: str) -> BaseStorage:
+    """The database that ``url`` names.
+
+    Raises:
+        ConfigError: Its driver is not installed, or it does not answer.
+    """
+    shown = without_password(url)
+    fix = "correct study.storage, or leave it out for a journal file in the study's folder"
+    try:
+        return RDBStorage(absolute_uri(url))
+    except ImportError as error:
+        cause = error.__cause__ or error.__context__ or error
+        raise ConfigError(f"study.storage: the driver of {shown} is not installed ({cause}); {fix}") from None
+    except Exception as error:  # SQLAlchemy has no common base for a bad dialect, address or login
+        reason = str(error).strip().partition("\n")[0].replace(url, shown)
+        raise ConfigError(f"study.storage: {shown} cannot be opened ({reason}); {fix}") from None
+
+
+def heal_journal(folder: Path) -> None:
+    """Cut off a line that a crash tore; for the one coordinator, before anything is appended behind it."""
+    path = folder / JOURNAL
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def without_password(url: str) -> str:
+    """The address as it may be shown."""
+    parts = urllib.parse.urlsplit(url)
+    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@")
+
+
+def make_sampler(section: SamplerSection, seed: int, trial: int) -> BaseSampler:
+    """The sampler of one trial.
+
+    It is seeded by (study seed, trial): a study that is resumed would else repeat its start. The
+    quasi-random sequence alone keeps one seed, under which the storage knows its position.
+    """
+    if section.name == "qmc":
+        return QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
+    own = seeding.integer(seed, "sampler", trial) % _BITS
+    if section.name == "random":
+        return RandomSampler(seed=own)
+    return TPESampler(n_startup_trials=section.startup_trials, seed=own)
+
+
+def make_pruner(plan: Plan) -> BasePruner:
+    """The pruner of a study; its resource is the round."""
+    section = plan.section.pruner
+    if section.name == "successive_halving":
+        return SuccessiveHalvingPruner(
+            min_resource=section.min_rounds, reduction_factor=section.reduction_factor
+        )
+    if section.name == "hyperband":
+        return HyperbandPruner(
+            min_resource=section.min_rounds,
+            max_resource=plan.base.rounds,
+            reduction_factor=section.reduction_factor,
+        )
+    return NopPruner()
+
+
+def study_name(plan: Plan, label: str) -> str:
+    """Name of one method's Optuna study."""
+    return f"{plan.name}/{label}"
+
+
+def open_study(plan: Plan, label: str, storage: BaseStorage, owner: str) -> optuna.Study:
+    """One method's study, new or as it was left.
+
+    Args:
+        plan: The study.
+        label: The method.
+        storage: Where it is kept.
+        owner: Mark of the study's folder: a database may hold studies of one name from elsewhere.
+
+    Raises:
+        BusyError: The storage holds a study of this name that belongs to another folder.
+    """
+    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: len(plan.section.objectives)]
+    name = study_name(plan, label)
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=make_pruner(plan)
+    )
+    found = study.user_attrs.get("owner")
+    if found is None:
+        study.set_user_attr("owner", owner)
+        study.set_user_attr("method", label)
+    elif found != owner:
+        raise BusyError(
+            f"study.name: the storage holds a study {name!r} of another folder; set study.name to another one"
+        )
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(plan.contenders[label].default)
+    return study

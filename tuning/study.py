@@ -1,0 +1,288 @@
+"""The study file: an experiment with a ``study`` section, resolved to what every method is tuned on.
+
+    extends: quickstart
+    data: {validation: 0.2}
+    study:
+      methods: [topk, sparsyfed, {name: flash, stage1: sensitivity, label: flash-own}]
+      trials: 20
+      shared:
+        local.lr: {low: 0.01, high: 1.0, log: true}
+
+What a method's entry sets is fixed; its other fields are tuned over their declared ranges, or over those of
+the entry's ``search``. Every mistake is one line, before anything starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cluster.checkpoint import write_atomically
+from cluster.config import RESULT_FREE, Config, flatten, in_plain_words, validate
+from cluster.sections import Choice, Section
+from cluster.trees import ConfigError, apply_overrides, load_tree, merge
+from tuning.spaces import Space, own_space, shared_space, with_values
+
+Objective = Literal["accuracy", "uplink_bytes"]
+
+#: What of a study may differ when it is continued.
+_CHANGEABLE = ("study.trials", "study.trials_at_once", "study.final_seeds", "study.reference")
+
+
+class MethodEntry(Choice):
+    """A method of the study; keys other than these are hyperparameters that stay fixed."""
+
+    label: str | None = Field(None, description="name in tables and folders; default the method's")
+    search: dict[str, Any] = Field(default_factory=dict, description="ranges instead of the declared ones")
+
+    @property
+    def shown(self) -> str:
+        """The label."""
+        return self.label or self.name.rpartition(":")[2]
+
+
+class SamplerSection(Section):
+    """Which configurations are tried."""
+
+    name: Literal["tpe", "random", "qmc"] = Field("tpe", description="TPE, uniform or quasi-Monte Carlo")
+    startup_trials: int = Field(10, ge=1, description="random trials before TPE models the rest")
+
+
+class PrunerSection(Section):
+    """Which trials are ended early."""
+
+    name: Literal["none", "successive_halving", "hyperband"] = "none"
+    min_rounds: int = Field(1, ge=1, description="rounds that every trial gets")
+    reduction_factor: int = Field(3, ge=2, description="one trial in so many goes on at each rung")
+
+
+class StudySection(Section):
+    """The study's own keys."""
+
+    name: str | None = Field(None, description="default: the study file's name")
+    methods: list[MethodEntry] = Field(min_length=1, description="names, or name with fixed fields")
+    trials: int = Field(20, ge=1, description="configurations a method is given, trial 0 its default")
+    shared: dict[str, Any] = Field(default_factory=dict, description="ranges tuned for every method alike")
+    final_seeds: int | list[int] = Field(5, description="fresh seeds of each method's best configuration")
+    objectives: list[Objective] = Field(["accuracy"], description="accuracy, or accuracy and uplink_bytes")
+    sampler: SamplerSection = SamplerSection()
+    pruner: PrunerSection = PrunerSection()
+    seed: int = Field(0, ge=0, description="seed of the sampler")
+    reference: str | None = Field(None, description="method the others are compared with; default sparsyfed")
+    storage: str | None = Field(None, description="database URL; default a journal file in the folder")
+    trials_at_once: int | None = Field(None, ge=1, description="default: what the cluster has room for")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySection:
+        problems = []
+        labels = [entry.shown for entry in self.methods]
+        for label in sorted(label for label in set(labels) if labels.count(label) > 1):
+            problems.append(f"study.methods: two entries are called {label}; give one a label of its own")
+        for label in labels:
+            if not re.fullmatch(r"[\w.\-]+", label):
+                problems.append(f"study.methods: label {label!r}: use letters, digits, '.', '-' and '_'")
+        if self.reference is not None and self.reference not in labels:
+            problems.append(f"study.reference: {self.reference!r} is none of {', '.join(labels)}")
+        seeds = self.final_seeds
+        if not seeds or (isinstance(seeds, int) and seeds < 1):
+            problems.append(f"study.final_seeds: at least one seed, found {seeds!r}")
+        if isinstance(seeds, list) and (len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds)):
+            problems.append(f"study.final_seeds: different seeds from 0 up, found {seeds!r}")
+        if self.objectives not in (["accuracy"], ["accuracy", "uplink_bytes"]):
+            problems.append(
+                f"study.objectives: [accuracy] or [accuracy, uplink_bytes], found {self.objectives}"
+            )
+        elif len(self.objectives) > 1 and self.pruner.name != "none":
+            problems.append(
+                f"study.pruner: {self.pruner.name} cannot prune a study of two objectives; set "
+                "study.pruner.name=none or study.objectives=[accuracy]"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method of a study.
+
+    Attributes:
+        label: Its name in tables and folders.
+        config: Its experiment with the configuration of trial 0, the published default.
+        space: What is tuned of it, by key.
+    """
+
+    label: str
+    config: Config
+    space: Space
+
+    @property
+    def default(self) -> dict[str, Any]:
+        """Trial 0's values."""
+        return {key: dimension.default for key, dimension in self.space.items()}
+
+    def trial_config(self, values: dict[str, Any]) -> Config:
+        """The experiment of a trial: these values, judged on validation data; test data is never read."""
+        return with_values(self.config, {**values, "evaluate_on": "validation"})
+
+    def final_config(self, values: dict[str, Any], seed: int) -> Config:
+        """The experiment that is reported: these values on a fresh seed, judged on test data."""
+        return with_values(self.config, {**values, "seed": seed})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, resolved.
+
+    Attributes:
+        name: Its name in the storage and in MLflow.
+        base: The experiment that all methods share.
+        section: The study's own keys.
+        contenders: The methods by label.
+    """
+
+    name: str
+    base: Config
+    section: StudySection
+    contenders: dict[str, Contender]
+
+    @cached_property
+    def final_seeds(self) -> list[int]:
+        """Seeds of the final runs, shared by all methods; none of them is the search's."""
+        seeds = self.section.final_seeds
+        return seeds if isinstance(seeds, list) else [self.base.seed + 1 + turn for turn in range(seeds)]
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with."""
+        labels = list(self.contenders)
+        return self.section.reference or ("sparsyfed" if "sparsyfed" in labels else labels[0])
+
+    @property
+    def pruned(self) -> bool:
+        """Whether trials may be ended early, so that budgets are counted in client-rounds."""
+        return self.section.pruner.name != "none"
+
+    @property
+    def whole_trial(self) -> int:
+        """Client-rounds of a trial that is not ended early."""
+        return self.base.rounds * self.base.cohort
+
+    @property
+    def budget(self) -> int:
+        """Client-rounds that each method is given for its search."""
+        return self.section.trials * self.whole_trial
+
+    def on(self, **changes: Any) -> Plan:
+        """The same study computed or tracked elsewhere: changed keys that cannot change a result."""
+
+        def changed(config: Config) -> Config:
+            return validate(merge(config.dump(), changes))
+
+        contenders = {
+            label: replace(own, config=changed(own.config)) for label, own in self.contenders.items()
+        }
+        return replace(self, base=changed(self.base), contenders=contenders)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain nested values, as written to ``study.yaml``."""
+        return {**self.base.dump(), "study": self.section.model_dump(mode="json")}
+
+    def write(self, path: Path) -> None:
+        """Keep the resolved study."""
+        write_atomically(path, yaml.safe_dump(self.dump(), sort_keys=False).encode())
+
+    def check_continues(self, before: Plan, path: Path) -> None:
+        """Refuse to continue another study in its folder.
+
+        Raises:
+            ConfigError: Names the keys that differ and could change a result.
+        """
+        old, new = flatten(before.dump()), flatten(self.dump())
+        free = {*RESULT_FREE, *_CHANGEABLE}
+        keys = [
+            key
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not {key, key.split(".")[0]} & free and key != "data.cache"
+        ]
+        if keys:
+            shown = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+            raise ConfigError(
+                f"{path} holds another study ({shown}); choose another --output. A study goes on with other "
+                f"{', '.join(_CHANGEABLE)}, or where and how it is computed"
+            )
+
+
+def load_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read a study file or preset, apply ``key=value`` overrides and check all of it.
+
+    Raises:
+        ConfigError: Naming every wrong key with what was found and what is allowed.
+    """
+    tree = apply_overrides(load_tree(source), overrides)
+    if not isinstance(tree.get("study"), dict):
+        kind = "grid: sparsyfed run" if "grid" in tree else "single experiment: sparsyfed run"
+        raise ConfigError(f"{source} has no section `study`, it is a {kind} {source}")
+    return plan_of(tree, Path(source).stem)
+
+
+def plan_of(tree: dict[str, Any], name: str) -> Plan:
+    """The plan of nested values with a ``study`` section; ``name`` is used where that has none."""
+    tree = dict(tree)
+    try:
+        section = StudySection.model_validate(tree.pop("study"))
+    except ValidationError as error:
+        raise ConfigError(in_plain_words(error, StudySection, "study.")) from None
+    section = section.model_copy(update={"name": section.name or name})
+    base = validate(tree)
+    _check_base(base, section)
+    contenders = {}
+    for entry in section.methods:
+        where = f"study.methods: {entry.shown}"
+        try:
+            config = validate(merge(tree, {"algorithm": {"name": entry.name, **entry.options}}))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        method = type(config.build_algorithm())
+        fixed = [field for field in entry.options if field not in entry.search]
+        space = own_space(where, method, config, fixed, entry.search) | shared_space(section.shared, config)
+        contenders[entry.shown] = Contender(entry.shown, config, space)
+    plan = Plan(section.name or name, base, section, contenders)
+    if base.seed in plan.final_seeds:
+        raise ConfigError(
+            f"study.final_seeds: {plan.final_seeds} holds {base.seed}, the seed of the search; use fresh ones"
+        )
+    return plan
+
+
+def _check_base(base: Config, section: StudySection) -> None:
+    problems = []
+    if not base.data.validation:
+        problems.append(
+            "data.validation: a study selects on data held out of the clients' training data, never on test "
+            "data; set data.validation=0.1 or more"
+        )
+    if base.stop_after is not None:
+        problems.append("stop_after: every trial of a study runs its planned rounds; set rounds instead")
+    if base.execution == "inline" and (section.trials_at_once or 1) > 1:
+        problems.append(
+            f"study.trials_at_once: execution=inline computes one trial at a time, found "
+            f"{section.trials_at_once}; use execution=ray"
+        )
+    if section.pruner.min_rounds > base.rounds:
+        problems.append(f"study.pruner.min_rounds: {section.pruner.min_rounds} is above rounds {base.rounds}")
+    if problems:
+        raise ConfigError("\n".join(problems))

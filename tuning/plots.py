@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cluster.plots import finish, style
 from tuning.protocol import MethodResult, accuracies, intervals
@@ -48,15 +48,17 @@ def _accuracy(plan: Plan, results: Results) -> Figure | None:
     axes = figure.subplots()
     for place, label in enumerate(order):
         mean, low, high = (100 * end for end in means[label])
-        own = styles[label]
-        axes.plot([100 * v for v in values[label]], [place] * len(values[label]), "o", color=own["color"],
-                  markersize=3.5, alpha=0.45, markeredgewidth=0)  # fmt: skip
+        own, seeds = styles[label], [100 * value for value in values[label]]
         spread = None if math.isnan(low) else [[mean - low], [high - mean]]
-        axes.errorbar(mean, place, xerr=spread, color=own["color"], marker=own["marker"], markersize=7,
-                      capsize=4, linewidth=1.8)  # fmt: skip
+        axes.errorbar(mean, place, xerr=spread, markersize=7, capsize=4, linewidth=1.8, **own)
+        axes.plot(seeds, [place - 0.24] * len(seeds), "|", color=own["color"], markersize=7)
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
-    axes.set(xlabel=f"test accuracy (%): mean, 95 % interval and {len(next(iter(values.values())))} seeds")
+    # An interval of few seeds may reach beyond what an accuracy can be.
+    ends = [100 * end for interval in means.values() for end in interval if not math.isnan(end)]
+    axes.set_xlim(max(-2.0, min(ends) - 2), min(102.0, max(ends) + 2))
+    seeds = len(next(iter(values.values())))
+    axes.set(xlabel=f"test accuracy (%): mean with 95 % interval, below it the {seeds} seeds")
     if plan.reference in means:
         axes.axvline(100 * means[plan.reference].mean, color="0.6", linewidth=1, linestyle=":", zorder=0)
     finish(axes)
@@ -77,7 +79,7 @@ def _budget(plan: Plan, results: Results) -> Figure | None:
         percent = [100 * value for value in best]
         for axes, across, end in (
             (by_trials, list(range(1, len(best) + 1)), longest),
-            (by_cost, [value / 1000 for value in cost], dearest / 1000),
+            (by_cost, cost, dearest),
         ):
             axes.plot(across, percent, label=label, linewidth=1.6, markersize=5, **styles[label])
             if not results[label].contender.space:  # one configuration is as good after any budget
@@ -85,7 +87,8 @@ def _budget(plan: Plan, results: Results) -> Figure | None:
                           linestyle=":")  # fmt: skip
     by_trials.set(xlabel="trials", ylabel="best validation accuracy to expect (%)")
     by_trials.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_cost.set(xlabel="client-rounds spent (thousands)")
+    by_cost.set(xlabel="client-rounds spent")
+    by_cost.xaxis.set_major_locator(MaxNLocator(nbins=6))
     for axes in (by_trials, by_cost):
         finish(axes)
     figure.legend(
@@ -177,7 +180,14 @@ def _pareto(plan: Plan, results: Results) -> Figure | None:
         axes.plot(*_points(finished), linestyle="", marker=own["marker"], color=own["color"], alpha=0.4,
                   markersize=5, markeredgewidth=0)  # fmt: skip
         axes.plot(*_points(result.front()), linewidth=1.5, markersize=6, label=label, **own)
-    axes.set(xlabel="uplink of a trial (MB, logarithmic)", ylabel="validation accuracy (%)", xscale="log")
+    sent = [t.uplink_bytes for r in results.values() for t in r.tried if t.state == "finished"]
+    wide = bool(sent) and max(sent) > 4 * max(1, min(sent))
+    axes.set(xlabel="uplink of a trial (MB)", ylabel="validation accuracy (%)")
+    if wide:
+        axes.set(xscale="log", xlabel="uplink of a trial (MB, logarithmic)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     finish(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9,
                   title="Pareto front of", title_fontsize=9)  # fmt: skip

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cluster.execution import complete
 from cluster.statistics import Difference, Interval, expected_best, mean_interval, paired_differences
 from tuning.folder import StudyFolder
-from tuning.search import Search
+from tuning.search import Search, cost_of
 from tuning.study import Contender, Plan
 
 State = Literal["finished", "pruned", "failed", "running"]
@@ -59,17 +59,17 @@ class Tried:
     @classmethod
     def of(cls, trial: FrozenTrial) -> Tried:
         """Read from the storage."""
-        spent = trial.user_attrs
+        cost = cost_of(trial)
         return cls(
             number=trial.number,
             state=_STATES[trial.state],
             values=dict(trial.params),
             accuracy=trial.values[0] if trial.values else None,
-            uplink_bytes=spent.get("uplink_bytes", 0),
-            client_rounds=spent.get("client_rounds", 0),
-            rounds=spent.get("rounds", 0),
-            seconds=spent.get("seconds", 0.0),
-            reason=spent.get("reason"),
+            uplink_bytes=cost.uplink_bytes,
+            client_rounds=cost.client_rounds,
+            rounds=cost.rounds,
+            seconds=cost.seconds,
+            reason=trial.user_attrs.get("reason"),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cluster.run_folder import RunFolder
 from tuning.spaces import Dimension
@@ -51,6 +51,11 @@ class Cost:
         )
 
 
+def cost_of(trial: FrozenTrial) -> Cost:
+    """What was told of a trial; nothing while it runs."""
+    return Cost(**trial.user_attrs["cost"]) if "cost" in trial.user_attrs else Cost(0, 0, 0, 0.0)
+
+
 class Search:
     """Asks and tells one method's Optuna study. Not thread-safe: the coordinator holds a lock.
 
@@ -66,7 +71,7 @@ class Search:
         self._plan, self._storage = plan, storage
         self._study = open_study(plan, contender.label, storage, owner)
 
-    def trials(self) -> list[optuna.trial.FrozenTrial]:
+    def trials(self) -> list[FrozenTrial]:
         """Every trial that was begun, by number."""
         return self._study.get_trials(
             deepcopy=False,
@@ -86,7 +91,7 @@ class Search:
         if not self._plan.pruned:
             return len(begun) < self._plan.section.trials
         # Of a running trial it is not known yet whether it will be ended early.
-        spent = [trial.user_attrs.get("client_rounds", 0) for trial in begun if trial.state.is_finished()]
+        spent = [cost_of(trial).client_rounds for trial in begun if trial.state.is_finished()]
         whole = max([self._plan.whole_trial, *spent])
         running = len(begun) - len(spent)
         return sum(spent) + (running + 1) * whole <= self._plan.budget
@@ -143,10 +148,9 @@ class Search:
         )
 
     def _spent(self, trial: Trial, cost: Cost) -> None:
-        for key, value in vars(cost).items():
-            trial.set_user_attr(key, value)
+        trial.set_user_attr("cost", vars(cost))
 
-    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+    def _frozen(self, trial: Trial) -> FrozenTrial:
         return self._storage.get_trial(trial._trial_id)
 
     def _suggested(self, trial: Trial, number: int) -> Trial:

@@ -1,6 +1,10 @@
 """Studies small enough for a test."""
 
+from rich.console import Console
+
 from tests.naive import tiny_federation
+from tuning.command import run_study
+from tuning.folder import StudyFolder
 from tuning.study import plan_of
 
 
@@ -14,3 +18,18 @@ def tiny_tree(tmp_path, study, **overrides):
 def tiny_plan(tmp_path, study, **overrides):
     """The plan of :func:`tiny_tree`."""
     return plan_of(tiny_tree(tmp_path, study, **overrides), "tiny")
+
+
+def finish(plan, path):
+    """Run a study to its end, unseen; returns what every method came to."""
+    complete, results = run_study(plan, StudyFolder(path), Console(quiet=True))
+    assert complete
+    return results
+
+
+def seen(results):
+    """What each method was tried on and what came out: equal for equal studies."""
+    return {
+        label: [(trial.number, trial.state, trial.values, trial.accuracy) for trial in result.tried]
+        for label, result in results.items()
+    }

@@ -146,7 +146,9 @@ def test_a_diverged_trial_is_told_as_failed_with_its_reason(cache, tmp_path):
 def test_pruning_saves_rounds(cache, tmp_path):
     pruner = {"name": "successive_halving", "reduction_factor": 4}
     study = {"methods": ["sparsyfed"], "trials": 4, "final_seeds": 1, "pruner": pruner}
-    plan = tiny_plan(cache, study, rounds=6)
+    study |= {"shared": {"local.lr": {"low": 0.001, "high": 1.0, "log": True}}}
+    data = {"name": "digits", "validation": 0.2}  # accuracies that differ after one round
+    plan = tiny_plan(cache, study, rounds=6, data=data, model={"name": "mlp", "hidden": [16]})
     result = finish(plan, tmp_path / "study")["sparsyfed"]
     pruned = [trial for trial in result.tried if trial.state == "pruned"]
     assert pruned

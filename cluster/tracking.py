@@ -135,9 +135,9 @@ class Tracker:
         self._thread.start()
 
     def wait_until_known(self, timeout_s: float) -> str | None:
-        """The MLflow run's id, once MLflow has answered; None where it has not in time."""
+        """The MLflow run's id, once MLflow has answered; None where it fails to, or not in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self.run_id is not None, timeout_s)
+            self._changed.wait_for(lambda: self.run_id is not None or self._problem is not None, timeout_s)
         return self.run_id
 
     def round_written(self) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from rich.console import Console
 
+#: Seconds that a study waits for its own run in MLflow; a new SQLite store is migrated first.
+_FIRST_ANSWER_S = 300.0
+
 
 def tune(console: Console, source: str, overrides: Sequence[str], output: str | None, title: str) -> int:
     """Run a study, or go on with it; returns the exit status.
@@ -108,14 +111,14 @@ class _Parent:
         tags = {**section.tags, **self.tags, "kind": "study"}
         self._tracker = tracking.Tracker(folder.path, target, params=params, tags=tags)
         self._tracker.start()
-        run_id = self._tracker.wait_until_known(TRACKING_DEADLINE_S)
+        run_id = self._tracker.wait_until_known(_FIRST_ANSWER_S)
         if run_id is not None:  # else the trials are found by the tag `study` alone
             self.tags["mlflow.parentRunId"] = run_id
 
     def finish(self, status: tracking.Status, files: Sequence[Path], values: Mapping[str, float]) -> None:
         """End the run, tables and pictures attached."""
         if self._tracker is not None:
-            self._tracker.finish(status, files, values, TRACKING_DEADLINE_S)
+            self._tracker.finish(status, files, values, 2 * TRACKING_DEADLINE_S)
 
 
 def _final_values(plan: Plan, results: Mapping[str, MethodResult]) -> dict[str, float]:

@@ -48,10 +48,10 @@ def _accuracy(plan: Plan, results: Results) -> Figure | None:
     axes = figure.subplots()
     for place, label in enumerate(order):
         mean, low, high = (100 * end for end in means[label])
-        own, seeds = styles[label], [100 * value for value in values[label]]
+        own, points = styles[label], [100 * value for value in values[label]]
         spread = None if math.isnan(low) else [[mean - low], [high - mean]]
         axes.errorbar(mean, place, xerr=spread, markersize=7, capsize=4, linewidth=1.8, **own)
-        axes.plot(seeds, [place - 0.24] * len(seeds), "|", color=own["color"], markersize=7)
+        axes.plot(points, [place - 0.24] * len(points), "|", color=own["color"], markersize=7)
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     # An interval of few seeds may reach beyond what an accuracy can be.

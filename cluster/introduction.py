@@ -63,6 +63,8 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     up, down = summary["uplink_bytes"] / 1e6, summary["downlink_bytes"] / 1e6
     scalars = {
         "rounds": summary["rounds"],
+        "accuracy": summary["accuracy"],
+        "best_accuracy": summary["best_accuracy"],
         "sparsity": summary["sparsity"],
         "uplink_mb": up,
         "downlink_mb": down,
@@ -70,9 +72,6 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         "gflop": summary["flops_sparse"] / 1e9,
         "seconds": summary["seconds"],
     }
-    # None is what was not measured: the test data in a study's search, validation data where none is held out.
-    accuracies = {name: summary.get(name) for name in ("accuracy", "best_accuracy", "val_accuracy")}
-    scalars |= {name: value for name, value in accuracies.items() if value is not None}
     for name in ("regrowth_share", "client_regrowth_share", "consensus"):
         # Round 1 starts from a dense model: what masks do is measured from round 2 on.
         key = f"masks/{name}"

@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 
 from optuna.trial import Trial
 
+from cluster.actor_pool import PlacementError
 from cluster.client import ClientError
 from cluster.config import Config, validate
 from cluster.driver import DivergedError
-from cluster.engine import PlacementError
 from cluster.execution import complete, run_or_resume
 from cluster.ray_session import ClusterError, room
 from cluster.run_folder import BusyError, RunFolder

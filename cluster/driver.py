@@ -91,7 +91,6 @@ class Driver:
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
-        self._refusals = ""
         self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
         self.state = self._restore() or self._initial_state()
@@ -108,21 +107,22 @@ class Driver:
             DivergedError: Every update of three rounds in a row was refused.
         """
         last = self.config.stop_after or self.config.rounds
-        while self.state.round < last:
+        while self._refused_rounds < REFUSED_ROUNDS_LIMIT and self.state.round < last:
             if self._should_stop() and self.state.round >= self.method.first_round:
                 break
             self._round()
-            if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
-                self._finish_line()
-                self.save_model()
-                raise DivergedError(
-                    f"every update was refused in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
-                    f"{self.state.round}: {self._refusals}. The global model is unharmed. A smaller local.lr "
-                    f"(now {self.config.learning_rate(self.state.round):g}) is the usual cure."
-                )
         self._finish_line()
         self.save_model()
-        return self._stored[self.state.round] | self._final
+        line = self._stored[self.state.round]
+        if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
+            refused = line["clients/refused_list"]
+            reasons = "; ".join(f"client {client}: {reason}" for client, reason in refused)
+            raise DivergedError(
+                f"every update was refused in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
+                f"{self.state.round}: {reasons}. The global model is unharmed. A smaller local.lr "
+                f"(now {self.config.learning_rate(self.state.round):g}) is the usual cure."
+            )
+        return line | self._final
 
     def _round(self) -> None:
         started = time.perf_counter()
@@ -138,7 +138,6 @@ class Driver:
             self._refused_rounds = 0
             self.state = self.method.advance(state, outcome.total, self.server, self.layout)
         stepped = time.perf_counter()
-        self._refusals = "; ".join(f"client {client}: {reason}" for client, reason in refused.items())
         metrics = result.metrics | {
             "time/round_s": stepped - started,
             "time/prepare_s": result.prepared - started,

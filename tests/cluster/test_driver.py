@@ -535,6 +535,14 @@ def test_divergence_ends_the_run_and_leaves_the_model(cache, tmp_path, method):
         cluster.resume(tmp_path / "run")
 
 
+def test_divergence_in_the_last_rounds_is_no_success_when_resumed(cache, tmp_path):
+    config = tiny_federation(cache, rounds=3, local={"lr": 1e9})
+    for attempt in (cluster.run, lambda _, folder: cluster.resume(folder)):
+        with pytest.raises(DivergedError, match="last in round 3: client "):
+            attempt(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_only_rounds_in_a_row_count(cache, tmp_path):
     config = tiny_federation(cache, rounds=6)
     federation = Federation.of(config)

@@ -44,7 +44,8 @@ def points(name):
 def plan():
     """Of every preset the run with most that no chosen run has shown yet, until all has been shown."""
     shown, chosen = set(), []
-    for name in presets():
+    experiments = [name for name in presets() if "study" not in load_tree(name)]  # studies: tests/tuning
+    for name in experiments:
         sets = {
             run: {(config.data.name, key, str(value)) for key, value in config.flat().items()}
             for run, config in points(name).items()

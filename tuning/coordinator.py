@@ -192,7 +192,9 @@ class Coordinator:
     def _placed(self, job: Job, kind: str) -> Config:
         """The job's experiment with its share of the cluster and its place in MLflow."""
         tags = {**self._tags, "kind": kind, "trial": str(job.number)}
-        changes = {"actors": self._actors, "tracking": {"run_name": job.shown, "tags": tags}}
+        tracked = {"run_name": job.shown, "tags": tags}
+        # A trial's driver ends with its coordinator: the next one goes on with the trial from its folder.
+        changes = {"actors": self._actors, "detached": False, "tracking": tracked}
         return validate(merge(job.config.dump(), changes))
 
     # ------------------------------------------------------------------------------------ running it

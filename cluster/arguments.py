@@ -387,6 +387,10 @@ def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += _keys(kind, f"{prefix}{key}.")
             continue
+        each = get_args(kind)[1] if get_origin(kind) is dict else None
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            rows += _keys(each, f"{prefix}{key}.<name>.")
+            continue
         meaning = field.description or ""
         if options := _literals(kind):
             meaning = ", ".join(options) + (f": {meaning}" if meaning else "")

@@ -139,11 +139,14 @@ class RunFolder:
 
 def comparable(line: dict[str, Any]) -> dict[str, Any]:
     """What of a round's line must be equal when the round is computed again."""
-    return {
+    kept = {
         key: value
         for key, value in line.items()
         if "simulated" in key or not key.startswith(_MACHINE_KEYS)  # simulated time is no machine's
     }
+    if "clients/refused_list" in kept:  # whom, not in which words: seconds and addresses are the machine's
+        kept["clients/refused_list"] = [client for client, _ in kept["clients/refused_list"]]
+    return kept
 
 
 def finite(value: float | None) -> float | None:

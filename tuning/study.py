@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.checkpoint import write_atomically
-from cluster.config import RESULT_FREE, Config, flatten, in_plain_words, validate
+from cluster.config import Config, changes_results, flatten, in_plain_words, validate
 from cluster.sections import Choice, Section
 from cluster.trees import ConfigError, apply_overrides, load_tree, merge
 from tuning.spaces import Space, own_space, shared_space, with_values
@@ -212,11 +212,10 @@ class Plan:
             ConfigError: Names the keys that differ and could change a result.
         """
         old, new = flatten(before.dump()), flatten(self.dump())
-        free = {*RESULT_FREE, *_CHANGEABLE}
         keys = [
             key
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not {key, key.split(".")[0]} & free and key != "data.cache"
+            if old.get(key) != new.get(key) and key not in _CHANGEABLE and changes_results(key)
         ]
         if keys:
             shown = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.compare.reading import ComparisonError, Run
-from cluster.config import RESULT_FREE
+from cluster.config import changes_results
 
 #: Keys that name a group before all others do, in this order.
 _FIRST = (
@@ -117,11 +117,7 @@ def _nothing_counts(left_out: Sequence[tuple[Run, str]]) -> str:
 
 def _identity(run: Run, after: int | None) -> dict[str, str]:
     """Everything that makes a run what it is but its seed."""
-    own = {
-        key: value
-        for key, value in run.params.items()
-        if key not in ("seed", "data.cache") and key.split(".")[0] not in RESULT_FREE
-    }
+    own = {key: value for key, value in run.params.items() if key != "seed" and changes_results(key)}
     if after is None and run.planned is not None:
         own[_LENGTH] = str(run.planned)
     return own

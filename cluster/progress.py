@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -262,8 +263,22 @@ def conclude(console: Console, result: Result) -> None:
         ratio = f"{full / spent:.1f}x" if spent else "-"
         costs.add_row(name, amount(spent, unit), amount(full, unit), ratio)
     console.print(costs)
+    warning = emptied(lines[-1]["sparsity/layers"])
+    if warning:
+        console.print(warning, style="yellow", soft_wrap=True)
     for key, value in _next_steps(config, result):
         console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)
+
+
+def emptied(sparsities: Sequence[float]) -> str:
+    """A warning of layers without any weight, of which a global cut takes those with small weights first."""
+    layers = [str(place) for place, sparsity in enumerate(sparsities, 1) if sparsity == 1.0]
+    if not layers:
+        return ""
+    return (
+        f"warning: prunable layer {', '.join(layers)} of {len(sparsities)} has no weight left and passes nothing "
+        "on; see sparsity_per_layer.csv, and try a lower algorithm.sparsity or other widths"
+    )
 
 
 def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import cluster
-from cluster.progress import RunDisplay, amount, duration
+from cluster.progress import RunDisplay, amount, duration, emptied
 
 
 def line(number: int, seconds: float = 4.0, accuracy: float | None = 0.5) -> dict[str, object]:
@@ -57,6 +57,11 @@ def test_a_terminal_gets_a_status_line_and_the_last_rounds() -> None:
     assert "eta 1:48" in text
     assert text.count("90.0%") == 7  # six rounds and the status line
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_layers_that_a_cut_has_emptied_are_named() -> None:
+    assert emptied([0.2, 0.99]) == ""
+    assert emptied([0.2, 0.9, 1.0]).startswith("warning: prunable layer 3 of 3 has no weight left")
 
 
 def test_durations_are_written_as_clocks_show_them() -> None:

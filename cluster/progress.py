@@ -276,8 +276,8 @@ def emptied(sparsities: Sequence[float]) -> str:
     if not layers:
         return ""
     return (
-        f"warning: prunable layer {', '.join(layers)} of {len(sparsities)} has no weight left and passes nothing "
-        "on; see sparsity_per_layer.csv, and try a lower algorithm.sparsity or other widths"
+        f"warning: prunable layer {', '.join(layers)} of {len(sparsities)} has no weight left and passes "
+        "nothing on; see sparsity_per_layer.csv, and try a lower algorithm.sparsity or other widths"
     )
 
 

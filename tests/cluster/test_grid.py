@@ -142,6 +142,7 @@ def test_a_file_extends_several_in_their_order(tmp_path):
         (LABELLED, ["method=zeroflo"], r"method=zeroflo: did you mean zerofl\? It has dense, zerofl, topk"),
         (f"{BASE}\ngrid: {{seed: 3}}", [], r"grid.seed: expected a list of values .* found 3"),
         (f"{BASE}\ngrid: [1]", [], r"grid: expected axes, found \[1\]"),
+        (f"{BASE}\ngrid: {{algorithm: [topk]}}", [], "algorithm: .* found 'topk'; write algorithm.name=topk"),
         (f"{BASE}\ngrid: {{sed: [3]}}", [], r"sed: unknown key; did you mean seed\?"),
         (
             f"{BASE}\ngrid: {{algorithm.bta: [3]}}",

@@ -62,7 +62,8 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
         for axis, (_, piece) in zip(axes, chosen, strict=True):
             if not _is_hyperparameter(axis):
                 point = merge(point, piece)
-        method = str(point.get("algorithm", {}).get("name", "sparsyfed"))
+        section = point.get("algorithm", {})  # one that is no section is refused when the point is validated
+        method = str(section.get("name", "sparsyfed")) if isinstance(section, Mapping) else ""
         for axis, (name, piece) in zip(axes, chosen, strict=True):
             if _is_hyperparameter(axis):
                 if axis.removeprefix("algorithm.") not in _hyperparameters(method):

@@ -30,6 +30,7 @@ from cluster.config import Config, validate
 from cluster.execution import Result, complete, run_or_resume, stop_on_signal
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
+from cluster.shared_storage import below
 from cluster.trees import ConfigError, load_tree, parse_override
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
@@ -119,7 +120,8 @@ def run_grid(
     for name, config in grid.runs.items():
         done = complete(config, output / name)
         if done is None:
-            pending[name] = config
+            uri = below(config.checkpoint_uri, output.absolute().name)
+            pending[name] = config.model_copy(update={"checkpoint_uri": uri})
         else:
             outcome.results[name] = done
     size = _largest_model(pending.values())
@@ -229,7 +231,8 @@ def _shared_cluster(
     if first.address == "local":
         # The object store of a private cluster holds what all runs at once put there.
         planned, share = shares_of(ray_session.local_room(first), first, len(pending), at_once)
-    with ray_session.connected(first.model_copy(update={"actors": share}), planned * size):
+    widest = first.model_copy(update={"actors": share})
+    with ray_session.connected(widest, planned * size, also=pending.values()):
         planned, share = shares_of(ray_session.room(first), first, len(pending), at_once)
         yield _Shares({n: c.model_copy(update={"actors": share}) for n, c in pending.items()}, planned)
 

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,13 @@ def _nodes() -> list[Node]:
 
 
 @contextmanager
-def connected(config: Config, model_size: int) -> Iterator[None]:
+def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> Iterator[None]:
     """A connection to the configured cluster, if execution needs one and the caller has none.
 
     Args:
         config: The experiment.
         model_size: Floats of the model; a private cluster's object store is sized by it.
+        also: Experiments that share the connection; the user's code of each travels with it.
     """
     if config.execution == "inline":
         yield
@@ -97,7 +98,7 @@ def connected(config: Config, model_size: int) -> Iterator[None]:
         actors = config.actors or max(1, min(config.cohort, int(cores / config.cpus_per_actor)))
         store = 2**28 + 2 * model_size * (20 * actors + 16)
         arguments = {"include_dashboard": False, "object_store_memory": store}
-    if not local and _is_user_code(config):
+    if not local and any(_is_user_code(each) for each in (config, *also)):
         arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
     with connection(config.address, **arguments):
         yield

@@ -1,7 +1,8 @@
 """Checkpoints and rounds of a run on shared storage, for the day its machine is lost.
 
 ``checkpoint_uri`` names a folder on any file system that fsspec knows (a mounted folder, s3://, gs://, ...);
-each run keeps a copy of what ``resume`` needs in a folder of its own there, named as the run's folder.
+each run keeps a copy of what ``resume`` needs in a folder of its own there, named as the run's folder. The
+runs of a grid or a study lie in a folder there that is named as the grid's or study's.
 """
 
 from __future__ import annotations
@@ -141,6 +142,11 @@ class SharedStorage:
         self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
         self._files.pipe_file(f"{place}.part", content)
         self._files.mv(f"{place}.part", place)
+
+
+def below(checkpoint_uri: str | None, *names: str) -> str | None:
+    """The ``checkpoint_uri`` of runs kept together, so that they do not meet others of their names."""
+    return None if checkpoint_uri is None else "/".join([checkpoint_uri.rstrip("/"), *names])
 
 
 def is_uri(place: str | Path) -> bool:

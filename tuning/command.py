@@ -81,7 +81,11 @@ def run_study(plan: Plan, folder: StudyFolder, console: Console) -> tuple[bool, 
         heal_journal(folder.path)
         searches = _searches(plan, database or _storage(plan, folder), mark)
         whole_machine = plan.base.model_copy(update={"actors": _cores(plan)})
-        with connected(whole_machine, federation.layout.size), stop_on_signal() as stopped:
+        methods = [own.config for own in plan.contenders.values()]
+        with (
+            connected(whole_machine, federation.layout.size, also=methods),
+            stop_on_signal() as stopped,
+        ):
             parent = _Parent(plan, folder)
             try:
                 with StudyDisplay(console, plan, collect(plan, folder, searches)) as display:

@@ -26,6 +26,7 @@ from cluster.driver import DivergedError
 from cluster.execution import complete, run_or_resume
 from cluster.ray_session import ClusterError, room
 from cluster.run_folder import BusyError, RunFolder
+from cluster.shared_storage import below
 from cluster.trees import ConfigError, merge
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, collect
@@ -190,11 +191,13 @@ class Coordinator:
         return jobs
 
     def _placed(self, job: Job, kind: str) -> Config:
-        """The job's experiment with its share of the cluster and its place in MLflow."""
+        """The job's experiment with its share of the cluster, its place in MLflow and on shared storage."""
         tags = {**self._tags, "kind": kind, "trial": str(job.number)}
         tracked = {"run_name": job.shown, "tags": tags}
         # A trial's driver ends with its coordinator: the next one goes on with the trial from its folder.
         changes = {"actors": self._actors, "detached": False, "tracking": tracked}
+        # Every method has a trial-000.
+        changes["checkpoint_uri"] = below(job.config.checkpoint_uri, self._folder.path.name, job.label)
         return validate(merge(job.config.dump(), changes))
 
     # ------------------------------------------------------------------------------------ running it

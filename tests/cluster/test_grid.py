@@ -7,6 +7,7 @@ import threading
 import pytest
 import ray
 
+from cluster import ray_session
 from cluster.cli import main
 from cluster.config import resolve
 from cluster.driver import DivergedError
@@ -142,6 +143,7 @@ def test_a_file_extends_several_in_their_order(tmp_path):
         (LABELLED, ["method=zeroflo"], r"method=zeroflo: did you mean zerofl\? It has dense, zerofl, topk"),
         (f"{BASE}\ngrid: {{seed: 3}}", [], r"grid.seed: expected a list of values .* found 3"),
         (f"{BASE}\ngrid: [1]", [], r"grid: expected axes, found \[1\]"),
+        (f"{BASE}\ngrid: {{algorithm: [topk]}}", [], "algorithm: .* found 'topk'; write algorithm.name=topk"),
         (f"{BASE}\ngrid: {{sed: [3]}}", [], r"sed: unknown key; did you mean seed\?"),
         (
             f"{BASE}\ngrid: {{algorithm.bta: [3]}}",
@@ -222,6 +224,31 @@ def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
     assert [row.split(",")[0] for row in table_rows] == ["run", "lr0.1"]
     assert main(command) == 1
     assert "2 runs, 1 complete before" in capsys.readouterr().out
+
+
+def test_two_grids_share_a_storage(tmp_path):
+    text = f"{BASE}\nrounds: 1\ncheckpoint_uri: file://{tmp_path}/shared\ngrid: {{seed: [0, 1]}}\n"
+    path = written(tmp_path, text)
+    for name in ("one", "two"):
+        assert not run_grid(expand(path), tmp_path / name, started=quiet).failures
+    copies = {
+        str(found.parent.relative_to(tmp_path / "shared"))
+        for found in tmp_path.rglob("shared/*/*/result.json")
+    }
+    assert copies == {"one/seed0", "one/seed1", "two/seed0", "two/seed1"}
+
+
+def test_code_of_any_run_travels_to_the_cluster(tmp_path, monkeypatch):
+    def connection(address, **arguments):
+        raise ClusterError(str(arguments.get("runtime_env")))
+
+    monkeypatch.setattr(ray_session, "connection", connection)
+    methods = "[topk, 'tests.example_method:RandomK']"
+    path = written(tmp_path, f"{BASE}\nexecution: ray\naddress: auto\ngrid: {{algorithm.name: {methods}}}\n")
+    for overrides, environment in (([], {"working_dir": os.getcwd()}), (["algorithm.name=topk"], None)):
+        with pytest.raises(ClusterError) as found:
+            run_grid(expand(path, overrides), tmp_path / "out", started=quiet)
+        assert str(found.value) == str(environment)
 
 
 @pytest.mark.parametrize(

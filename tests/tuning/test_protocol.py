@@ -61,6 +61,17 @@ def test_the_front_of_two_objectives(plan):
     assert [trial.number for trial in result_of(plan, "sparsyfed", trials).front()] == [1, 2, 0, 4]
 
 
+def test_bytes_that_differ_by_a_few_are_no_compromise(plan):
+    trials = [
+        tried(0, 0.9, sent=10_000),
+        tried(1, 0.1, sent=9_990),  # 0.1 % saved for most of the accuracy
+        tried(2, 0.8, sent=9_800),  # 2 % saved, not more
+        tried(3, 0.7, sent=9_799),
+        tried(4, 0.6, sent=9_700),  # 3 % less than 0, but only 1 % less than 3
+    ]
+    assert [trial.number for trial in result_of(plan, "sparsyfed", trials).front()] == [3, 0]
+
+
 def test_methods_are_compared_on_the_seeds_that_all_have(plan):
     trials = [tried(0, 0.5)]
     results = {

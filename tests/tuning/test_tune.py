@@ -1,5 +1,6 @@
 """Whole studies, tiny and inline: the protocol is kept, and what goes wrong is counted."""
 
+import os
 import shutil
 
 import pytest
@@ -7,7 +8,8 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 import cluster
-from cluster import cli
+from cluster import cli, ray_session
+from cluster.ray_session import ClusterError
 from cluster.run_folder import BusyError, RunFolder, RunFolderError
 from cluster.workload.datasets import DataError
 from tests.tuning.studies import finish, seen, tiny_plan, tiny_tree
@@ -170,6 +172,31 @@ def test_two_objectives_leave_a_front(cache, tmp_path):
     assert sent == sorted(sent)
     assert result.best in result.front()
     assert "Two objectives" in (tmp_path / "study" / "report" / "report.md").read_text()
+
+
+def test_copies_on_shared_storage_do_not_meet(cache, tmp_path):
+    study = {"methods": ["topk", "sparsyfed"], "trials": 1, "final_seeds": 1}
+    shared = tmp_path / "shared"
+    finish(tiny_plan(cache, study, checkpoint_uri=f"file://{shared}"), tmp_path / "mine")
+    copies = {str(path.parent.relative_to(shared)) for path in shared.rglob("result.json")}
+    runs = ("trial-000", "trial-000-seed-4")
+    assert copies == {f"mine/{label}/{run}" for label in ("topk", "sparsyfed") for run in runs}
+
+
+def test_code_of_any_method_travels_to_the_cluster(cache, tmp_path, monkeypatch):
+    def connection(address, **arguments):
+        raise ClusterError(str(arguments.get("runtime_env")))
+
+    monkeypatch.setattr(ray_session, "connection", connection)
+    place = {"execution": "ray", "data": {"name": "digits", "validation": 0.2}}
+    both = ["topk", "tests.example_method:RandomK"]
+    for number, (methods, address, environment) in enumerate(
+        [(both, "auto", {"working_dir": os.getcwd()}), (both, "local", None), (["topk"], "auto", None)]
+    ):
+        plan = tiny_plan(cache, {"methods": methods, "trials": 1}, address=address, **place)
+        with pytest.raises(ClusterError) as found:
+            finish(plan, tmp_path / str(number))
+        assert str(found.value) == str(environment)
 
 
 def test_a_study_in_mlflow(cache, tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def test_a_stopped_study_goes_on(cache, tmp_path, undisturbed, no_pictures, monk
         count.append(job)
         if len(set(count)) == 3 and not stopped:
             stopped.append(job)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            while not self._stopped():  # the trial must not end before the signal is seen
+                time.sleep(0.01)
 
     with monkeypatch.context() as patch:
         patch.setattr(coordinator.Coordinator, "_judge", stop_in_the_third_trial)

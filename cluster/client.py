@@ -24,6 +24,7 @@ from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
 from cluster.devices import Devices
+from cluster.folding import fold_update
 from cluster.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.passes import set_up_cuda
@@ -377,31 +378,6 @@ def _same(first: Broadcast, second: Broadcast) -> bool:
         getattr(first, name) == getattr(second, name)
         for name in ("instructions", "lr", "limit", "samples", "period")
     )
-
-
-def fold_update(
-    total: Total,
-    broadcast: Broadcast,
-    client: int,
-    received: wire.Message,
-    samples: int,
-    layout: ParameterLayout,
-    config: Config,
-) -> str | None:
-    """Fold a decoded update into ``total``; returns why it was refused, if it was."""
-    values, limit = received.values, config.max_update_norm
-    if limit is not None:
-        trained = layout.trained_size
-        differences = config.build_algorithm().uploads_differences
-        reference = 0.0 if differences else broadcast.weights[:trained]
-        distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
-        if not distance <= limit:
-            return f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
-    try:
-        total.fold(client, values, received.support, samples, layout, received.positions)
-    except OverflowError as error:
-        return f"its update cannot be averaged: {error}"
-    return None
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, ServerState, Total
 from cluster import seeding, wire
-from cluster.client import ClientReport, EvaluationChunk, Task, fold_update
+from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.clock import Clock
 from cluster.downlink import Parcel
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
+from cluster.folding import fold_update
 from cluster.samplers import SamplerError
 from cluster.schedule import IDLE_S, Round, Schedule, Snapshot
 

@@ -24,6 +24,7 @@ from cluster import seeding, wire
 from cluster.clock import Device
 from cluster.config import Config
 from cluster.devices import Devices
+from cluster.folding import fold_update
 from cluster.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.local_training import Broadcast, LocalSettings, Trainer
 from cluster.passes import set_up_cuda
@@ -81,7 +82,8 @@ class ClientReport:
     """What a host tells the driver of one visit, beside the total.
 
     ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
-    are in the host's total; a ``message`` is one that the driver decides about.
+    are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
+    it sent nothing, and ``refused`` says why.
     """
 
     client: int
@@ -103,6 +105,7 @@ class ClientReport:
     late: bool = False
     folded: bool = False
     message: bytes | None = None
+    skipped: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -128,6 +131,7 @@ class ClientReport:
             flops_dense=0.0,
             flops_sparse=np.zeros(layers),
             refused=reason,
+            skipped=True,
         )
 
 
@@ -210,14 +214,23 @@ class ClientHost:
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
     ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
-        """Correct predictions in every class and summed loss of the global model w_t on each chunk."""
+        """Correct predictions in every class and summed loss of the global model w_t on each chunk.
+
+        The chunk of a client whose local training fails and is skipped is left out.
+
+        Raises:
+            ClientError, GpuError: As in :meth:`play`.
+        """
         models: dict[str | None, np.ndarray] = {}
+        model: np.ndarray | None
         results = []
         for chunk in chunks:
             started = time.perf_counter()
             split = self._validation if chunk.split == "val" else self._dataset.test
             if chunk.client is not None:
                 model = self._locally_trained(broadcast, chunk.client)
+                if model is None:
+                    continue
             else:
                 if chunk.tier not in models:
                     models[chunk.tier] = self._at_budget(broadcast, chunk.tier)
@@ -237,8 +250,10 @@ class ClientHost:
             self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
         return self._method.effective_weights(weights, layout).numpy()
 
-    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray:
+    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray | None:
         """What a client makes of the evaluated model: effective weights of what it would send next.
+
+        None where it failed and is skipped.
 
         It trains on the data that it holds in the round that is evaluated, before a shift that follows.
         Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
@@ -249,10 +264,8 @@ class ClientHost:
         try:
             trained = self._trainer.visit(client, rows, sparsity, broadcast)
         except Exception as error:
-            raise ClientError(
-                f"client {client} failed in its evaluation after round {evaluated}: "
-                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            ) from None
+            self._skip(error, client, evaluated, "evaluation")
+            return None
         layout = self._trainer.layout
         weights = torch.from_numpy(trained.values.copy())
         if self._method.uploads_differences:
@@ -311,21 +324,9 @@ class ClientHost:
             if here and not late:
                 refused = self._fold(broadcast, task.client, received, trained.samples)
             marks.append(time.perf_counter())
-        except GpuError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise GpuError(
-                f"client {task.client} found no more GPU memory ({error}); {GPU_MEMORY_CURE}"
-            ) from None
         except Exception as error:
-            what = f"stage {stage}: {type(error).__name__}: {error}"
-            failure = f"client {task.client} failed in round {broadcast.instructions.round}, {what}"
-            # A fold that was interrupted may have left half an update in the total.
-            if self.config.on_client_error == "skip" and stage != "fold":
-                _logger.warning(failure, exc_info=True)
-                layers = len(self._trainer.layout.prunable)
-                return ClientReport.failed(task.client, len(rows), layers, f"failed in {what}")
-            raise ClientError(f"{failure}\n{traceback.format_exc()}") from None
+            reason = self._skip(error, task.client, broadcast.instructions.round, stage)
+            return ClientReport.failed(task.client, len(rows), len(self._trainer.layout.prunable), reason)
         prunable = self.shape.prunable
         sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
         return ClientReport(
@@ -350,6 +351,20 @@ class ClientHost:
             message=None if here or late else message,
         )
 
+    def _skip(self, error: Exception, client: int, round_number: int, stage: str) -> str:
+        """Why a client that failed is skipped; raises where ``on_client_error`` or the error forbids it."""
+        if isinstance(error, GpuError):
+            raise error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise GpuError(f"client {client} found no more GPU memory ({error}); {GPU_MEMORY_CURE}") from None
+        what = f"stage {stage}: {type(error).__name__}: {error}"
+        failure = f"client {client} failed in round {round_number}, {what}"
+        # A fold that was interrupted may have left half an update in the total.
+        if self.config.on_client_error != "skip" or stage == "fold":
+            raise ClientError(f"{failure}\n{traceback.format_exc()}") from None
+        _logger.warning(failure, exc_info=True)
+        return f"failed in {what}"
+
     def _fold(self, broadcast: Broadcast, client: int, received: wire.Message, samples: int) -> str | None:
         """Fold what crossed the wire; returns why it was refused, if it was."""
         assert self._total is not None
@@ -363,31 +378,6 @@ def _same(first: Broadcast, second: Broadcast) -> bool:
         getattr(first, name) == getattr(second, name)
         for name in ("instructions", "lr", "limit", "samples", "period")
     )
-
-
-def fold_update(
-    total: Total,
-    broadcast: Broadcast,
-    client: int,
-    received: wire.Message,
-    samples: int,
-    layout: ParameterLayout,
-    config: Config,
-) -> str | None:
-    """Fold a decoded update into ``total``; returns why it was refused, if it was."""
-    values, limit = received.values, config.max_update_norm
-    if limit is not None:
-        trained = layout.trained_size
-        differences = config.build_algorithm().uploads_differences
-        reference = 0.0 if differences else broadcast.weights[:trained]
-        distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
-        if not distance <= limit:
-            return f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
-    try:
-        total.fold(client, values, received.support, samples, layout, received.positions)
-    except OverflowError as error:
-        return f"its update cannot be averaged: {error}"
-    return None
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

@@ -76,7 +76,8 @@ class ClientEvaluation:
         places = np.searchsorted(self._judged, self._trained)
         hits = {chunk.client: hits for chunk, hits, _ in evaluated if chunk.client is not None}
         for place, client in zip(places, self._trained, strict=True):
-            after[place] = self._weighted(shares[place : place + 1], hits[int(client)])[0]
+            if int(client) in hits:  # one that failed and was skipped is not
+                after[place] = self._weighted(shares[place : place + 1], hits[int(client)])[0]
         self._write(folder, round_number, before, after)
         metrics = _spread(before, "")
         if np.isfinite(after).any():

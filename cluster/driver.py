@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from cluster.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from cluster.client import EvaluationChunk
+from cluster.client import ClientError, ClientReport, EvaluationChunk
 from cluster.client_evaluation import ClientEvaluation
 from cluster.config import code_digest
 from cluster.engine import Engine, Outcome
@@ -36,7 +36,7 @@ from cluster.run_folder import RunFolder, comparable
 from cluster.schedule import Snapshot, make_schedule
 from cluster.shift import shift_metrics
 
-#: Rounds in a row in which every update was refused, after which a run ends.
+#: Rounds in a row in which every update was refused, or every client failed, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3
 
 #: Rows of one evaluation chunk.
@@ -80,6 +80,7 @@ class Driver:
         config = self.config = federation.config
         self.method, self.server = config.build_algorithm(), config.build_server()
         self.layout: ParameterLayout = federation.layout
+        self._last = config.stop_after or config.rounds
         self._schedule = make_schedule(federation, engine, self.method)
         self._digest = f"{config.digest()}-{code_digest()}"
         folder.heal()
@@ -87,7 +88,7 @@ class Driver:
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._clients = ClientEvaluation(federation)
         self._totals: dict[str, float] = {}
-        self._refused_rounds = 0
+        self._refused_rounds = self._failed_rounds = 0
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
@@ -105,18 +106,25 @@ class Driver:
 
         Raises:
             DivergedError: Every update of three rounds in a row was refused.
+            ClientError: Every client of three rounds in a row failed and was skipped.
         """
-        last = self.config.stop_after or self.config.rounds
-        while self._refused_rounds < REFUSED_ROUNDS_LIMIT and self.state.round < last:
+        while (
+            max(self._refused_rounds, self._failed_rounds) < REFUSED_ROUNDS_LIMIT
+            and self.state.round < self._last
+        ):
             if self._should_stop() and self.state.round >= self.method.first_round:
                 break
             self._round()
         self._finish_line()
         self.save_model()
         line = self._stored[self.state.round]
+        reasons = _reasons(line["clients/refused_list"])
+        if self._failed_rounds >= REFUSED_ROUNDS_LIMIT:
+            raise ClientError(
+                f"every client failed in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
+                f"{self.state.round}: {reasons}. The global model is as it was before them."
+            )
         if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
-            refused = line["clients/refused_list"]
-            reasons = "; ".join(f"client {client}: {reason}" for client, reason in refused)
             raise DivergedError(
                 f"every update was refused in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
                 f"{self.state.round}: {reasons}. The global model is unharmed. A smaller local.lr "
@@ -133,9 +141,9 @@ class Driver:
         worked = time.perf_counter()
         refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
         if outcome.total is None:
-            self._without_update(refused)
+            self._without_update(outcome.reports)
         else:
-            self._refused_rounds = 0
+            self._refused_rounds = self._failed_rounds = 0
             self.state = self.method.advance(state, outcome.total, self.server, self.layout)
         stepped = time.perf_counter()
         metrics = result.metrics | {
@@ -147,14 +155,22 @@ class Driver:
         snapshot = self._schedule.snapshot()
         self._after = lambda: self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
 
-    def _without_update(self, refused: dict[int, str]) -> None:
-        """A round that leaves the model as it is: every update was refused, or none arrived in time."""
+    def _without_update(self, reports: Sequence[ClientReport]) -> None:
+        """A round that leaves the model as it is: nobody's update was accepted, or arrived in time."""
+        # A client that failed says nothing of the model, one that was late might have been accepted.
+        answered = [report for report in reports if not report.skipped]
+        failed = bool(reports) and not answered
+        refused = bool(answered) and all(report.refused is not None for report in answered)
         if self.state.round + 1 < 1:
+            reasons = _reasons((r.client, r.refused) for r in reports if r.refused is not None)
+            if failed:
+                raise ClientError(f"every client of the stage before round 1 failed: {reasons}")
             raise DivergedError(
                 "no update of the stage before round 1 was accepted: "
-                + (f"{refused}. A smaller local.lr is the usual cure." if refused else "no client answered.")
+                + (f"{reasons}. A smaller local.lr is the usual cure." if refused else "no client answered.")
             )
-        self._refused_rounds += bool(refused)
+        self._failed_rounds = self._failed_rounds + 1 if failed else 0
+        self._refused_rounds += refused
         self.state = replace(self.state, round=self.state.round + 1)
 
     def _book_keeping(self) -> None:
@@ -208,9 +224,8 @@ class Driver:
     # ---------------------------------------------------------------------------------- its steps
 
     def _evaluation_due(self, round_number: int) -> bool:
-        last = self.config.stop_after or self.config.rounds
         due = round_number % self.config.evaluate_every == 0 or self._clients.due(round_number)
-        return due or round_number == last or self._ending
+        return due or round_number == self._last or self._ending
 
     def _due_chunks(self) -> list[EvaluationChunk]:
         """Chunks on which this round's broadcast, the last round's result, is evaluated."""
@@ -280,6 +295,7 @@ class Driver:
             "simulated_s": snapshot.simulated_s,
             "flight": snapshot.flight,
             "refused_rounds": self._refused_rounds,
+            "failed_rounds": self._failed_rounds,
             "waiting": self._waiting,
         }
         save_checkpoint(
@@ -314,5 +330,12 @@ class Driver:
         simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
         self._schedule.restore(Snapshot(simulated_s, held, flight, dict(stored.bases)), stored.state)
         self._refused_rounds = int(stored.driver["refused_rounds"])
+        # What made the clients fail may be cured: where rounds are left, they are asked anew.
+        if stored.state.round >= self._last:
+            self._failed_rounds = int(stored.driver.get("failed_rounds", 0))
         self._waiting = stored.driver["waiting"]
         return stored.state
+
+
+def _reasons(refused: Iterable[tuple[int, str]]) -> str:
+    return "; ".join(f"client {client}: {reason}" for client, reason in refused)

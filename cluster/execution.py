@@ -96,6 +96,7 @@ def run(
         ConfigError, DataError, PartitionError, ModelError, TrackingError, ClusterError, PlacementError:
             Before anything was computed; the message says what to do.
         DivergedError: Every update was refused in three rounds in a row.
+        ClientError: A client failed; where such are skipped, every one in three rounds in a row.
     """
     path = Path(output) if output is not None else default_folder(config)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

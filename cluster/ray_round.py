@@ -2,10 +2,12 @@
 
 An actor that dies loses its calls and what it has folded since its total was last collected; all of it is
 played again, and a client that keeps losing its actors is played alone until it is clear that it is the one.
+So is a chunk of the evaluation, which may train a client.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -24,8 +26,8 @@ from cluster.placement import CostModel, chunk_work, longest_first
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2
 
-#: Losses of its actor that a client may see in one round.
-LOSSES_A_CLIENT = 3
+#: Losses of its actor that a client, or a chunk of the evaluation, may see in one round.
+LOSSES = 3
 
 #: An actor counts as hung after this many times the expected seconds of its call, and the timeout.
 PATIENCE = 10.0
@@ -38,6 +40,9 @@ KIND_DOWN_S = 30.0
 
 #: Seconds for which every actor may be dead before the run ends.
 ALL_DOWN_S = 120.0
+
+
+_logger = logging.getLogger("sparsyfed.round")
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ class Round:
         self._uncollected_s = [0.0] * len(crew.pool)
         self._total: Total | None = None
         self._evaluated: Evaluated = []
-        self._losses: Counter[int] = Counter()  # client -> how often its actor was lost under it
+        # How often its actor was lost under a client, or under a chunk.
+        self._losses: Counter[int | EvaluationChunk] = Counter()
         self._failed: dict[int, str] = {}
         self._lost = 0
         self._last_play = time.perf_counter()
@@ -150,7 +156,7 @@ class Round:
             self._call(actor, "collect")
         elif self._chunks:
             count = max(1, len(self._chunks) // (3 * len(self._pool)))
-            self._call(actor, "evaluate", [self._chunks.popleft() for _ in range(count)])
+            self._call(actor, "evaluate", self._take_chunks(count))
 
     def _kind_to_play(self, actor: int) -> str | None:
         """The actor's own kind while its clients wait, else one whose actors are all gone."""
@@ -177,6 +183,15 @@ class Round:
             taken.append(waiting.popleft())
             self._work[kind] -= work
             limit -= work
+        return taken
+
+    def _take_chunks(self, count: int) -> list[EvaluationChunk]:
+        taken: list[EvaluationChunk] = []
+        while self._chunks and len(taken) < count:
+            # As above: alone, once it lost its actor.
+            if taken and not self._losses.keys().isdisjoint((taken[0], self._chunks[0])):
+                break
+            taken.append(self._chunks.popleft())
         return taken
 
     def _wait_for(self, task: Task) -> None:
@@ -291,16 +306,16 @@ class Round:
         references, self._queues[actor] = self._queues[actor], []
         for place, reference in enumerate(references):
             call = self._calls.pop(reference)
-            if call.method == "evaluate":
-                self._chunks.extend(call.work)
-            elif call.method == "play":
-                for task in call.work:
-                    if place == 0:
-                        self._losses[task.client] += 1
-                    if self._losses[task.client] >= LOSSES_A_CLIENT:
-                        self._give_up(task.client, why)
-                    else:
-                        self._wait_for(task)
+            for work in call.work:
+                key = work.client if isinstance(work, Task) else work
+                if place == 0:
+                    self._losses[key] += 1
+                if self._losses[key] >= LOSSES:
+                    self._give_up(work, why)
+                elif isinstance(work, Task):
+                    self._wait_for(work)
+                else:
+                    self._chunks.append(work)
         self._put_back_played(actor)
 
     def _put_back_played(self, actor: int) -> None:
@@ -309,11 +324,22 @@ class Round:
             self._wait_for(self._tasks[client])
         self._played[actor], self._uncollected_s[actor] = set(), 0.0
 
-    def _give_up(self, client: int, why: str) -> None:
+    def _give_up(self, work: Task | EvaluationChunk, why: str) -> None:
+        # What is evaluated is the result of the round before.
+        played = isinstance(work, Task)
+        stage, number = ("train", self._number) if played else ("evaluation", self._number - 1)
         reason = (
-            f"stage train: the actor that played it was lost {LOSSES_A_CLIENT} times, the last one {why} "
+            f"stage {stage}: the actor that played it was lost {LOSSES} times, the last one {why} "
             "(out of memory, a crash in native code, or client_timeout_s too short?)"
         )
-        if not self._crew.skip_failing:
-            raise ClientError(f"client {client} failed in round {self._number}, {reason}")
-        self._failed[client] = f"failed in {reason}"
+        who = (
+            f"rows {work.start} to {work.stop} of {work.split}"
+            if work.client is None
+            else f"client {work.client}"
+        )
+        failure = f"{who} failed in round {number}, {reason}"
+        if not self._crew.skip_failing or work.client is None:
+            raise ClientError(failure)
+        _logger.warning(failure)
+        if played:
+            self._failed[work.client] = f"failed in {reason}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -98,7 +99,8 @@ def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> I
         actors = config.actors or max(1, min(config.cohort, int(cores / config.cpus_per_actor)))
         store = 2**28 + 2 * model_size * (20 * actors + 16)
         arguments = {"include_dashboard": False, "object_store_memory": store}
-    if not local and any(_is_user_code(each) for each in (config, *also)):
+    user_code = any(_is_user_code(each) for each in (config, *also))
+    if not local and user_code and not _job_ships_code():
         arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
     with connection(config.address, **arguments):
         yield
@@ -166,13 +168,20 @@ def _check_answer(address: str, timeout_s: float = 5.0) -> None:
 
 
 def _decode_on_every_node(config: Config) -> None:
-    """Each other node decodes the data set once, into its own cache, before its actors start."""
+    """Each other node that may hold actors decodes the data set once, into its own cache, before that."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
     decode: Any = ray.remote(prepare)  # type: ignore[arg-type]
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    labels = [kind.label.items() for kind in kinds_of(config)]
+    others = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] != here
+        and any(asked <= node["Labels"].items() for asked in labels)
+    ]
     arguments = prepare_arguments(config)
     ray.get(
         [
@@ -182,6 +191,12 @@ def _decode_on_every_node(config: Config) -> None:
             for node in others
         ]
     )
+
+
+def _job_ships_code() -> bool:
+    """Whether this is a job that was submitted with a working directory, beside which Ray takes no other."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return "working_dir" in (job.get("runtime_env") or {})
 
 
 def _is_user_code(config: Config) -> bool:

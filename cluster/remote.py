@@ -197,13 +197,26 @@ def _start(name: str, path: Path, detached: bool) -> Any:
         try:
             return actor.remote(path, detached)
         except ValueError:
-            # A driver that was just killed keeps its name until Ray has noticed.
+            # A driver that was just killed keeps its name until Ray has noticed, and one whose run is over
+            # stays to tell of it.
+            _end_if_over(name)
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"a driver named {name} is on the cluster already: sparsyfed attach {name}, "
                     f"sparsyfed stop {name}, or choose another --output"
                 ) from None
             time.sleep(0.2)
+
+
+def _end_if_over(name: str) -> None:
+    """End the driver of that name where its run is over."""
+    import ray
+
+    with suppress(ValueError):  # it is gone
+        driver = ray.get_actor(name, namespace=NAMESPACE)
+        found = progress_of(driver)
+        if found is not None and found["state"] in ("finished", "stopped", "failed"):
+            ray.kill(driver)
 
 
 def _free_what_it_reserved(name: str) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, Instructions, ServerState, Total
 from cluster import seeding, wire
-from cluster.client import EvaluationChunk, Task, fold_update, wire_shape
+from cluster.client import EvaluationChunk, Task, wire_shape
 from cluster.clock import Clock, first_arrivals
 from cluster.devices import Devices
 from cluster.downlink import Parcel, Sender
 from cluster.engine import Engine, Outcome
 from cluster.federation import Federation
+from cluster.folding import fold_update
 from cluster.holders import Holders
 from cluster.local_training import Broadcast
 from cluster.metrics import Downlink

@@ -1,12 +1,14 @@
 """A client that fails: it ends the run by name, or is skipped, counted and named like a refused one."""
 
-import json
+from dataclasses import replace
 
 import pytest
 
 import cluster
-from cluster.client import ClientError, ClientHost
-from cluster.driver import DivergedError
+from cluster.client import ClientError, ClientHost, ClientReport
+from cluster.driver import Driver
+from cluster.engine import InlineEngine
+from cluster.federation import Federation
 from cluster.local_training import Trainer
 from cluster.run_folder import RunFolder
 from tests.naive import tiny_federation
@@ -75,12 +77,63 @@ def test_a_run_that_stopped_at_a_failing_client_resumes_without_it(config, faili
     assert models[0] == models[1]
 
 
-def test_rounds_in_which_every_client_fails_end_the_run(config, tmp_path, monkeypatch):
+@pytest.fixture
+def all_failing(monkeypatch):
     def fail(*_):
         raise ValueError("planted failure")
 
     monkeypatch.setattr(Trainer, "visit", fail)
-    with pytest.raises(DivergedError, match="client 0: failed in stage train: ValueError: planted failure"):
-        cluster.run(config(rounds=5, on_client_error="skip"), tmp_path / "run")
-    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line)["clients/refused"] for line in lines] == [6, 6, 6]
+
+
+def test_rounds_in_which_every_client_fails_end_the_run_until_they_are_cured(
+    config, all_failing, tmp_path, monkeypatch
+):
+    failed = "every client failed in 3 rounds in a row, last in round {}: client 0: failed in stage train: "
+    with pytest.raises(ClientError, match=failed.format(3) + "ValueError: planted failure"):
+        cluster.run(config(rounds=7, on_client_error="skip", stop_after=3), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert [line["clients/refused"] for line in folder.rounds()] == [6, 6, 6]
+    with pytest.raises(ClientError, match=failed.format(3)):  # nothing is left to compute, and nothing was
+        cluster.resume(folder.path)
+    with pytest.raises(ClientError, match=failed.format(6)):
+        cluster.resume(folder.path, ["stop_after=null"])
+    assert folder.result() is None
+    monkeypatch.undo()
+    assert cluster.resume(folder.path).summary["complete"]
+    assert [line["clients/refused"] for line in folder.rounds()] == [6, 6, 6, 6, 6, 6, 0]
+
+
+def test_a_stage_before_round_1_in_which_every_client_fails_says_so(config, all_failing, tmp_path):
+    flash = {"name": "flash", "sparsity": 0.8, "stage1": "sensitivity", "init_fraction": 1.0}
+    with pytest.raises(
+        ClientError, match="before round 1 failed: client 0: failed in stage train: ValueError"
+    ):
+        cluster.run(config(algorithm=flash, on_client_error="skip"), tmp_path / "run")
+
+
+def reports(*kinds):
+    """Reports of clients that failed, were refused (above the norm) or were late."""
+    skipped = ClientReport.failed(0, 20, 1, "failed in stage train: planted")
+    refused = replace(skipped, skipped=False)
+    of = {"failed": skipped, "refused": refused, "late": replace(refused, refused=None, late=True)}
+    return [of[kind] for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "counts"),
+    [
+        (["failed", "failed"], (0, 1)),
+        (["failed", "refused"], (1, 0)),
+        (["refused", "refused"], (1, 0)),
+        (["refused", "late"], (0, 0)),
+        (["failed", "late"], (0, 0)),
+        ([], (0, 0)),
+    ],
+)
+def test_only_refused_updates_are_taken_for_divergence(config, tmp_path, kinds, counts):
+    federation = Federation.of(config())
+    driver = Driver(
+        RunFolder.create(tmp_path / "run", config()), federation, InlineEngine(federation.workload())
+    )
+    driver._without_update(reports(*kinds))
+    assert (driver._refused_rounds, driver._failed_rounds) == counts

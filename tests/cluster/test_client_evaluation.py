@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.client import EvaluationChunk
+from cluster.client import ClientError, EvaluationChunk
 from cluster.client_evaluation import ClientEvaluation, _spread
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
-from cluster.local_training import to_input
+from cluster.local_training import Trainer, to_input
 from cluster.run_folder import RunFolder, comparable
 from cluster.trees import ConfigError
 from tests.naive import run_inline, tiny_federation
@@ -206,3 +206,26 @@ def test_after_a_shift_clients_are_judged_on_what_they_hold_then(tmp_path, cache
 def test_impossible_sections_say_why(cache, section, message):
     with pytest.raises(ConfigError, match=message):
         tiny_federation(cache, evaluate_clients=section)
+
+
+def test_a_client_that_fails_in_its_evaluation_ends_the_run_or_stays_without_a_number(
+    tmp_path, cache, monkeypatch
+):
+    visit = Trainer.visit
+
+    def fail(self, client, rows, sparsity, broadcast):
+        if (broadcast.instructions.round, client) == (2, 3):  # which judges round 1
+            raise ValueError("planted failure")
+        return visit(self, client, rows, sparsity, broadcast)
+
+    monkeypatch.setattr(Trainer, "visit", fail)
+    options = {"rounds": 1, "cohort": 6, "evaluate_clients": ALL}
+    with pytest.raises(
+        ClientError, match="client 3 failed in round 1, stage evaluation: ValueError: planted"
+    ):
+        run_inline(tiny_federation(cache, **options), tmp_path / "stopped")
+    run = run_inline(tiny_federation(cache, on_client_error="skip", **options), tmp_path / "skipped")
+    rows = rows_of(tmp_path / "skipped")
+    assert [row["client"] for row in rows if not row["accuracy_after"]] == ["3"]
+    after = [float(row["accuracy_after"]) for row in rows if row["accuracy_after"]]
+    assert run.lines[0]["clients/accuracy_mean_after"] == pytest.approx(np.mean(after))

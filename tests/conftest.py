@@ -1,6 +1,7 @@
 """What every test shares: quiet libraries, one torch thread, data sets that are decoded once."""
 
 import os
+import signal
 
 # Before any of them is imported.
 os.environ.update(
@@ -11,6 +12,9 @@ os.environ.update(
 
 import pytest
 import torch
+
+# A shell that starts the tests in the background has SIGINT ignored; some of them press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 

@@ -369,7 +369,7 @@ def test_a_detached_run_is_left_listed_attached_to_and_stopped(nodes, place, tmp
     # Its driver is still there to tell how the run ended, and makes way for the next.
     assert remote.progress_of(remote.drivers()[name])["state"] == "stopped"
     cluster.resume(tmp_path / "long", [f"stop_after={done + 1}"])
-    assert remote.progress_of(remote.drivers()[name])["state"] == "finished"
+    assert len(RunFolder(tmp_path / "long").rounds()) == done + 1
     whole = inline(validate(settings.dump() | {"rounds": 5000, "stop_after": done + 1}))
     cluster.run(whole, tmp_path / "whole")
     models = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("long", "whole")]

@@ -284,7 +284,10 @@ def test_clients_whose_own_kind_is_gone_are_played_by_others(
     tier_engine, tiered, tmp_path, monkeypatch, nodes
 ):
     monkeypatch.setattr(ray_round, "KIND_DOWN_S", 0.5)
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    deadline = time.monotonic() + 120  # Ray may learn of the lost node by its missed heartbeats only
+    while len([node for node in ray.nodes() if node["Alive"]]) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     run = run_on(tier_engine, tiered, tmp_path / "run")
     assert sum(line["time/lost_actors"] for line in run.rounds()) == 1
     cluster.run(inline(tiered), tmp_path / "inline")

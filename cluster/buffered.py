@@ -130,7 +130,7 @@ class _Step:
         schedule._parcels[state.round] = self._parcel
         self._asked: list[Task] = []
         self._arrived: list[Flight] = []
-        self._outcome = Outcome(None, [], [])
+        self._outcome = Outcome(None, [])
         self._unavailable = self._lost = 0
 
     def run(self) -> Round:
@@ -243,10 +243,9 @@ class _Step:
         broadcast = schedule.broadcast(parcel, instructions, samples)
         played = schedule.engine.run(broadcast, tasks, chunks, self._meanwhile)
         self._meanwhile = lambda: None
-        if chunks:
-            self._chunks = []
         outcome = self._outcome
-        outcome.evaluated += played.evaluated
+        if chunks:
+            self._chunks, outcome.evaluated = [], played.evaluated
         outcome.lost_actors += played.lost_actors
         for phase, seconds in played.seconds.items():
             outcome.seconds[phase] = outcome.seconds.get(phase, 0.0) + seconds

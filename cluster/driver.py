@@ -137,7 +137,6 @@ class Driver:
         state = self.state
         result = self._schedule.round(state, self._due_chunks(), self._book_keeping)
         outcome = result.outcome
-        self._write_waiting_line(outcome)
         worked = time.perf_counter()
         refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
         if outcome.total is None:
@@ -153,7 +152,12 @@ class Driver:
         }
         # Measured while the next round runs, whose broadcast already changes who holds which mask.
         snapshot = self._schedule.snapshot()
-        self._after = lambda: self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
+
+        def after() -> None:
+            self._write_waiting_line(lambda: self._evaluation(outcome, state.round, last=False))
+            self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
+
+        self._after = after
 
     def _without_update(self, reports: Sequence[ClientReport]) -> None:
         """A round that leaves the model as it is: nobody's update was accepted, or arrived in time."""
@@ -174,7 +178,7 @@ class Driver:
         self.state = replace(self.state, round=self.state.round + 1)
 
     def _book_keeping(self) -> None:
-        """Measure and checkpoint the last round while the next one is already being computed."""
+        """Write, measure and checkpoint the last round while the next one is already being computed."""
         if self._after is not None:
             self._after()
             self._after = None
@@ -207,7 +211,7 @@ class Driver:
         line |= metrics
         line["time/lost_actors"] = outcome.lost_actors
         line["time/actors"] = self.engine.actors
-        line["time/clients_evaluate_s"] = sum(chunk.seconds for chunk, _, _ in outcome.evaluated)
+        line["time/clients_evaluate_s"] = sum(chunk.seconds for chunk, _, _ in outcome.evaluated())
         line |= {f"time/{name}_s": seconds for name, seconds in self._spent.items()}
         line |= {f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()}
         names = ("train", "encode", "decode", "fold")
@@ -234,14 +238,15 @@ class Driver:
             return []
         return self._chunks + self._clients.chunks(last, last=False)
 
-    def _evaluation(self, outcome: Outcome) -> Line:
-        """What was measured of the last round's result: by all, and by each client where that is due."""
-        measured = self._clients.metrics(self.folder, self.state.round, outcome.evaluated, last=self._ending)
-        return evaluation_metrics(outcome.evaluated) | measured
+    def _evaluation(self, outcome: Outcome, round_number: int, *, last: bool) -> Line:
+        """What was measured of a round's result: by all, and by each client where that is due."""
+        evaluated = outcome.evaluated()
+        measured = self._clients.metrics(self.folder, round_number, evaluated, last=last)
+        return evaluation_metrics(evaluated) | measured
 
-    def _write_waiting_line(self, outcome: Outcome) -> None:
+    def _write_waiting_line(self, evaluation: Callable[[], Line]) -> None:
         if self._waiting is not None:
-            self._waiting |= self._evaluation(outcome)
+            self._waiting |= evaluation()
             self._store(self._waiting)
             self._waiting = None
 
@@ -254,9 +259,9 @@ class Driver:
         if self._waiting is not None or not evaluated:
             chunks = self._chunks + self._clients.chunks(state.round, last=True)
             outcome = self._schedule.evaluate(state, chunks, lambda: None)
-            self._write_waiting_line(outcome)
             # A run that was stopped elsewhere may have stored this round's line without an evaluation.
-            self._final = self._evaluation(outcome)
+            self._final = self._evaluation(outcome, state.round, last=True)
+            self._write_waiting_line(lambda: self._final)
         if self.state.round not in list_rounds(self.folder.checkpoints):
             self.checkpoint(self._schedule.snapshot())
 

@@ -22,11 +22,19 @@ Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
 
 @dataclass
 class Outcome:
-    """What a round's work came to."""
+    """What a round's work came to.
+
+    Attributes:
+        total: The sum of the updates that were folded; None when there is none.
+        reports: What every client did, in the order of clients.
+        evaluated: Waits for the evaluation, which may go on while the next round is played.
+        seconds: Seconds by phase.
+        lost_actors: Actors that were lost.
+    """
 
     total: Total | None
     reports: list[ClientReport]
-    evaluated: Evaluated
+    evaluated: Callable[[], Evaluated] = list
     seconds: dict[str, float] = field(default_factory=dict)
     lost_actors: int = 0
 
@@ -45,7 +53,7 @@ class Engine(Protocol):
         chunks: Sequence[EvaluationChunk],
         meanwhile: Callable[[], None],
     ) -> Outcome:
-        """Play ``tasks`` on ``broadcast``, and evaluate its model on ``chunks``.
+        """Play ``tasks`` on ``broadcast``, and begin to evaluate its model on ``chunks``.
 
         Args:
             broadcast: The round.
@@ -81,10 +89,10 @@ class InlineEngine:
         evaluated = self._host.evaluate(broadcast, chunks) if chunks else []
         seconds = {"evaluate": time.perf_counter() - started}
         if not tasks:
-            return Outcome(None, [], evaluated, seconds)
+            return Outcome(None, [], lambda: evaluated, seconds)
         reports = self._host.play(broadcast, tasks)
         total = self._host.collect(broadcast.instructions.round)
-        return Outcome(total, reports, evaluated, seconds)
+        return Outcome(total, reports, lambda: evaluated, seconds)
 
     def close(self) -> None:
         """Nothing to release."""

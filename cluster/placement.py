@@ -11,7 +11,7 @@ from math import ceil
 
 import numpy as np
 
-from cluster.client import ClientReport, Task
+from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.config import Config
 
 #: Room for rounding when resource amounts are compared.
@@ -22,6 +22,9 @@ _CLIENTS_REMEMBERED = 100_000
 
 #: Seconds that one call to an actor may take by what was learned, so that a death loses little.
 CALL_S = 20.0
+
+#: Seconds that it takes at least while there is work for it: a call costs a few milliseconds of its own.
+SHORT_CALL_S = 0.1
 
 
 # ------------------------------------------------------------------------------------------------ actors
@@ -180,6 +183,7 @@ class CostModel:
     def __init__(self) -> None:
         self._factors: dict[int, float] = {}  # client -> cost of one of its samples, in average samples
         self._paces: dict[int, float] = {}  # actor -> seconds of an average sample
+        self._chunks: dict[bool, float] = {}  # trains a client? -> seconds of an evaluation chunk
 
     def work(self, client: int, samples: int) -> float:
         """Cost of one visit in average samples, whoever plays it."""
@@ -207,21 +211,29 @@ class CostModel:
             if len(self._factors) > _CLIENTS_REMEMBERED:
                 del self._factors[next(iter(self._factors))]
 
+    def chunk_seconds(self, chunk: EvaluationChunk) -> float:
+        """Seconds that a chunk of the evaluation takes; 0 at first."""
+        return self._chunks.get(chunk.client is not None, 0.0)
+
+    def learn_chunks(self, chunks: Iterable[EvaluationChunk]) -> None:
+        """Take in what chunks really cost."""
+        for chunk in chunks:
+            known = self._chunks.get(chunk.client is not None, chunk.seconds)
+            self._chunks[chunk.client is not None] = (known + chunk.seconds) / 2
+
 
 def longest_first(tasks: Sequence[Task], sizes: np.ndarray, costs: CostModel) -> list[Task]:
     """The order in which clients are handed out; ties by index."""
     return sorted(tasks, key=lambda task: (-costs.work(task.client, int(sizes[task.client])), task.client))
 
 
-def chunk_work(waiting: float, actors: int, pace: float | None) -> float:
-    """Work that the next call takes, in average samples (guided self-scheduling).
+def call_seconds(share: float) -> float:
+    """Seconds of work for an actor's next call (guided self-scheduling).
 
-    Large first chunks keep calls few, single clients at the end keep the actors level; ``CALL_S`` bounds what
-    is lost when an actor dies. Before anything was learned it is 0: one client.
+    Large first calls keep them few, small ones at the end keep the actors level; ``CALL_S`` bounds what is
+    lost when an actor dies, ``SHORT_CALL_S`` what calls cost.
 
     Args:
-        waiting: Work that waits.
-        actors: Actors that share it.
-        pace: Seconds an average sample takes on the next actor.
+        share: Seconds of what waits that the actor would play if all were done at the same time.
     """
-    return 0.0 if pace is None else min(waiting / (3 * actors), CALL_S / pace)
+    return min(max(share / 3, min(share, SHORT_CALL_S)), CALL_S)

@@ -1,4 +1,4 @@
-"""The engine on a Ray cluster: client actors in kinds, fed by :class:`cluster.ray_round.Round`."""
+"""The engine on a Ray cluster: client actors in kinds, fed by :class:`cluster.ray_round.Rounds`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cluster.client import ClientHost, EvaluationChunk, Task, Workload
 from cluster.engine import Outcome
 from cluster.local_training import Broadcast
 from cluster.placement import Bundle, CostModel
-from cluster.ray_round import Crew, Round
+from cluster.ray_calls import Crew
+from cluster.ray_round import Rounds
 
 
 class RayEngine:
@@ -42,14 +43,8 @@ class RayEngine:
     ) -> None:
         config = workload.config
         self._pool = ActorPool(workload, bundles, make_host, placement_timeout)
-        self._crew = Crew(
-            self._pool,
-            sizes,
-            CostModel(),
-            kind_of,
-            config.client_timeout_s,
-            config.on_client_error == "skip",
-        )
+        skip = config.on_client_error == "skip"
+        self._rounds = Rounds(Crew(self._pool, sizes, CostModel(), kind_of, config.client_timeout_s, skip))
 
     @property
     def actors(self) -> int:
@@ -65,11 +60,11 @@ class RayEngine:
     ) -> Outcome:
         """See :class:`cluster.engine.Engine`."""
         started = time.perf_counter()
-        round_ = Round(self._crew, broadcast, tasks, chunks)
+        self._rounds.start(broadcast, tasks, chunks)
         dispatched = time.perf_counter()
         meanwhile()
         resumed = time.perf_counter()
-        outcome = round_.finish()
+        outcome = self._rounds.finish()
         outcome.seconds |= {"broadcast": dispatched - started, "meanwhile": resumed - dispatched}
         return outcome
 

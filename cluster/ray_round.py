@@ -1,4 +1,7 @@
-"""One round in flight on the client actors: handed out, taken in, and done again where an actor is lost.
+"""Rounds on the client actors: handed out, taken in, and done again where an actor is lost.
+
+A round is over when its clients are folded. The evaluation, which comes last, may go on into the next one:
+the actors are at work while the driver takes its step.
 
 An actor that dies loses its calls and what it has folded since its total was last collected; all of it is
 played again, and a client that keeps losing its actors is played alone until it is clear that it is the one.
@@ -7,21 +10,20 @@ So is a chunk of the evaluation, which may train a client.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from algorithms import Total
-from cluster.actor_pool import PROBE_EVERY_S, ActorPool, PlacementError
+from cluster.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.client import ClientError, ClientReport, EvaluationChunk, Task
 from cluster.engine import Evaluated, Outcome
 from cluster.local_training import Broadcast
-from cluster.placement import CostModel, chunk_work, longest_first
+from cluster.placement import call_seconds, longest_first
+from cluster.ray_calls import Call, Crew, Evaluation
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2
@@ -41,76 +43,51 @@ KIND_DOWN_S = 30.0
 #: Seconds for which every actor may be dead before the run ends.
 ALL_DOWN_S = 120.0
 
-
 _logger = logging.getLogger("sparsyfed.round")
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Who plays a run's rounds, and by which rules.
+class Rounds:
+    """Rounds one after the other: ``start`` hands out the first work, ``finish`` waits for the rest."""
 
-    Attributes:
-        pool: The actors.
-        sizes: Samples of every client, int64[clients].
-        costs: What visits have cost so far.
-        kind_of: Name of the kind of actors that plays a client.
-        client_timeout_s: Seconds beyond the expected ones until an actor counts as hung.
-        skip_failing: A client whose actors are lost again and again is skipped; else it ends the run.
-    """
-
-    pool: ActorPool
-    sizes: np.ndarray
-    costs: CostModel
-    kind_of: Callable[[int], str]
-    client_timeout_s: float
-    skip_failing: bool
-
-
-@dataclass(frozen=True)
-class _Call:
-    actor: int
-    method: str
-    work: Sequence[Any]
-    limit_s: float  # longer, and its actor counts as hung
-
-
-class Round:
-    """One round in flight. Its first work is handed out at once; ``finish`` waits for the rest."""
-
-    def __init__(
-        self, crew: Crew, broadcast: Broadcast, tasks: Sequence[Task], chunks: Sequence[EvaluationChunk]
-    ) -> None:
+    def __init__(self, crew: Crew) -> None:
         import ray
 
         self._ray, self._crew, self._pool = ray, crew, crew.pool
-        self._number = broadcast.instructions.round
-        self._broadcast = ray.put(broadcast)
-        self._tasks = {task.client: task for task in tasks}
-        self._chunks = deque(chunks)
-        self._waiting: dict[str, deque[Task]] = {kind: deque() for kind in crew.pool.kinds}
-        self._work = dict.fromkeys(crew.pool.kinds, 0.0)  # what waits, in average samples
-        for task in longest_first(tasks, crew.sizes, crew.costs):
-            self._wait_for(task)
-        self._actors_of = Counter(crew.pool.kinds)
-        self._calls: dict[Any, _Call] = {}
-        self._queues: list[list[Any]] = [[] for _ in range(len(crew.pool))]  # references, oldest first
-        self._since = [0.0] * len(crew.pool)  # when the oldest call began, as far as it can be told
+        actors = len(crew.pool)
+        self._calls: dict[Any, Call] = {}
+        self._queues: list[list[Any]] = [[] for _ in range(actors)]  # references, oldest first
+        self._since = [0.0] * actors  # when the oldest call began, as far as it can be told
         self._probe_at: dict[int, float] = {}
+        self._evaluations: deque[Evaluation] = deque()  # oldest first; the last one is this round's
+
+    def start(self, broadcast: Broadcast, tasks: Sequence[Task], chunks: Sequence[EvaluationChunk]) -> None:
+        """Begin a round."""
+        actors, kinds = len(self._pool), self._pool.kinds
+        for reference in [r for r, call in self._calls.items() if call.method in ("play", "collect")]:
+            # Of a round that an error has ended.
+            self._queues[self._calls.pop(reference).actor].remove(reference)
+        self._number = broadcast.instructions.round
+        self._broadcast = self._ray.put(broadcast)
+        self._tasks = {task.client: task for task in tasks}
+        self._evaluations = deque(one for one in self._evaluations if not one.done)
+        self._evaluations.append(Evaluation(self._broadcast, self._number, deque(chunks)))
+        self._waiting: dict[str, deque[Task]] = {kind: deque() for kind in kinds}
+        self._work = dict.fromkeys(kinds, 0.0)  # what waits, in average samples
+        for task in longest_first(tasks, self._crew.sizes, self._crew.costs):
+            self._wait_for(task)
         self._reports: dict[int, ClientReport] = {}
-        self._played: list[set[int]] = [set() for _ in range(len(crew.pool))]  # and not yet collected
-        self._uncollected_s = [0.0] * len(crew.pool)
+        self._played: list[set[int]] = [set() for _ in range(actors)]  # and not yet collected
+        self._uncollected_s = [0.0] * actors
         self._total: Total | None = None
-        self._evaluated: Evaluated = []
-        # How often its actor was lost under a client, or under a chunk.
-        self._losses: Counter[int | EvaluationChunk] = Counter()
+        self._losses: Counter[int] = Counter()  # how often its actor was lost under a client
         self._failed: dict[int, str] = {}
         self._lost = 0
         self._last_play = time.perf_counter()
         self._hand_out()
 
     def finish(self) -> Outcome:
-        """Wait for everything, and have done again what lost actors had done."""
-        started = time.perf_counter()
+        """Wait for every client, and have done again what lost actors had done."""
+        started, evaluation = time.perf_counter(), self._evaluations[-1]
         while not self._complete():
             self._wait()
             self._hand_out()
@@ -121,42 +98,73 @@ class Round:
         reports = [self._reports[client] for client in sorted(self._reports)]
         worked = max(started, self._last_play)
         seconds = {"work": worked - started, "merge": time.perf_counter() - worked}
-        return Outcome(self._total, reports, self._evaluated, seconds, self._lost)
+        return Outcome(self._total, reports, lambda: self._evaluated(evaluation), seconds, self._lost)
+
+    def _evaluated(self, evaluation: Evaluation) -> Evaluated:
+        """Wait for an evaluation, perhaps while the next round's clients are played."""
+        while not evaluation.done:
+            self._wait()
+            self._hand_out()
+        return evaluation.results
 
     def _complete(self) -> bool:
-        working = any(call.method != "ready" for call in self._calls.values())
-        return not (working or self._chunks or any(self._waiting.values()) or any(self._played))
+        working = any(call.method in ("play", "collect") for call in self._calls.values())
+        return not (working or any(self._waiting.values()) or any(self._played))
 
     # ---------------------------------------------------------------------------------- handing out
 
     def _hand_out(self) -> None:
-        """Give every live actor with room its next calls, quick actors first.
+        """Give the live actors with room their next calls.
 
-        Clients come first, then the actor's total is collected, and the small evaluation chunks come last,
-        which keeps the actors level at the end.
+        What is left of the last round's evaluation comes first, then clients, then the actor's total is
+        collected, and the small evaluation chunks come last, which keeps the actors level at the end and
+        leaves them at work while totals travel and the driver takes its step.
         """
-        down, costs = self._pool.down, self._crew.costs
+        now, down = time.monotonic(), self._pool.down
         for actor in down:
-            if not self._queues[actor] and time.monotonic() >= self._probe_at.get(actor, 0.0):
+            if not self._queues[actor] and now >= self._probe_at.get(actor, 0.0):
                 self._call(actor, "ready")
-        free = [a for a, calls in enumerate(self._queues) if len(calls) < CALLS_IN_FLIGHT and a not in down]
-        free.sort(key=lambda actor: costs.pace(actor) or 0.0)
-        for turn in range(CALLS_IN_FLIGHT):
-            for actor in free:
-                if len(self._queues[actor]) <= turn:
-                    self._give(actor)
+        # Whoever is expected to be done first takes the next work. If it has no room, that work waits for
+        # it: only an idle actor may take it, not one that would come to it later.
+        ends = [(self._expected_end(a, now), a) for a in range(len(self._queues)) if a not in down]
+        heapq.heapify(ends)
+        full: set[str] = set()  # kinds whose first actor to be done has no room
+        while ends:
+            _, actor = heapq.heappop(ends)
+            queue, kind = self._queues[actor], self._pool.kinds[actor]
+            if len(queue) >= CALLS_IN_FLIGHT:
+                full.add(kind)
+            elif self._give(actor, work=not queue or kind not in full):
+                heapq.heappush(ends, (self._expected_end(actor, now), actor))
 
-    def _give(self, actor: int) -> None:
+    def _expected_end(self, actor: int, now: float) -> float:
+        """When an actor will be done with what it holds, by what such work has cost so far."""
+        seconds = [self._calls[reference].seconds for reference in self._queues[actor]]
+        if not seconds:
+            return now
+        return max(now, self._since[actor] + seconds[0]) + sum(seconds[1:])
+
+    def _give(self, actor: int, *, work: bool) -> bool:
+        """Start the actor's next call, if there is one; without ``work`` only its total is collected."""
+        *late, current = self._evaluations
         kind = self._kind_to_play(actor)
         due = self._uncollected_s[actor] >= COLLECT_AFTER_S
-        busy = {self._calls[reference].method for reference in self._queues[actor]}
-        if kind is not None and not due:
-            self._call(actor, "play", self._take(kind, actor))
-        elif self._played[actor] and not busy & {"play", "collect"}:
+        queued = {self._calls[reference].method for reference in self._queues[actor]}
+        left = next((one for one in late if one.waiting), None)
+        if left is not None:
+            if work:
+                self._evaluate(actor, left)
+        elif kind is not None and not due:
+            if work:
+                self._call(actor, "play", self._take(kind, actor))
+        elif (self._played[actor] or "play" in queued) and "collect" not in queued:
             self._call(actor, "collect")
-        elif self._chunks:
-            count = max(1, len(self._chunks) // (3 * len(self._pool)))
-            self._call(actor, "evaluate", self._take_chunks(count))
+            return True
+        elif current.waiting and work:
+            self._evaluate(actor, current)
+        else:
+            return False
+        return work
 
     def _kind_to_play(self, actor: int) -> str | None:
         """The actor's own kind while its clients wait, else one whose actors are all gone."""
@@ -171,28 +179,38 @@ class Round:
         return None
 
     def _take(self, kind: str, actor: int) -> list[Task]:
-        waiting = self._waiting[kind]
-        limit = chunk_work(self._work[kind], self._actors_of[kind], self._crew.costs.pace(actor))
+        waiting, pace = self._waiting[kind], self._crew.costs.pace(actor)
+        room = 0.0 if pace is None else call_seconds(self._share(kind, actor, pace)) / pace
         taken: list[Task] = []
         while waiting:
             work = self._work_of(waiting[0])
             # A client that lost its actor before is played alone: if it does so again, it is known which.
             alone = any(task.client in self._losses for task in [*taken[:1], waiting[0]])
-            if taken and (alone or work > limit):
+            if taken and (alone or work / 2 > room):
                 break
             taken.append(waiting.popleft())
             self._work[kind] -= work
-            limit -= work
+            room -= work
         return taken
 
-    def _take_chunks(self, count: int) -> list[EvaluationChunk]:
+    def _share(self, kind: str, actor: int, pace: float) -> float:
+        """Seconds of a kind's waiting work that are the actor's if all actors are to end at the same time."""
+        now, down = time.monotonic(), self._pool.down
+        fellows = {a for a, name in enumerate(self._pool.kinds) if name == kind and a not in down} | {actor}
+        held = {a: self._expected_end(a, now) - now for a in fellows}
+        return (sum(held.values()) + self._work[kind] * pace) / len(fellows) - held[actor]
+
+    def _evaluate(self, actor: int, evaluation: Evaluation) -> None:
+        waiting, losses = evaluation.waiting, evaluation.losses
+        count = max(1, len(waiting) // (3 * len(self._pool)))
         taken: list[EvaluationChunk] = []
-        while self._chunks and len(taken) < count:
+        while waiting and len(taken) < count:
             # As above: alone, once it lost its actor.
-            if taken and not self._losses.keys().isdisjoint((taken[0], self._chunks[0])):
+            if taken and not losses.keys().isdisjoint((taken[0], waiting[0])):
                 break
-            taken.append(self._chunks.popleft())
-        return taken
+            taken.append(waiting.popleft())
+        evaluation.running += len(taken)
+        self._call(actor, "evaluate", taken, evaluation)
 
     def _wait_for(self, task: Task) -> None:
         kind = self._crew.kind_of(task.client)
@@ -202,18 +220,26 @@ class Round:
     def _work_of(self, task: Task) -> float:
         return self._crew.costs.work(task.client, int(self._crew.sizes[task.client]))
 
-    def _call(self, actor: int, method: str, work: Sequence[Any] = ()) -> None:
-        arguments: dict[str, tuple[Any, ...]] = {"ready": (), "collect": (self._number,)}
-        reference = self._pool.call(actor, method, *arguments.get(method, (self._broadcast, work)))
+    def _call(
+        self, actor: int, method: str, work: Sequence[Any] = (), evaluation: Evaluation | None = None
+    ) -> None:
+        costs, seconds, patience = self._crew.costs, 0.0, self._crew.client_timeout_s
+        arguments: tuple[Any, ...] = ()
+        if method == "play":
+            arguments = (self._broadcast, work)
+            seconds = sum(self._work_of(task) for task in work) * (costs.pace(actor) or 0.0)
+        elif method == "collect":
+            arguments = (self._number,)
+        elif evaluation is not None:
+            arguments = (evaluation.broadcast, work)
+            seconds = sum(costs.chunk_seconds(chunk) for chunk in work)
+            patience *= len(work)
+        reference = self._pool.call(actor, method, *arguments)
         if not self._queues[actor]:
             self._since[actor] = time.monotonic()
         self._queues[actor].append(reference)
-        seconds = 0.0
-        if method == "play":
-            seconds = sum(self._work_of(task) for task in work) * (self._crew.costs.pace(actor) or 0.0)
-        patience = self._crew.client_timeout_s * (len(work) if method == "evaluate" else 1)
         limit = patience + PATIENCE * seconds
-        self._calls[reference] = _Call(actor, method, work, limit)
+        self._calls[reference] = Call(actor, method, work, evaluation, seconds, limit)
 
     # ----------------------------------------------------------------------------------- taking in
 
@@ -233,8 +259,10 @@ class Round:
         if self._pool.down:
             patience = min(patience, PROBE_EVERY_S)
         ready: list[Any] = []
-        if self._calls:
-            ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=patience)
+        # An actor answers in the order in which it was asked.
+        oldest = [queue[0] for queue in self._queues if queue]
+        if oldest:
+            ready, _ = self._ray.wait(oldest, num_returns=1, timeout=patience)
         else:
             time.sleep(patience)
         if ready:
@@ -270,8 +298,10 @@ class Round:
             self._last_play = time.perf_counter()
         elif call.method == "collect":
             self._merge(actor, result)
-        elif call.method == "evaluate":
-            self._evaluated.extend(result)
+        elif call.evaluation is not None:
+            call.evaluation.running -= len(call.work)
+            call.evaluation.results += result
+            self._crew.costs.learn_chunks(chunk for chunk, _, _ in result)
         else:
             del self._pool.down[actor]
 
@@ -306,17 +336,23 @@ class Round:
         references, self._queues[actor] = self._queues[actor], []
         for place, reference in enumerate(references):
             call = self._calls.pop(reference)
+            if call.evaluation is not None:
+                call.evaluation.running -= len(call.work)
             for work in call.work:
-                key = work.client if isinstance(work, Task) else work
-                if place == 0:
-                    self._losses[key] += 1
-                if self._losses[key] >= LOSSES:
-                    self._give_up(work, why)
-                elif isinstance(work, Task):
-                    self._wait_for(work)
-                else:
-                    self._chunks.append(work)
+                self._put_back(work, call.evaluation, why if place == 0 else None)
         self._put_back_played(actor)
+
+    def _put_back(self, work: Any, evaluation: Evaluation | None, why: str | None) -> None:
+        """Have a client or a chunk done again; with ``why``, its actor was lost under it."""
+        losses: Counter[Any] = self._losses if evaluation is None else evaluation.losses
+        key = work.client if evaluation is None else work
+        losses[key] += why is not None
+        if why is not None and losses[key] >= LOSSES:
+            self._give_up(work, evaluation, why)
+        elif evaluation is None:
+            self._wait_for(work)
+        else:
+            evaluation.waiting.append(work)
 
     def _put_back_played(self, actor: int) -> None:
         for client in self._played[actor]:
@@ -324,22 +360,20 @@ class Round:
             self._wait_for(self._tasks[client])
         self._played[actor], self._uncollected_s[actor] = set(), 0.0
 
-    def _give_up(self, work: Task | EvaluationChunk, why: str) -> None:
+    def _give_up(self, work: Any, evaluation: Evaluation | None, why: str) -> None:
         # What is evaluated is the result of the round before.
-        played = isinstance(work, Task)
-        stage, number = ("train", self._number) if played else ("evaluation", self._number - 1)
+        stage, number = "train", self._number
+        if evaluation is not None:
+            stage, number = "evaluation", evaluation.round - 1
         reason = (
             f"stage {stage}: the actor that played it was lost {LOSSES} times, the last one {why} "
             "(out of memory, a crash in native code, or client_timeout_s too short?)"
         )
-        who = (
-            f"rows {work.start} to {work.stop} of {work.split}"
-            if work.client is None
-            else f"client {work.client}"
-        )
+        whole = work.client is None
+        who = f"rows {work.start} to {work.stop} of {work.split}" if whole else f"client {work.client}"
         failure = f"{who} failed in round {number}, {reason}"
-        if not self._crew.skip_failing or work.client is None:
+        if not self._crew.skip_failing or whole:
             raise ClientError(failure)
         _logger.warning(failure)
-        if played:
+        if evaluation is None:
             self._failed[work.client] = f"failed in {reason}"

@@ -2,8 +2,9 @@
 
 Both sides train the same model on the same numbers of samples and evaluate the same test split each round;
 the bare side is one one-thread process an actor with torch.optim.SGD and nothing else: no broadcast,
-encoding, decoding, aggregation, mask statistics or logging. Rounds are interleaved, so that a noisy machine
-slows both; read the ratio of the medians.
+encoding, decoding, aggregation, mask statistics or logging. Blocks of rounds are interleaved, so that a noisy
+machine slows both; read the ratio of the medians. As a round's evaluation may go on into the next round, a
+block ends when everything it has begun is done and written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Case:
     cohort: int = 10
     actors: int = 2
     clients: int = 100
-    rounds: int = 30
+    blocks: int = 6
+    rounds: int = 10  # of a block
     sparsity: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -58,22 +60,22 @@ class Case:
 
 def cases(name: str, quick: bool) -> list[Case]:
     """The cases of one benchmark of ``__main__``."""
-    rounds = 12 if quick else 30
+    usual: dict[str, Any] = {"rounds": 5 if quick else 10}
     if name == "cohorts":
         sizes = (10, 100) if quick else (10, 100, 1000)
         return [
-            Case(cohort=size, clients=max(100, size), rounds=max(3, rounds * 10 // (10 + size)))
+            Case(cohort=size, clients=max(100, size), rounds=max(1, 50 // size), blocks=3 if size > 10 else 6)
             for size in sizes
         ]
     if name == "methods":
-        return [Case(method=method, rounds=rounds) for method in METHODS]
+        return [Case(method=method, **usual) for method in METHODS]
     if name == "sizes":
         widths = ([16, 32], [64, 128], [128, 256])
-        return [Case(method="sparsyfed", rounds=rounds, model={"channels": width}) for width in widths]
+        return [Case(method="sparsyfed", **usual, model={"channels": width}) for width in widths]
     if name == "actors":
-        return [Case(actors=actors, rounds=rounds) for actors in range(1, (os.cpu_count() or 1) + 1)]
+        return [Case(actors=actors, **usual) for actors in range(1, (os.cpu_count() or 1) + 1)]
     return [
-        Case(side=side, method=method, rounds=rounds if side == 8 else max(5, rounds // 3))
+        Case(side=side, method=method, **(usual if side == 8 else {"rounds": 3}))
         for side in (8, 28)
         for method in ("fedavg", "sparsyfed")
     ]
@@ -163,31 +165,34 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
     ours = [psutil.Process(), *map(psutil.Process, engine.pids())]
     seconds: dict[str, list[float]] = {"ray": [], "bare": [], "ray cpu": [], "bare cpu": []}
 
-    def ray_round() -> float:
+    def ray_rounds() -> float:
         before = _cpu_seconds(ours)
-        driver._round()
+        for _ in range(case.rounds):
+            driver._round()
+        driver._book_keeping()
         return _cpu_seconds(ours) - before
 
-    def bare_round() -> float:
-        for pipe in pipes:
-            pipe.send(True)
-        return sum(pipe.recv() for pipe in pipes)
+    def bare_rounds() -> float:
+        cpu = 0.0
+        for _ in range(case.rounds):
+            for pipe in pipes:
+                pipe.send(True)
+            cpu += sum(pipe.recv() for pipe in pipes)
+        return cpu
 
-    warm = 3
-    for turn in range(case.rounds + warm):
-        for side, work in (("ray", ray_round), ("bare", bare_round)):
+    for turn in range(1 + case.blocks):
+        for side, work in (("ray", ray_rounds), ("bare", bare_rounds)):
             started = time.perf_counter()
             cpu = work()
-            if turn >= warm:  # the first rounds learn costs and warm up
-                seconds[side].append(time.perf_counter() - started)
-                seconds[f"{side} cpu"].append(cpu)
-    driver._book_keeping()
+            if turn:  # the first rounds learn costs and warm up
+                seconds[side].append((time.perf_counter() - started) / case.rounds)
+                seconds[f"{side} cpu"].append(cpu / case.rounds)
     for pipe in pipes:
         pipe.send(False)
     actor_mib = max(process.memory_info().rss for process in ours[1:]) / 2**20
     driver_mib = ours[0].memory_info().rss / 2**20
     engine.close()
-    lines = run_folder.rounds()[warm:]
+    lines = run_folder.rounds()[case.rounds :]
     median = {side: statistics.median(values) for side, values in seconds.items()}
     steps = case.cohort * -(-SAMPLES // BATCH)
     traffic = statistics.median(line["comm/uplink_bytes"] + line["comm/downlink_bytes"] for line in lines)

@@ -225,9 +225,9 @@ def test_totals_collected_after_every_call_change_nothing(
 ):
     monkeypatch.setattr(ray_round, "COLLECT_AFTER_S", 1e-9)
     collected = []
-    merge = ray_round.Round._merge
+    merge = ray_round.Rounds._merge
     monkeypatch.setattr(
-        ray_round.Round, "_merge", lambda self, *what: (collected.append(what), merge(self, *what))
+        ray_round.Rounds, "_merge", lambda self, *what: (collected.append(what), merge(self, *what))
     )
     run_on(gpu_engine, config(place), tmp_path / "run")
     assert len(collected) > 3 * 4  # more often than once an actor and round

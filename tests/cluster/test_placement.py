@@ -1,21 +1,24 @@
 """Which actors a cluster holds, and what clients are expected to cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cluster
-from cluster.client import ClientReport, Task
+from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.clock import Device
 from cluster.placement import (
     CALL_S,
+    SHORT_CALL_S,
     ActorKind,
     Bundle,
     CostModel,
     Node,
     bundles,
-    chunk_work,
+    call_seconds,
     kinds_of,
     longest_first,
 )
@@ -176,7 +179,16 @@ def test_the_longest_expected_client_comes_first_and_ties_go_by_index():
     assert [task.client for task in order] == [1, 2, 0, 3]
 
 
-def test_chunks_are_one_client_at_first_then_guided_and_bounded_in_time():
-    assert chunk_work(1000.0, 2, None) == 0
-    assert chunk_work(1000.0, 2, 0.01) == pytest.approx(1000 / 6)
-    assert chunk_work(1000.0, 2, 1.0) == CALL_S
+def test_calls_are_guided_not_shorter_than_worth_it_and_bounded_in_time():
+    assert call_seconds(30.0) == pytest.approx(10)
+    assert call_seconds(0.24) == SHORT_CALL_S  # a third would be less
+    assert call_seconds(0.05) == pytest.approx(0.05)  # no more than its share
+    assert call_seconds(1000.0) == CALL_S
+
+
+def test_a_chunk_of_the_evaluation_costs_what_such_chunks_have_cost():
+    costs, central, own = CostModel(), EvaluationChunk("test", 0, 5), EvaluationChunk("test", 0, 5, client=1)
+    assert costs.chunk_seconds(central) == 0
+    costs.learn_chunks([replace(central, seconds=1.0), replace(central, seconds=2.0)])
+    assert costs.chunk_seconds(central) == pytest.approx(1.5)
+    assert costs.chunk_seconds(own) == 0  # it trains a client, which is another matter

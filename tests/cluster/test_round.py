@@ -1,6 +1,7 @@
-"""A round that loses its actors, without Ray: one chunk kills whichever made-up actor evaluates it."""
+"""Rounds without Ray: who gets what when, and one chunk that kills whichever made-up actor evaluates it."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import ray
 
 from cluster import ray_round
-from cluster.client import ClientError, EvaluationChunk
+from cluster.client import ClientError, EvaluationChunk, Task
 from cluster.placement import CostModel
-from cluster.ray_round import Crew, Round
+from cluster.ray_calls import Crew
+from cluster.ray_round import Rounds
 
 CENTRAL = [EvaluationChunk("test", start, start + 5) for start in (0, 5)]
 TRAINED = [EvaluationChunk("test", 0, 10, client=client) for client in range(18)]
@@ -61,8 +63,9 @@ def evaluated(monkeypatch):
         monkeypatch.setattr(ray, "get", pool.answer)
         crew = Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, skip)
         broadcast = SimpleNamespace(instructions=SimpleNamespace(round=5))
-        outcome = Round(crew, broadcast, [], CENTRAL + TRAINED).finish()
-        return pool, {chunk for chunk, _, _ in outcome.evaluated}
+        rounds = Rounds(crew)
+        rounds.start(broadcast, [], CENTRAL + TRAINED)
+        return pool, {chunk for chunk, _, _ in rounds.finish().evaluated()}
 
     return evaluate
 
@@ -85,3 +88,106 @@ def test_where_failing_clients_are_skipped_it_alone_is_left_out(evaluated):
 def test_what_all_need_is_never_left_out(evaluated):
     with pytest.raises(ClientError, match="rows 5 to 10 of test failed in round 4, stage evaluation"):
         evaluated(CENTRAL[1], skip=True)
+
+
+class Played:
+    """A client's report, as far as a round looks at it."""
+
+    def __init__(self, client, seconds=1.0):
+        self.client, self.seconds, self.samples, self.folded = client, seconds, 1, False
+        self.flops_sparse = np.zeros(1)
+
+
+class Scripted(Pool):
+    """Two actors that answer when they are told to."""
+
+    def __init__(self):
+        super().__init__(deadly=None)
+        self.asked, self.may_answer, self.folded = [], [], {0: [], 1: []}
+
+    def call(self, actor, method, *arguments):
+        work = arguments[1] if len(arguments) == 2 else []
+        call = Call(method, work)
+        self.asked.append((actor, method, [getattr(one, "client", one) for one in work]))
+        self.may_answer.append(call)
+        return call
+
+    def answer(self, call):
+        if call.method == "play":
+            return [Played(task.client) for task in call.chunks]
+        return super().answer(call) if call.method == "evaluate" else None
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Two actors, and rounds of clients that cost a second each, as is known."""
+    pool, clock = Scripted(), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", pool.answer)
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: ([c for c in calls if c in pool.may_answer][:1], []))
+    watch = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr(ray_round, "time", watch)
+    costs = CostModel()
+    for actor in (0, 1):
+        costs.learn(actor, [Played(client) for client in range(8)])
+    costs.learn_chunks([EvaluationChunk("test", 0, 5, seconds=1.0)])
+    crew = Crew(pool, np.ones(18, np.int64), costs, lambda client: "", 1000.0, False)
+    return pool, Rounds(crew), clock
+
+
+def tasks(count):
+    return [Task(client, 0.0, None, 0) for client in range(count)]
+
+
+def round_(number):
+    return SimpleNamespace(instructions=SimpleNamespace(round=number))
+
+
+def test_who_will_be_done_first_gets_the_next_client(scripted):
+    pool, rounds, clock = scripted
+    rounds.start(round_(1), tasks(6), [])
+    # A third of the share each, and again: 6 clients for two actors.
+    assert pool.asked == [(0, "play", [0]), (1, "play", [1]), (0, "play", [2]), (1, "play", [3])]
+    clock.now = 0.9
+    rounds._take_in(rounds._queues[1][0])
+    rounds._hand_out()
+    assert pool.asked[4:] == [(1, "play", [4])]  # actor 0, with 1.1 s to go, has no room yet
+
+
+def test_a_client_waits_for_the_actor_that_will_be_done_first(scripted):
+    pool, rounds, clock = scripted
+    rounds.start(round_(1), tasks(5), [])
+    assert pool.asked[-1] == (1, "play", [3])
+    clock.now = 0.2
+    rounds._queues[0][1:], rounds._since[0] = [], 0.2  # actor 0 has begun anew and holds nothing else
+    rounds._calls[rounds._queues[0][0]] = replace(rounds._calls[rounds._queues[0][0]], seconds=10.0)
+    rounds._hand_out()
+    assert len(pool.asked) == 4  # for actor 1, which is done in 2 s and has no room, not for actor 0 in 10 s
+    clock.now = 1.0
+    rounds._take_in(rounds._queues[1][0])
+    rounds._hand_out()
+    assert pool.asked[4] == (1, "play", [4])
+
+
+def test_the_evaluation_goes_on_while_the_next_round_is_played(scripted):
+    pool, rounds, _ = scripted
+    chunks = [EvaluationChunk("test", start, start + 5) for start in range(0, 20, 5)]
+    rounds.start(round_(1), [], chunks)
+    outcome = rounds.finish()  # nobody to play: at once
+    assert [method for _, method, _ in pool.asked] == ["evaluate"] * 4
+    rounds.start(round_(2), tasks(1), CENTRAL)
+    assert len(pool.asked) == 4  # no room yet
+    evaluated = outcome.evaluated()
+    assert {chunk.start for chunk, _, _ in evaluated} == {0, 5, 10, 15}
+    assert outcome.evaluated() is evaluated
+    asked = [method for _, method, _ in pool.asked[4:]]
+    assert asked[0] == "play"
+    assert "evaluate" in asked
+
+
+def test_calls_of_a_round_that_an_error_ended_are_forgotten(scripted):
+    _, rounds, _ = scripted
+    rounds.start(round_(1), tasks(6), [])
+    rounds.start(round_(1), tasks(6), [])
+    assert [len(queue) for queue in rounds._queues] == [2, 2]
+    assert len(rounds._calls) == 4

@@ -1,18 +1,15 @@
-"""What the command line accepts, and what its help says.
-
-Nothing heavy is imported here; the help of `run` and `describe` looks up what is declared only when asked.
-"""
+"""What the command line accepts. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import __version__
+from cluster.help_texts import describe_details, examples, run_details, tune_details
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -59,7 +56,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     parser = _Parser(
         prog="sparsyfed",
         description="Train one sparse model over many devices, each with private data, on a Ray cluster.",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed run                                  the quickstart: SparsyFed on handwritten digits",
             "sparsyfed run algorithm.name=topk rounds=10    the same experiment with another method",
             "sparsyfed tune study-digits                    every method tuned alike, then a table",
@@ -86,7 +83,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         Its folder then holds config.yaml, rounds.jsonl (one object a round, written as it happens),
         result.json, model.safetensors, pictures and checkpoints. Ctrl-C ends it after the round in progress,
         and `sparsyfed resume` continues it to the same result.""",
-        details=_run_details,
+        details=run_details,
     )
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
     run.add_argument("--output", metavar="DIR", help="the run's folder, new or empty; default: one in runs/")
@@ -103,7 +100,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
 
         Trials run side by side on the Ray cluster. A study that was interrupted, by Ctrl-C or a crash, goes
         on when the same command is given again: no trial is lost and none is run twice.""",
-        details=lambda: _tune_details(study_section),
+        details=lambda: tune_details(study_section),
     )
     tune.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value")
     tune.add_argument("--output", metavar="DIR", help="the study's folder; default: runs/<study's name>")
@@ -116,7 +113,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         Continue an interrupted run from its last checkpoint, into the same folder and the same MLflow run.
         The result is that of a run which was never interrupted. Keys that cannot change a result (where and
         how it is computed) may be overridden; any other is refused by name.""",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed resume runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
             "sparsyfed resume DIR stop_after=null    go on to the planned end",
             "sparsyfed resume DIR actors=4           on more actors",
@@ -134,7 +131,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         """
         Deliver to MLflow what it missed of a run while its server was away: rounds, final values, pictures.
         Nothing is sent twice; it may be repeated.""",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed sync runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
             "for run in runs/*/; do sparsyfed sync $run; done",
         ),
@@ -149,7 +146,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         Compare runs: a table (mean and 95 % interval over seeds; the best is marked only where it is
         significantly better) and plots, as one HTML report and as PNG, PDF, CSV, Markdown and LaTeX. Runs
         that differ only in their seed are one group. A comparison of an MLflow experiment is kept in it.""",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed compare                              every run in runs/",
             "sparsyfed compare runs/compare-digits runs/x   run folders, or folders of them",
             "sparsyfed compare digits-lda0.5                an experiment of the MLflow store in runs/",
@@ -174,7 +171,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "ui",
         "open MLflow on the runs",
         "Serve MLflow's pages for a folder of runs, to compare them side by side, until Ctrl-C.",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed ui                        the runs in runs/",
             "sparsyfed ui --root /data/runs      runs made with --output /data/runs/...",
             "sparsyfed ui --host 0.0.0.0 --port 8080",
@@ -191,7 +188,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         """
         Show a method (what it does, its paper and hyperparameters), or what an experiment would run: its
         resolved configuration, the model's layers, who holds which data, memory and bytes a round.""",
-        details=_describe_details,
+        details=describe_details,
     )
     describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|key=value")
     describe.add_argument("--picture", metavar="FILE", help="the partition's picture (.png, .svg or .pdf)")
@@ -208,7 +205,7 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
         Run the benchmarks of the repository: rounds by phase against bare PyTorch loops that do the same
         steps at the same time, steps by method, wire, memory, start-up, and other simulators where they are
         installed. They need a checkout (pip install -e .). Without names: all but the long ones.""",
-        epilog=_examples(
+        epilog=examples(
             "sparsyfed bench --list",
             "sparsyfed bench round steps --output before.json",
             "sparsyfed bench round steps --compare before.json    as ratios to the stored run",
@@ -245,8 +242,8 @@ def _add_remote(command: Callable[..., argparse.ArgumentParser]) -> None:
         rows = [("", "of the cluster on this machine"), (" --address 10.0.0.5:6379", "of another")]
         if name != "status":
             rows.append((" digits-lda0.5-sparsyfed-s0", "a run, by how its name begins"))
-        examples = [f"{f'sparsyfed {name}{words}':<46} {meaning}" for words, meaning in rows]
-        own = command(name, summary, text, epilog=_examples(*examples))
+        shown = [f"{f'sparsyfed {name}{words}':<46} {meaning}" for words, meaning in rows]
+        own = command(name, summary, text, epilog=examples(*shown))
         if name != "status":
             own.add_argument("name", nargs="?", metavar="RUN", help="the run's name or its beginning")
         own.add_argument("--address", default="auto", help="Ray cluster: auto or host:port (default auto)")
@@ -276,138 +273,3 @@ def _sort_words(arguments: argparse.Namespace) -> None:
         arguments.parser.error(f"{' and '.join(sources)} are two experiments; {example}")
     if sources and arguments.command == "resume":
         arguments.parser.error(f"{sources[0]!r} is one argument too many; {example}")
-
-
-# --------------------------------------------------------------------------------------------------- help
-
-
-def _examples(*lines: str) -> str:
-    return "\n  ".join(["examples:", *lines])
-
-
-def _run_details() -> str:
-    examples = _examples(
-        "sparsyfed run",
-        "sparsyfed run quickstart algorithm.beta=1.3 seed=1",
-        "sparsyfed run my_experiment.yaml rounds=50 --output runs/mine",
-        "sparsyfed run paper-methods seed=[0,1] runs_at_once=4    a grid: many runs in one folder",
-        "sparsyfed run algorithm.name=topk algorithm.sparsity=0.99 execution=inline",
-    )
-    return f"{examples}\n\n{_choices_text()}\n\n{_keys_text()}"
-
-
-def _tune_details(study_section: Callable[[], type[BaseModel]] | None) -> str:
-    examples = _examples(
-        "sparsyfed tune study-digits",
-        "sparsyfed tune my_study.yaml study.trials=30 study.final_seeds=10",
-        "sparsyfed tune study-digits study.methods=[topk,sparsyfed] --output runs/two",
-        "sparsyfed tune study-digits study.pruner.name=hyperband    budgets in client-rounds",
-        "sparsyfed tune --report runs/study-digits",
-        "optuna-dashboard runs/study-digits/study.journal           the trials in a browser",
-    )
-    text = """a study is an experiment with a section `study`:
-  extends: quickstart
-  data: {validation: 0.2}
-  study:
-    methods: [topk, sparsyfed, {name: flash, stage1: magnitude}]   what an entry sets is not tuned
-    trials: 20
-    shared: {local.lr: {low: 0.01, high: 1, log: true}}            tuned for all methods, or for none"""
-    keys = (
-        [] if study_section is None else [_rows_text("keys of the study", _keys(study_section(), "study."))]
-    )
-    return "\n\n".join([examples, text, *keys])
-
-
-def _describe_details() -> str:
-    examples = _examples(
-        "sparsyfed describe topk                           a method",
-        "sparsyfed describe                                the quickstart",
-        "sparsyfed describe partition.alpha=0.1 --picture alpha0.1.png",
-        "sparsyfed describe my_experiment.yaml model.name=resnet18",
-    )
-    return f"{examples}\n\n{_choices_text()}"
-
-
-def _choices_text() -> str:
-    """Every preset, method, model, server optimizer and partition with its first line, for ``--help``."""
-    from algorithms import SERVER_OPTIMIZERS, registry
-    from cluster.config import PartitionSection
-    from cluster.profiles import PROFILES
-    from cluster.samplers import SAMPLERS
-    from cluster.trees import presets
-    from cluster.workload.models import MODELS
-
-    comments = {name: path.read_text().partition("\n")[0] for name, path in presets().items()}
-    groups: tuple[tuple[str, Mapping[str, str]], ...] = (
-        ("presets", {n: c.lstrip("# ") if c.startswith("#") else "" for n, c in comments.items()}),
-        ("algorithm.name", {name: _first_line(method) for name, method in registry().items()}),
-        ("model.name", {name: _first_line(builder) for name, builder in MODELS.items()}),
-        ("server.name", {name: _first_line(optimizer) for name, optimizer in SERVER_OPTIMIZERS.items()}),
-        ("sampler.name", {name: _first_line(sampler) for name, sampler in SAMPLERS.items()}),
-        ("devices.profile", dict.fromkeys(PROFILES, "")),
-        ("partition.name", dict.fromkeys(get_args(PartitionSection.model_fields["name"].annotation), "")),
-    )
-    parts = []
-    for title, items in groups:
-        if any(items.values()):
-            width = max(16, *map(len, items))
-            parts.append(
-                "\n".join(
-                    [f"{title}:", *(f"  {name:<{width}} {text}".rstrip() for name, text in items.items())]
-                )
-            )
-        else:
-            parts.append(f"{title}:  {', '.join(items)}")
-    return "\n\n".join(parts)
-
-
-def _keys_text() -> str:
-    """Every key of the configuration with its default and meaning, for ``--help``."""
-    from cluster.config import Config
-
-    own = "  algorithm.* is what `sparsyfed describe METHOD` lists"
-    return f"{_rows_text('keys', _keys(Config, ''))}\n{own}"
-
-
-def _rows_text(title: str, keys: Sequence[tuple[str, str, str]]) -> str:
-    rows = [(f"{key}={default}", meaning) for key, default, meaning in keys]
-    width = max(len(key) for key, _ in rows)
-    return "\n".join(
-        [f"{title} and their defaults:", *(f"  {key:<{width}}  {meaning}".rstrip() for key, meaning in rows)]
-    )
-
-
-def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
-    import yaml
-    from pydantic import BaseModel
-
-    rows = []
-    for key, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            rows += _keys(kind, f"{prefix}{key}.")
-            continue
-        each = get_args(kind)[1] if get_origin(kind) is dict else None
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            rows += _keys(each, f"{prefix}{key}.<name>.")
-            continue
-        meaning = field.description or ""
-        if options := _literals(kind):
-            meaning = ", ".join(options) + (f": {meaning}" if meaning else "")
-        default = "..."
-        if not field.is_required():
-            value = field.get_default(call_default_factory=True)
-            default = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-        rows.append((prefix + key, default, meaning))
-    return rows
-
-
-def _literals(kind: Any) -> tuple[str, ...]:
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return get_args(kind) if isinstance(kind, types.UnionType) and all(map(_literals, get_args(kind))) else ()
-
-
-def _first_line(described: Any) -> str:
-    first = inspect.cleandoc(described.__doc__ or "").partition("\n")[0].replace("``", "")
-    return first.removeprefix(f"{getattr(described, 'name', '')}: ")

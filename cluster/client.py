@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -273,10 +272,6 @@ class ClientHost:
                 broadcast.weights[: layout.trained_size].copy()
             )
         return self._method.effective_weights(weights, layout).numpy()
-
-    def pid(self) -> int:
-        """Process id of this host."""
-        return os.getpid()
 
     def _start_round(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast: the first copy that came, which the trainer has received already."""

@@ -32,3 +32,22 @@ def no_pictures(monkeypatch):
 
     for name in ("picture", "curves", "population"):
         monkeypatch.setattr(outputs, name, lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def start_ray():
+    """Starts a Ray cluster of the module's own on this machine, with that many logical CPUs."""
+    import ray
+
+    def start(cpus):
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=2**28,
+        )
+
+    yield start
+    ray.shutdown()

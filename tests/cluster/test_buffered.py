@@ -222,20 +222,8 @@ def test_it_waits_until_somebody_is_there(cache, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    """Two actors and room for the driver."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=2**28,
-    )
-    yield
-    ray.shutdown()
+def local_ray(start_ray):
+    start_ray(3)  # two actors and room for the driver
 
 
 SYNCHRONOUS = {

@@ -301,6 +301,8 @@ def test_run_help_lists_what_is_declared(capsys: pytest.CaptureFixture[str]) -> 
     assert "learning rate of round 1" in text
     assert "float32, float16, bfloat16, int8" in text
     assert "shards_per_client=2" in text
+    assert " devices.tiers.<name>.share=" in text
+    assert " devices.tiers.<name>.availability.phase=0.0 " in text
 
 
 def test_help_version_and_wrong_arguments_import_nothing_heavy() -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from algorithms import registry
 from cluster import config as config_module
-from cluster.config import Config, resolve, validate
+from cluster.config import Config, changes_results, resolve, validate
 from cluster.trees import ConfigError, apply_overrides, load_tree, presets
 
 
@@ -349,3 +349,11 @@ def test_the_paper_schedule():
     config = resolve("quickstart", ["rounds=700", "local.lr=0.5", "local.lr_final=0.01"])
     assert config.learning_rate(350) == pytest.approx(math.sqrt(0.5 * 0.01))
     assert config.learning_rate(700) == pytest.approx(0.01)
+
+
+def test_where_a_run_is_computed_does_not_make_it_another_run():
+    places = ("actors", "cpus_per_actor", "devices.tiers.weak.cpus", "devices.tiers.weak.label.class")
+    assert not any(changes_results(key) for key in places)
+    assert all(
+        changes_results(key) for key in ("seed", "devices.tiers.weak.share", "devices.tiers.weak.compute")
+    )

@@ -5,7 +5,6 @@ import signal
 import threading
 
 import pytest
-import ray
 
 from cluster import ray_session
 from cluster.cli import main
@@ -277,17 +276,8 @@ def test_more_at_once_than_there_is_room_for_is_refused():
 
 
 @pytest.fixture(scope="module")
-def two_cores():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=2**28,
-    )
-    yield
-    ray.shutdown()
+def two_cores(start_ray):
+    start_ray(2)
 
 
 SIDE_BY_SIDE = f"""{BASE}

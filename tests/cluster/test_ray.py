@@ -8,7 +8,6 @@ import time
 
 import psutil
 import pytest
-import ray
 
 import cluster
 from cluster.actor_pool import PlacementError
@@ -36,18 +35,8 @@ OVERRIDES = [
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    """Four logical CPUs on this machine's few: three actors and room for the driver."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=2 * 2**30,
-    )
-    yield
-    ray.shutdown()
+def local_ray(start_ray):
+    start_ray(4)  # three actors and room for the driver, whatever this machine has
 
 
 def config(*more):

@@ -498,3 +498,9 @@ def test_a_run_that_fails_before_its_first_round_leaves_no_folder(cache, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         cluster.run(federated(cache), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_is_compared_by_client_not_by_its_words():
+    lines = [{"clients/refused_list": [[3, f"lost after {seconds} s"]]} for seconds in (1, 2)]
+    assert comparable(lines[0]) == comparable(lines[1])
+    assert comparable(lines[0]) != comparable({"clients/refused_list": [[4, "lost after 1 s"]]})

@@ -90,6 +90,29 @@ def test_what_all_need_is_never_left_out(evaluated):
         evaluated(CENTRAL[1], skip=True)
 
 
+class Deadly(Pool):
+    """Actors that every client kills; they are back at once."""
+
+    def __init__(self):
+        super().__init__(deadly=None)
+
+    def answer(self, call):
+        if call.method == "play":
+            raise ray.exceptions.ActorDiedError
+        return None if call.method == "collect" else super().answer(call)
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_a_round_in_which_every_client_is_given_up(monkeypatch):
+    pool = Deadly()
+    monkeypatch.setattr(ray, "get", pool.answer)
+    rounds = Rounds(Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, True))
+    rounds.start(round_(5), tasks(3), [])
+    outcome = rounds.finish()
+    assert outcome.total is None
+    assert [(report.client, report.skipped) for report in outcome.reports] == [(n, True) for n in range(3)]
+
+
 class Played:
     """A client's report, as far as a round looks at it."""
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import ray
 import yaml
 from rich.console import Console
 
@@ -119,15 +118,8 @@ def losing_always():
     raise ClusterError("again and again")
 
 
-def test_trials_side_by_side_on_ray_equal_those_one_by_one(cache, tmp_path, undisturbed):
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=2**28,
-    )
+def test_trials_side_by_side_on_ray_equal_those_one_by_one(cache, tmp_path, undisturbed, start_ray):
+    start_ray(2)
     beside, follow = [], coordinator.Coordinator._follow
 
     def watched(self, job):
@@ -141,7 +133,6 @@ def test_trials_side_by_side_on_ray_equal_those_one_by_one(cache, tmp_path, undi
         results = finish(plan, tmp_path / "study")
     finally:
         patch.undo()
-        ray.shutdown()
     # A method has one trial at a time: what it is given depends on its own trials alone.
     assert seen(results) == {label: trials[:2] for label, trials in undisturbed.items()}
     assert max(beside) == 2

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from algorithms import Total
-from cluster.client import ClientHost, ClientReport, EvaluationChunk, Task, Workload
+from cluster.client import ClientHost
+from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
 from cluster.federation import prepare_arguments
 from cluster.local_training import Broadcast
 from cluster.placement import Bundle

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, ServerState, Total
 from cluster import seeding, wire
-from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.clock import Clock
 from cluster.downlink import Parcel
 from cluster.engine import Engine, Outcome
+from cluster.exchange import ClientReport, EvaluationChunk, Task
 from cluster.federation import Federation
 from cluster.folding import fold_update
 from cluster.samplers import SamplerError

@@ -45,7 +45,7 @@ _EXPECTED = {
     ("cluster.workload.models", "ModelError"): 2,
     ("cluster.workload.partition", "PartitionError"): 2,
     ("builtins", "PermissionError"): 2,
-    ("cluster.client", "ClientError"): 1,
+    ("cluster.exchange", "ClientError"): 1,
     ("cluster.driver", "DivergedError"): 1,
     ("cluster.driver", "ReplayError"): 1,
 }

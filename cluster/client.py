@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,134 +19,18 @@ from torch import nn
 from algorithms import Grid, ParameterLayout, Total
 from algorithms.masks import target_count
 from cluster import seeding, wire
-from cluster.clock import Device
 from cluster.config import Config
 from cluster.devices import Devices
+from cluster.exchange import ClientError, ClientReport, EvaluationChunk, Task, Workload
 from cluster.folding import fold_update
 from cluster.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
-from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.local_training import Broadcast, LocalSettings, Trained, Trainer
 from cluster.passes import set_up_cuda
 from cluster.shift import period_of
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
-from cluster.workload.holdings import Partition
 
 _logger = logging.getLogger("sparsyfed.client")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a host needs to play any client; made once by the driver, read by every host without copying.
-
-    Attributes:
-        config: The configuration.
-        folder: Folder of the decoded data set on this node.
-        partition: Who holds which rows of the training split.
-        validation: Rows held out of the training split.
-        shifted: Who owns which rows after the first, second ... shift of the data.
-    """
-
-    config: Config
-    folder: Path
-    partition: Partition
-    validation: np.ndarray
-    shifted: tuple[Partition, ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One client to play.
-
-    Attributes:
-        client: Index of the client.
-        sparsity: Its target sparsity.
-        device: What the simulated time of its visit follows from.
-        downlink_bytes: Bytes that it was sent.
-        deadline: Simulated seconds after which its update is late and left out.
-        fold_before: Simulated seconds before which its update surely counts, so that it is folded here; a
-            later one goes to the driver, which knows when the others arrived.
-    """
-
-    client: int
-    sparsity: float
-    device: Device
-    downlink_bytes: int
-    deadline: float = math.inf
-    fold_before: float = math.inf
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What a host tells the driver of one visit, beside the total.
-
-    ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
-    are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
-    it sent nothing, and ``refused`` says why.
-    """
-
-    client: int
-    samples: int
-    steps: int
-    loss: float
-    seconds: float
-    phases: tuple[float, float, float, float]  # train, encode, decode, fold in seconds
-    uplink_bytes: int
-    uplink_nonzero_bytes: int
-    upload_density: float
-    regrown_before_cut: int
-    regrown: int
-    deactivated: int
-    flops_dense: float
-    flops_sparse: np.ndarray
-    refused: str | None
-    visit_s: float = math.inf
-    late: bool = False
-    folded: bool = False
-    message: bytes | None = None
-    skipped: bool = False
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the update is part of the round's total."""
-        return self.refused is None and not self.late
-
-    @classmethod
-    def failed(cls, client: int, samples: int, layers: int, reason: str) -> ClientReport:
-        """The report of a client that failed and was skipped: nothing trained, nothing sent."""
-        return cls(
-            client=client,
-            samples=samples,
-            steps=0,
-            loss=math.nan,
-            seconds=0.0,
-            phases=(0.0, 0.0, 0.0, 0.0),
-            uplink_bytes=0,
-            uplink_nonzero_bytes=0,
-            upload_density=0.0,
-            regrown_before_cut=0,
-            regrown=0,
-            deactivated=0,
-            flops_dense=0.0,
-            flops_sparse=np.zeros(layers),
-            refused=reason,
-            skipped=True,
-        )
-
-
-@dataclass(frozen=True)
-class EvaluationChunk:
-    """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
-
-    split: str  # "test" or "val"
-    start: int
-    stop: int
-    tier: str | None = None  # evaluate the model cut to this tier's budget
-    client: int | None = None  # evaluate the model after this client's local training, as it would be sent
-    seconds: float = 0.0  # that the evaluation took
-
-
-class ClientError(RuntimeError):
-    """A client's code raised; the message carries client, round, stage and the original traceback."""
 
 
 class ClientHost:
@@ -190,6 +73,9 @@ class ClientHost:
         self.shape = wire_shape(self._trainer.layout)
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
         self._received = np.empty(self.shape.size, np.float32)
+        self._uplink: ThreadPoolExecutor | None = None
+        if self._device.type == "cuda":
+            self._uplink = ThreadPoolExecutor(1, "uplink")
         self._total: Total | None = None
         self._round = -1
         self._broadcast: Broadcast | None = None
@@ -197,12 +83,22 @@ class ClientHost:
     def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
         """Play each client and fold its decoded update into this host's partial total of the round.
 
+        On a GPU one client's update crosses the wire while the next client trains.
+
         Raises:
             ClientError: A client's code raised, and ``on_client_error`` is ``stop``.
             GpuError: The first client took more GPU memory than this host's share.
         """
         broadcast = self._start_round(broadcast)
-        return [self._play_one(broadcast, task) for task in tasks]
+        if self._uplink is None:
+            return [self._send(broadcast, task, *self._train(broadcast, task)) for task in tasks]
+        reports, sending = [], None
+        for task in tasks:
+            trained = self._train(broadcast, task)
+            if sending is not None:  # the arrays of one more client are safe from the next one
+                reports.append(sending.result())
+            sending = self._uplink.submit(self._send, broadcast, task, *trained)
+        return reports if sending is None else [*reports, sending.result()]
 
     def collect(self, round_number: int) -> Total | None:
         """Hand over the round's partial total and forget it; None when this host holds none of that round."""
@@ -288,16 +184,25 @@ class ClientHost:
         partition = self._workload.shifted[period - 1] if period else self._workload.partition
         return partition.client(client)
 
-    def _play_one(self, broadcast: Broadcast, task: Task) -> ClientReport:
-        rows = self._rows(task.client, broadcast.period)
-        stage = "train"
+    def _train(self, broadcast: Broadcast, task: Task) -> tuple[Trained | str, float]:
+        """A client's update, or why it was skipped, and the seconds that it took."""
+        rows, started = self._rows(task.client, broadcast.period), time.perf_counter()
+        trained: Trained | str
         try:
-            marks = [time.perf_counter()]
             trained = self._trainer.visit(task.client, rows, task.sparsity, broadcast)
             if self._memory is not None:
                 self._memory.check(task.client)
-            marks.append(time.perf_counter())
-            stage = "encode"
+        except Exception as error:
+            trained = self._skip(error, task.client, broadcast.instructions.round, "train")
+        return trained, time.perf_counter() - started
+
+    def _send(self, broadcast: Broadcast, task: Task, trained: Trained | str, seconds: float) -> ClientReport:
+        """Have an update cross the wire, and fold what arrives where that can be told here."""
+        if isinstance(trained, str):
+            return self._failed(broadcast, task, trained)
+        stage = "encode"
+        try:
+            marks = [time.perf_counter()]
             message = wire.encode(
                 trained.values,
                 trained.support,
@@ -321,7 +226,8 @@ class ClientHost:
             marks.append(time.perf_counter())
         except Exception as error:
             reason = self._skip(error, task.client, broadcast.instructions.round, stage)
-            return ClientReport.failed(task.client, len(rows), len(self._trainer.layout.prunable), reason)
+            return self._failed(broadcast, task, reason)
+        phases = (seconds, marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2])
         prunable = self.shape.prunable
         sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
         return ClientReport(
@@ -329,8 +235,8 @@ class ClientHost:
             samples=trained.samples,
             steps=trained.steps,
             loss=trained.loss,
-            seconds=marks[-1] - marks[0],
-            phases=(marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2], marks[4] - marks[3]),
+            seconds=sum(phases),
+            phases=phases,
             uplink_bytes=len(message),
             uplink_nonzero_bytes=wire.nonzero_bytes(trained.values, self.shape),
             upload_density=sent / prunable,
@@ -345,6 +251,10 @@ class ClientHost:
             folded=here and not late and refused is None,
             message=None if here or late else message,
         )
+
+    def _failed(self, broadcast: Broadcast, task: Task, reason: str) -> ClientReport:
+        samples = len(self._rows(task.client, broadcast.period))
+        return ClientReport.failed(task.client, samples, len(self._trainer.layout.prunable), reason)
 
     def _skip(self, error: Exception, client: int, round_number: int, stage: str) -> str:
         """Why a client that failed is skipped; raises where ``on_client_error`` or the error forbids it."""

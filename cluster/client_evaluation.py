@@ -20,8 +20,8 @@ import numpy as np
 
 from cluster import seeding
 from cluster.checkpoint import write_atomically
-from cluster.client import EvaluationChunk
 from cluster.devices import Devices
+from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
 from cluster.shift import period_of

@@ -25,10 +25,10 @@ from cluster.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from cluster.client import ClientError, ClientReport, EvaluationChunk
 from cluster.client_evaluation import ClientEvaluation
 from cluster.config import code_digest
 from cluster.engine import Engine, Outcome
+from cluster.exchange import ClientError, ClientReport, EvaluationChunk
 from cluster.federation import Federation
 from cluster.holders import Holders
 from cluster.metrics import Downlink, evaluation_metrics, round_metrics

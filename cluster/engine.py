@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from algorithms import Total
-from cluster.client import ClientHost, ClientReport, EvaluationChunk, Task, Workload
+from cluster.client import ClientHost
+from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
 from cluster.local_training import Broadcast
 
 Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]

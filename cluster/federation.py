@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import ParameterLayout
-from cluster.client import EvaluationChunk, Workload, build_model
+from cluster.client import build_model
 from cluster.config import Config
 from cluster.devices import Devices
+from cluster.exchange import EvaluationChunk, Workload
 from cluster.flops import LayerFlops, count_activations
 from cluster.shift import partition_of, period_of, rows_of
 from cluster.transfers import to_input

@@ -10,7 +10,7 @@ import numpy as np
 
 from algorithms import ParameterLayout, Total
 from algorithms.masks import consensus, intersection_over_union
-from cluster.client import ClientReport, EvaluationChunk
+from cluster.exchange import ClientReport, EvaluationChunk
 from cluster.run_folder import finite
 
 

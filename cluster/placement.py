@@ -11,8 +11,8 @@ from math import ceil
 
 import numpy as np
 
-from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.config import Config
+from cluster.exchange import ClientReport, EvaluationChunk, Task
 
 #: Room for rounding when resource amounts are compared.
 _EPSILON = 1e-9

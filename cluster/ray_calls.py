@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cluster.actor_pool import ActorPool
-from cluster.client import EvaluationChunk
 from cluster.engine import Evaluated
+from cluster.exchange import EvaluationChunk
 from cluster.placement import CostModel
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cluster.actor_pool import ActorPool, MakeHost, Place
-from cluster.client import ClientHost, EvaluationChunk, Task, Workload
+from cluster.client import ClientHost
 from cluster.engine import Outcome
+from cluster.exchange import EvaluationChunk, Task, Workload
 from cluster.local_training import Broadcast
 from cluster.placement import Bundle, CostModel
 from cluster.ray_calls import Crew

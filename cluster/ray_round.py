@@ -19,8 +19,8 @@ from typing import Any
 
 from algorithms import Total
 from cluster.actor_pool import PROBE_EVERY_S, PlacementError
-from cluster.client import ClientError, ClientReport, EvaluationChunk, Task
 from cluster.engine import Evaluated, Outcome
+from cluster.exchange import ClientError, ClientReport, EvaluationChunk, Task
 from cluster.local_training import Broadcast
 from cluster.placement import call_seconds, longest_first
 from cluster.ray_calls import Call, Crew, Evaluation

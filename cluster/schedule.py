@@ -17,11 +17,12 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, Instructions, ServerState, Total
 from cluster import seeding, wire
-from cluster.client import EvaluationChunk, Task, wire_shape
+from cluster.client import wire_shape
 from cluster.clock import Clock, first_arrivals
 from cluster.devices import Devices
 from cluster.downlink import Parcel, Sender
 from cluster.engine import Engine, Outcome
+from cluster.exchange import EvaluationChunk, Task
 from cluster.federation import Federation
 from cluster.folding import fold_update
 from cluster.holders import Holders

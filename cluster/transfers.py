@@ -6,6 +6,7 @@ On the CPU the same calls are plain gathers and views.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._pinned: dict[tuple[str, torch.dtype, int], Tensor] = {}
+        self._fetches: Counter[tuple[torch.dtype, int]] = Counter()
         self._sent: torch.cuda.Event | None = None
 
     def send(self, array: np.ndarray, out: Tensor) -> None:
@@ -62,10 +64,15 @@ class Staging:
         self._sent.record()
 
     def fetch(self, tensor: Tensor) -> np.ndarray:
-        """A flat tensor as an array that the next fetch of its type and size may overwrite."""
+        """A flat tensor as an array that lasts until the next fetch but one of its type and size.
+
+        On the CPU it is a view, which lasts as long as the tensor's values do.
+        """
         if tensor.device.type != "cuda":
             return tensor.cpu().numpy()
-        pinned = self._buffer("fetch", tensor)
+        kind = (tensor.dtype, tensor.numel())
+        self._fetches[kind] += 1
+        pinned = self._buffer(f"fetch {self._fetches[kind] % 2}", tensor)
         pinned.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         return pinned.numpy()

@@ -20,9 +20,9 @@ from typing import Any, Literal, Protocol
 from optuna.trial import Trial
 
 from cluster.actor_pool import PlacementError
-from cluster.client import ClientError
 from cluster.config import Config, validate
 from cluster.driver import DivergedError
+from cluster.exchange import ClientError
 from cluster.execution import complete, run_or_resume
 from cluster.ray_session import ClusterError, room
 from cluster.run_folder import BusyError, RunFolder

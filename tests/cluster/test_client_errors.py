@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 import cluster
-from cluster.client import ClientError, ClientHost, ClientReport
+from cluster.client import ClientHost
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
+from cluster.exchange import ClientError, ClientReport
 from cluster.federation import Federation
 from cluster.local_training import Trainer
 from cluster.run_folder import RunFolder

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.client import ClientError, EvaluationChunk
 from cluster.client_evaluation import ClientEvaluation, _spread
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
+from cluster.exchange import ClientError, EvaluationChunk
 from cluster.federation import Federation
 from cluster.local_training import Trainer, to_input
 from cluster.run_folder import RunFolder, comparable

@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from algorithms import Grid, ParameterLayout, Total
-from cluster.client import ClientReport, EvaluationChunk
+from cluster.exchange import ClientReport, EvaluationChunk
 from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 
 # Two layers of 4 and 2 prunable weights; 3 biases.

@@ -100,7 +100,8 @@ def play(trainer: Trainer, method) -> list[Trained]:
         broadcast = broadcast_of(trainer, method, weights, number)
         for client, rows in enumerate((range(20), range(20, 53), range(53, 61))):
             trained = trainer.visit(client, np.arange(120)[list(rows)], method.sparsity, broadcast)
-            played.append(replace(trained, values=trained.values.copy()))
+            support = None if trained.support is None else trained.support.copy()
+            played.append(replace(trained, values=trained.values.copy(), support=support))
         if not method.uploads_differences:
             weights = played[-1].values
     return played

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cluster
-from cluster.client import ClientReport, EvaluationChunk, Task
 from cluster.clock import Device
+from cluster.exchange import ClientReport, EvaluationChunk, Task
 from cluster.placement import (
     CALL_S,
     SHORT_CALL_S,

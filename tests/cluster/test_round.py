@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from cluster import ray_round
-from cluster.client import ClientError, EvaluationChunk, Task
+from cluster.exchange import ClientError, EvaluationChunk, Task
 from cluster.placement import CostModel
 from cluster.ray_calls import Crew
 from cluster.ray_round import Rounds

@@ -1,0 +1,128 @@
+"""What the driver and those who play clients exchange, beside the model itself (``Broadcast``)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.clock import Device
+from cluster.config import Config
+from cluster.workload.holdings import Partition
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a host needs to play any client; made once by the driver, read by every host without copying.
+
+    Attributes:
+        config: The configuration.
+        folder: Folder of the decoded data set on this node.
+        partition: Who holds which rows of the training split.
+        validation: Rows held out of the training split.
+        shifted: Who owns which rows after the first, second ... shift of the data.
+    """
+
+    config: Config
+    folder: Path
+    partition: Partition
+    validation: np.ndarray
+    shifted: tuple[Partition, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client to play.
+
+    Attributes:
+        client: Index of the client.
+        sparsity: Its target sparsity.
+        device: What the simulated time of its visit follows from.
+        downlink_bytes: Bytes that it was sent.
+        deadline: Simulated seconds after which its update is late and left out.
+        fold_before: Simulated seconds before which its update surely counts, so that it is folded here; a
+            later one goes to the driver, which knows when the others arrived.
+    """
+
+    client: int
+    sparsity: float
+    device: Device
+    downlink_bytes: int
+    deadline: float = math.inf
+    fold_before: float = math.inf
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a host tells the driver of one visit, beside the total.
+
+    ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
+    are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
+    it sent nothing, and ``refused`` says why.
+    """
+
+    client: int
+    samples: int
+    steps: int
+    loss: float
+    seconds: float
+    phases: tuple[float, float, float, float]  # train, encode, decode, fold in seconds
+    uplink_bytes: int
+    uplink_nonzero_bytes: int
+    upload_density: float
+    regrown_before_cut: int
+    regrown: int
+    deactivated: int
+    flops_dense: float
+    flops_sparse: np.ndarray
+    refused: str | None
+    visit_s: float = math.inf
+    late: bool = False
+    folded: bool = False
+    message: bytes | None = None
+    skipped: bool = False
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the update is part of the round's total."""
+        return self.refused is None and not self.late
+
+    @classmethod
+    def failed(cls, client: int, samples: int, layers: int, reason: str) -> ClientReport:
+        """The report of a client that failed and was skipped: nothing trained, nothing sent."""
+        return cls(
+            client=client,
+            samples=samples,
+            steps=0,
+            loss=math.nan,
+            seconds=0.0,
+            phases=(0.0, 0.0, 0.0, 0.0),
+            uplink_bytes=0,
+            uplink_nonzero_bytes=0,
+            upload_density=0.0,
+            regrown_before_cut=0,
+            regrown=0,
+            deactivated=0,
+            flops_dense=0.0,
+            flops_sparse=np.zeros(layers),
+            refused=reason,
+            skipped=True,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationChunk:
+    """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
+
+    split: str  # "test" or "val"
+    start: int
+    stop: int
+    tier: str | None = None  # evaluate the model cut to this tier's budget
+    client: int | None = None  # evaluate the model after this client's local training, as it would be sent
+    seconds: float = 0.0  # that the evaluation took
+
+
+class ClientError(RuntimeError):
+    """A client's code raised; the message carries client, round, stage and the original traceback."""

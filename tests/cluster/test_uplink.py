@@ -1,5 +1,6 @@
-"""On a GPU an update crosses the wire while the next client trains; a thread and copies stand in for it here."""
+"""On a GPU an update crosses the wire while the next client trains; here a thread and copies play its part."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,12 +33,17 @@ def overlapped(monkeypatch):
             threads.append(work)
             return super().submit(*work)
 
-    build = client.ClientHost.__init__
+    build, encode = client.ClientHost.__init__, client.wire.encode
+
+    def slow(*arguments, **options):
+        time.sleep(0.1)  # long enough for the next client to be trained
+        return encode(*arguments, **options)
 
     def with_uplink(self, workload, gpus=None):
         build(self, workload, gpus)
         self._uplink = Uplink(1)
 
+    monkeypatch.setattr(client.wire, "encode", slow)
     monkeypatch.setattr(Staging, "fetch", fetch)
     monkeypatch.setattr(client.ClientHost, "__init__", with_uplink)
     return threads

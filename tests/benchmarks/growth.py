@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -40,7 +41,7 @@ class Sweep:
 
 def sweeps(quick: bool) -> list[Sweep]:
     """Population, cohort, model size, sparsity and actors."""
-    rounds = 5 if quick else 15
+    usual: dict[str, Any] = {"blocks": 3, "rounds": 3 if quick else 8}
     widths = ((16, 32), (32, 64), (64, 128), (128, 256))
     weights = tuple(
         float(
@@ -62,7 +63,7 @@ def sweeps(quick: bool) -> list[Sweep]:
         Sweep(
             "clients in all (cohort 10)",
             populations,
-            lambda value: Case(clients=int(value), rounds=rounds),
+            lambda value: Case(clients=int(value), **usual),
             tuple(f"{value:,.0f}" for value in populations),
         ),
         Sweep(
@@ -71,28 +72,27 @@ def sweeps(quick: bool) -> list[Sweep]:
             lambda value: Case(
                 cohort=int(value),
                 clients=max(100, int(value)),
-                rounds=max(3, int(rounds * 10 / (10 + value))),
+                blocks=3,
+                rounds=max(1, int(100 / (10 + value))),
             ),
             tuple(f"{value:,.0f}" for value in cohorts),
         ),
         Sweep(
             "weights of the model (SparsyFed, 95 %)",
             weights,
-            lambda value: Case(
-                method="sparsyfed", rounds=rounds, model={"channels": list(by_weights[value])}
-            ),
+            lambda value: Case(method="sparsyfed", model={"channels": list(by_weights[value])}, **usual),
             tuple(f"{value / 1000:,.0f}k" for value in weights),
         ),
         Sweep(
             "sparsity (SparsyFed)",
             sparsities,
-            lambda value: Case(method="sparsyfed", rounds=rounds, sparsity=value),
+            lambda value: Case(method="sparsyfed", sparsity=value, **usual),
             tuple(f"{value:g}" for value in sparsities),
         ),
         Sweep(
             "actors",
             actors,
-            lambda value: Case(actors=int(value), rounds=rounds),
+            lambda value: Case(actors=int(value), **usual),
             tuple(f"{value:.0f}" for value in actors),
         ),
     ]

@@ -1,4 +1,4 @@
-"""On a GPU an update crosses the wire while the next client trains; here a thread and copies play its part."""
+"""On a GPU an update crosses the wire while the next client trains; here a thread and copies do that."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -126,16 +126,16 @@ class Rounds:
                 self._call(actor, "ready")
         # Whoever is expected to be done first takes the next work. If it has no room, that work waits for
         # it: only an idle actor may take it, not one that would come to it later.
-        ends = [(self._expected_end(a, now), a) for a in range(len(self._queues)) if a not in down]
+        ends = [(self._expected_end(a, now), len(q), a) for a, q in enumerate(self._queues) if a not in down]
         heapq.heapify(ends)
         full: set[str] = set()  # kinds whose first actor to be done has no room
         while ends:
-            _, actor = heapq.heappop(ends)
+            *_, actor = heapq.heappop(ends)
             queue, kind = self._queues[actor], self._pool.kinds[actor]
             if len(queue) >= CALLS_IN_FLIGHT:
                 full.add(kind)
             elif self._give(actor, work=not queue or kind not in full):
-                heapq.heappush(ends, (self._expected_end(actor, now), actor))
+                heapq.heappush(ends, (self._expected_end(actor, now), len(queue), actor))
 
     def _expected_end(self, actor: int, now: float) -> float:
         """When an actor will be done with what it holds, by what such work has cost so far."""
@@ -346,7 +346,8 @@ class Rounds:
         """Have a client or a chunk done again; with ``why``, its actor was lost under it."""
         losses: Counter[Any] = self._losses if evaluation is None else evaluation.losses
         key = work.client if evaluation is None else work
-        losses[key] += why is not None
+        if why is not None:
+            losses[key] += 1
         if why is not None and losses[key] >= LOSSES:
             self._give_up(work, evaluation, why)
         elif evaluation is None:

@@ -208,6 +208,21 @@ def test_the_evaluation_goes_on_while_the_next_round_is_played(scripted):
     assert "evaluate" in asked
 
 
+def test_before_costs_are_known_clients_are_dealt_in_turn(scripted):
+    pool, rounds, _ = scripted
+    rounds._crew.costs.__init__()
+    rounds.start(round_(1), tasks(6), [])
+    assert pool.asked == [(0, "play", [0]), (1, "play", [1]), (0, "play", [2]), (1, "play", [3])]
+
+
+def test_only_the_client_that_ran_when_its_actor_was_lost_is_played_alone(scripted):
+    _, rounds, _ = scripted
+    rounds.start(round_(1), tasks(4), [])
+    rounds._lose(0, "died")
+    assert rounds._losses == {0: 1}  # not client 2, which had not begun
+    assert set(rounds._losses) == {0}
+
+
 def test_calls_of_a_round_that_an_error_ended_are_forgotten(scripted):
     _, rounds, _ = scripted
     rounds.start(round_(1), tasks(6), [])

@@ -20,7 +20,7 @@ from algorithms.parameters import ParameterLayout
 #: client has diverged, and its update is refused like a non-finite one.
 GROWTH_LIMIT = 2.0**20
 
-_BLOCK = 1 << 13  # floats a block: the temporaries of one block stay in the cache
+_BLOCK = 1 << 14  # floats a block: the temporaries of one block stay in the cache
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,20 @@ class Grid:
         exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
         return cls(GROWTH_LIMIT * 2.0**exponent, max(1, samples))
 
-    def split(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Round float64 ``terms`` to (high, low), multiples of the coarse and of the fine unit."""
+    def split(self, terms: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Round float64 ``terms`` to (high, low), multiples of the coarse and of the fine unit.
+
+        Args:
+            terms: float64[n]; the low parts take their place.
+            out: float64[n] for the high parts.
+        """
         coarse, fine = self._constants
-        high = (terms + coarse) - coarse
-        low = terms - high
-        low += fine
-        low -= fine
-        return high, low
+        high = np.add(terms, coarse, out=out)
+        high -= coarse
+        terms -= high
+        terms += fine
+        terms -= fine
+        return high, terms
 
     @cached_property
     def _constants(self) -> tuple[float, float]:
@@ -136,7 +142,9 @@ class Total:
             kept = values[positions]
             self._check(kept)
             self._check(values[prunable:])
-            high, low = self.grid.split(kept.astype(np.float64) * samples)
+            terms = kept.astype(np.float64)
+            terms *= samples
+            high, low = self.grid.split(terms)
             self.high[positions] += high
             self.low[positions] += low
             self.votes += support
@@ -196,11 +204,12 @@ class Total:
 
     def _add(self, span: slice, values: np.ndarray, samples: int) -> None:
         highs, lows = self.high[span], self.low[span]
-        terms = np.empty(min(_BLOCK, len(values)))
+        terms, out = np.empty((2, min(_BLOCK, len(values))))
         for start in range(0, len(values), _BLOCK):
             block = slice(start, min(start + _BLOCK, len(values)))
             part = terms[: block.stop - start]
-            np.multiply(values[block], float(samples), out=part, dtype=np.float64)
-            high, low = self.grid.split(part)
+            part[:] = values[block]
+            part *= samples
+            high, low = self.grid.split(part, out[: len(part)])
             highs[block] += high
             lows[block] += low

@@ -12,8 +12,9 @@ selection and aggregation one multiply-add.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +140,11 @@ def _place(tensors: list[tuple[str, Tensor]], start: int) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> None:
-    used: set[nn.Module] = set()
-    handles = [
-        layer.register_forward_hook(lambda module, _inputs, _output: used.add(module))
-        for layer in layers.values()
-    ]
+def dry_forward(
+    model: nn.Module, example: Tensor, layers: Iterable[nn.Module], hook: Callable[[Any, Any, Any], Any]
+) -> None:
+    """One forward of ``example`` in evaluation mode and without gradients, with a hook on some layers."""
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     was_training = model.training
     try:
         with torch.no_grad():
@@ -153,6 +153,11 @@ def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module]
         model.train(was_training)
         for handle in handles:
             handle.remove()
+
+
+def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> None:
+    used: set[nn.Module] = set()
+    dry_forward(model, example, layers.values(), lambda module, _inputs, _output: used.add(module))
     missed = [name for name, layer in layers.items() if layer not in used]
     if missed:
         raise ValueError(f"a forward pass never calls {', '.join(missed)}: unused layers cannot be trained")

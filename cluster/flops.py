@@ -7,15 +7,13 @@ with the density of the weights and the weight gradient with that of the saved a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from algorithms.parameters import PRUNABLE_LAYERS, ParameterLayout
+from algorithms.parameters import PRUNABLE_LAYERS, ParameterLayout, dry_forward
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,21 @@ class LayerFlops:
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
         """Count by one dry forward of ``example``, a batch of any size."""
         counted: dict[str, float] = {}
+        # By the weight's name, so that layers with tied weights add up; a weight that is no parameter (computed
+        # by torch's parametrizations) has no name and is not prunable.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        handles = [
-            # By the weight's name, so that layers with tied weights add up; a weight that is no parameter
-            # (computed by torch's parametrizations) has no name and is not prunable.
-            layer.register_forward_hook(_counter(names.get(id(layer.weight), ""), len(example), counted))
-            for layer in model.modules()
-            if isinstance(layer, PRUNABLE_LAYERS)
-        ]
-        was_training = model.training
-        try:
-            with torch.no_grad():
-                model.eval()(example)
-        finally:
-            model.train(was_training)
-            for handle in handles:
-                handle.remove()
+
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            name = names.get(id(weight), "")
+            # Each output element is a dot product as long as one output channel's weights; a transposed
+            # convolution is the reverse, its weights are those of one input channel each.
+            elements = inputs[0].numel() if getattr(layer, "transposed", False) else output.numel()
+            flops = 2.0 * elements / len(example) * weight.numel() / len(weight)
+            counted[name] = counted.get(name, 0.0) + flops
+
+        dry_forward(model, example, (m for m in model.modules() if isinstance(m, PRUNABLE_LAYERS)), count)
         first = next(iter(counted))
         entries = [entry.name for entry in layout.prunable]
         return cls(
@@ -75,27 +72,5 @@ def count_activations(model: nn.Module, example: Tensor) -> int:
         nonlocal counted
         counted += output[0].numel() if isinstance(output, Tensor) else 0
 
-    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    dry_forward(model, example, (m for m in model.modules() if not list(m.children())), count)
     return counted
-
-
-def _counter(
-    name: str, batch: int, counted: dict[str, float]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        # Each output element is a dot product as long as one output channel's weights; a transposed
-        # convolution is the reverse, its weights are those of one input channel each.
-        elements = inputs[0].numel() if getattr(module, "transposed", False) else output.numel()
-        counted[name] = counted.get(name, 0.0) + 2.0 * elements / batch * weight.numel() / len(weight)
-
-    return hook

@@ -32,8 +32,8 @@ class LayerFlops:
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
         """Count by one dry forward of ``example``, a batch of any size."""
         counted: dict[str, float] = {}
-        # By the weight's name, so that layers with tied weights add up; a weight that is no parameter (computed
-        # by torch's parametrizations) has no name and is not prunable.
+        # By the weight's name, so that layers with tied weights add up; a weight that is no parameter
+        # (computed by torch's parametrizations) has no name and is not prunable.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

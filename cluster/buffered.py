@@ -245,7 +245,7 @@ class _Step:
         self._meanwhile = lambda: None
         outcome = self._outcome
         if chunks:
-            self._chunks, outcome.evaluated = [], played.evaluated
+            self._chunks, outcome.evaluated, outcome.evaluating = [], played.evaluated, played.evaluating
         outcome.lost_actors += played.lost_actors
         for phase, seconds in played.seconds.items():
             outcome.seconds[phase] = outcome.seconds.get(phase, 0.0) + seconds

@@ -137,6 +137,12 @@ class Driver:
         state = self.state
         result = self._schedule.round(state, self._due_chunks(), self._book_keeping)
         outcome = result.outcome
+
+        def write_waiting_line() -> None:
+            self._write_waiting_line(lambda: self._evaluation(outcome, state.round, last=False))
+
+        if not outcome.evaluating:
+            write_waiting_line()
         worked = time.perf_counter()
         refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
         if outcome.total is None:
@@ -154,7 +160,7 @@ class Driver:
         snapshot = self._schedule.snapshot()
 
         def after() -> None:
-            self._write_waiting_line(lambda: self._evaluation(outcome, state.round, last=False))
+            write_waiting_line()
             self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
 
         self._after = after

@@ -29,6 +29,7 @@ class Outcome:
         total: The sum of the updates that were folded; None when there is none.
         reports: What every client did, in the order of clients.
         evaluated: Waits for the evaluation, which may go on while the next round is played.
+        evaluating: Whether it does.
         seconds: Seconds by phase.
         lost_actors: Actors that were lost.
     """
@@ -36,6 +37,7 @@ class Outcome:
     total: Total | None
     reports: list[ClientReport]
     evaluated: Callable[[], Evaluated] = list
+    evaluating: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     lost_actors: int = 0
 
@@ -90,10 +92,10 @@ class InlineEngine:
         evaluated = self._host.evaluate(broadcast, chunks) if chunks else []
         seconds = {"evaluate": time.perf_counter() - started}
         if not tasks:
-            return Outcome(None, [], lambda: evaluated, seconds)
+            return Outcome(None, [], lambda: evaluated, seconds=seconds)
         reports = self._host.play(broadcast, tasks)
         total = self._host.collect(broadcast.instructions.round)
-        return Outcome(total, reports, lambda: evaluated, seconds)
+        return Outcome(total, reports, lambda: evaluated, seconds=seconds)
 
     def close(self) -> None:
         """Nothing to release."""

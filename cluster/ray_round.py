@@ -98,7 +98,14 @@ class Rounds:
         reports = [self._reports[client] for client in sorted(self._reports)]
         worked = max(started, self._last_play)
         seconds = {"work": worked - started, "merge": time.perf_counter() - worked}
-        return Outcome(self._total, reports, lambda: self._evaluated(evaluation), seconds, self._lost)
+        return Outcome(
+            self._total,
+            reports,
+            lambda: self._evaluated(evaluation),
+            not evaluation.done,
+            seconds,
+            self._lost,
+        )
 
     def _evaluated(self, evaluation: Evaluation) -> Evaluated:
         """Wait for an evaluation, perhaps while the next round's clients are played."""

@@ -24,7 +24,7 @@ BENCHMARKS = {
     "steps": ("bench_steps", "a local step by method against a dense one", True),
     "wire": ("bench_wire", "cut, encode, decode and fold of 11 million weights; 100 updates", True),
     "start": ("bench_start", "seconds until the first round of a cold run", True),
-    "memory": ("bench_memory", "resident memory of driver and actors over many rounds", False),
+    "memory": ("bench_memory", "memory of driver and actors over many rounds", False),
     "gpu": ("bench_gpu", "steps and clients a second on a GPU, launched and as CUDA graphs", False),
     "peers": ("bench_peers", "the same workload in Flower's simulation and in pfl-research", False),
 }

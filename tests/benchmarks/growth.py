@@ -1,8 +1,8 @@
 """How the cost of a round grows, drawn: ``python -m tests.benchmarks.growth [--quick] [--output FILE]``.
 
 CPU seconds of driver and actors against those of bare PyTorch loops that do the same local steps and the same
-evaluation at the same time, by population, cohort, model size, sparsity and actors; and resident memory over
-many rounds. CPU seconds, because a machine that others use changes them less than the clock on the wall.
+evaluation at the same time, by population, cohort, model size, sparsity and actors; and memory over many
+rounds. CPU seconds, because a machine that others use changes them less than the clock on the wall.
 """
 
 from __future__ import annotations
@@ -146,12 +146,12 @@ def _draw(panel: pyplot.Axes, sweep: Sweep, costs: dict[str, list[float]]) -> No
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_memory(panel: pyplot.Axes, resident: dict[str, dict[int, float]]) -> None:
-    for (who, sizes), color in zip(resident.items(), (INK, BLUE, GREY), strict=True):
+def _draw_memory(panel: pyplot.Axes, own: dict[str, dict[int, float]]) -> None:
+    for (who, sizes), color in zip(own.items(), (INK, BLUE, GREY), strict=True):
         panel.plot(list(sizes), list(sizes.values()), color=color, label=who)
     panel.set_xlabel("round")
-    panel.set_ylabel("resident MiB")
-    panel.set_ylim(0, 1.25 * max(max(sizes.values()) for sizes in resident.values()))
+    panel.set_ylabel("MiB of its own")
+    panel.set_ylim(0, 1.25 * max(max(sizes.values()) for sizes in own.values()))
     panel.legend(frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 

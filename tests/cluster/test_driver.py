@@ -1,8 +1,6 @@
 """A round, as the driver draws, sends, measures, evaluates and logs it, against counts made one by one."""
 
 import itertools
-import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,74 +10,20 @@ from torch.nn import functional as F
 
 import cluster
 from algorithms.topk import TopKClient
-from cluster import client as client_module
-from cluster import downlink as downlink_module
 from cluster import driver as driver_module
 from cluster import outputs, wire
-from cluster.checkpoint import latest, list_rounds, load_checkpoint
+from cluster.checkpoint import list_rounds
 from cluster.client import wire_shape
-from cluster.driver import DivergedError, Driver
+from cluster.driver import Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder, comparable
+from tests.cluster.observed import accuracy, flat_upload, support
 from tests.naive import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 TOPK = {"name": "topk", "sparsity": 0.8}
-DIGITS = {"name": "digits"}
-RESNET = {"name": "resnet18", "width": 8}
-
-
-class Recorded:
-    """The wire as one module sees it; keeps every message and every decoded update."""
-
-    def __init__(self):
-        self.sent, self.received = [], []
-
-    def __getattr__(self, name):
-        return getattr(wire, name)
-
-    def encode(self, *arguments, **options):
-        self.sent.append(wire.encode(*arguments, **options))
-        return self.sent[-1]
-
-    def decode(self, *arguments, **options):
-        message = wire.decode(*arguments, **options)
-        # The host decodes the next update into the same memory.
-        self.received.append(replace(message, values=message.values.copy()))
-        return message
-
-
-@pytest.fixture
-def uplink(monkeypatch):
-    recorded = Recorded()
-    monkeypatch.setattr(client_module, "wire", recorded)
-    return recorded
-
-
-@pytest.fixture
-def downlink(monkeypatch):
-    recorded = Recorded()
-    monkeypatch.setattr(downlink_module, "wire", recorded)
-    return recorded
-
-
-def support(layout, flat):
-    """Positions of nonzero prunable weights, as a set."""
-    return {j for j, value in enumerate(flat[: layout.prunable_size].tolist()) if value != 0}
-
-
-def flat_upload(run, key):
-    """An upload as a flat list, in the layout's order."""
-    values, mask = run.uploads[key]
-    layout = run.driver.layout
-    flat = torch.cat([values[entry.name].flatten() for entry in layout.trained + layout.buffers])
-    kept = None
-    if mask is not None:
-        bits = torch.cat([mask[entry.name].flatten() for entry in layout.prunable])
-        kept = {j for j, bit in enumerate(bits.tolist()) if bit}
-    return flat, kept
 
 
 # ---------------------------------------------------------------------------------- what a round measures
@@ -336,111 +280,6 @@ def test_the_best_checkpoint_is_kept(cache, tmp_path):
     assert summary["accuracy"] == scores[8]
 
 
-# ---------------------------------------------------------------------------------------- the model file
-
-
-def accuracy(model, dataset):
-    images = (torch.tensor(np.array(dataset.test.images)).float() / 255 - 0.5) / 0.5
-    hits = 0
-    with torch.no_grad():
-        for start in range(0, len(images), 256):
-            found = model(images[start : start + 256]).argmax(1).numpy()
-            hits += int((found == dataset.test.labels[start : start + 256]).sum())
-    return hits / len(images)
-
-
-def test_the_model_file_holds_theta(cache, tmp_path):
-    config = tiny_federation(
-        cache,
-        algorithm={"name": "sparsyfed", "sparsity": 0.7, "beta": 1.25},
-        data=DIGITS,
-        model={"name": "small_cnn", "channels": [8, 16], "hidden": 32},
-        local={"epochs": 3, "lr": 0.1},
-    )
-    result = cluster.run(config, tmp_path / "run")
-    federation = Federation.of(config)
-    model = federation.model  # the plain module, nothing of the method in it
-    tensors = load_file(tmp_path / "run" / "model.safetensors")
-    model.load_state_dict(tensors, strict=True)
-    logged = RunFolder(tmp_path / "run").rounds()[-1]["test/accuracy"]
-    assert logged > 0.3
-    assert accuracy(model.eval(), federation.dataset) == logged == result.summary["accuracy"]
-    assert accuracy(result.model(), federation.dataset) == logged
-    state = load_checkpoint(latest(tmp_path / "run" / "checkpoints")).state
-    for entry in federation.layout.prunable:
-        w = state.weights[entry.span].view(entry.shape)
-        torch.testing.assert_close(tensors[entry.name], w.sign() * w.abs() ** 1.25)
-        assert not torch.equal(tensors[entry.name], w)
-    for entry in federation.layout.other:
-        assert torch.equal(tensors[entry.name], state.weights[entry.span].view(entry.shape))
-
-
-@pytest.mark.parametrize("method", ["fedavg", "sparsyfed"])
-def test_a_resnet_with_batch_norm(cache, tmp_path, method):
-    """Unequal clients of real digits; running statistics are averaged, the integer counters are not."""
-    config = tiny_federation(
-        cache,
-        data=DIGITS,
-        model=RESNET,
-        algorithm={"name": method},
-        partition={"clients": 60, "alpha": 0.3},
-        local={"batch_size": 16, "lr": 0.05},
-        cohort=5,
-    )
-    result = cluster.run(config, tmp_path / "run")
-    federation = Federation.of(config)
-    assert len(set(federation.sizes.tolist())) > 5
-    tensors = load_file(tmp_path / "run" / "model.safetensors")
-    counters = {name: t for name, t in tensors.items() if t.dtype == torch.int64}
-    assert len(counters) == 20
-    assert all(int(counter) == 0 for counter in counters.values())
-    assert not torch.equal(tensors["norm1.running_mean"], torch.zeros(8))
-    model = federation.model
-    model.load_state_dict(tensors, strict=True)
-    logged = RunFolder(tmp_path / "run").rounds()[-1]["test/accuracy"]
-    assert accuracy(model.eval(), federation.dataset) == logged == result.summary["accuracy"]
-    assert accuracy(result.model(), federation.dataset) == logged
-
-
-def test_integer_buffers_are_restored_at_each_start(cache, tmp_path):
-    """The counter says how many batches this client has seen, not its predecessors on the same actor."""
-    config = tiny_federation(cache, rounds=1, model={"name": "tests.naive:tiny_model"})
-    federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
-    trainer, counts = engine._host._trainer, []
-    visit = trainer.visit
-
-    def counting(client, *arguments):
-        trained = visit(client, *arguments)
-        seen = dict(trainer.module.named_buffers())["1.num_batches_tracked"]
-        counts.append((int(seen), trained.steps))
-        return trained
-
-    trainer.visit = counting
-    Driver(RunFolder.create(tmp_path / "run", config), federation, engine).run()
-    assert len(counts) == 4
-    assert all(seen == steps for seen, steps in counts)
-
-
-def tied_model(*, input_shape, classes):
-    """Two layers share a weight, and one parameter is frozen."""
-    from torch import nn
-
-    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
-    second.weight = first.weight
-    frozen = nn.Linear(64, classes)
-    frozen.bias.requires_grad_(False)
-    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), frozen)
-
-
-def test_tied_and_frozen_tensors_are_in_the_model_file(cache, tmp_path):
-    config = tiny_federation(cache, model={"name": "tests.cluster.test_driver:tied_model"}, algorithm=TOPK)
-    result = cluster.run(config, tmp_path / "run")
-    model = result.model()
-    assert model[1].weight is model[3].weight
-    assert accuracy(model, Federation.of(config).dataset) == result.summary["accuracy"]
-
-
 # ------------------------------------------------------------------------------------------- the lossy wire
 
 
@@ -506,161 +345,3 @@ def test_both_ways_lossy_still_learns(cache, tmp_path, value_format):
     config = tiny_federation(cache, rounds=4, wire=both, algorithm={"name": "sparsyfed", "sparsity": 0.5})
     run = run_inline(config, tmp_path / "run")
     assert run.lines[-1]["test/loss"] < run.lines[0]["test/loss"]
-
-
-# --------------------------------------------------------------------------------------- clients that fail
-
-
-@pytest.mark.parametrize("method", ["fedavg", "sparsyfed"])
-def test_divergence_ends_the_run_and_leaves_the_model(cache, tmp_path, method):
-    config = tiny_federation(cache, rounds=9, local={"lr": 1e9}, algorithm={"name": method})
-    with pytest.raises(DivergedError, match="refused in 3 rounds in a row, last in round 3") as raised:
-        cluster.run(config, tmp_path / "run")
-    assert "local.lr (now 1e+09)" in str(raised.value)
-    assert "client " in str(raised.value)
-    lines = RunFolder(tmp_path / "run").rounds()
-    assert [line["round"] for line in lines] == [1, 2, 3]
-    assert all(line["clients/refused"] == line["clients/trained"] == 4 for line in lines)
-    assert all(len(line["clients/refused_list"]) == 4 for line in lines)
-    assert [line["train/loss"] for line in lines] == [None] * 3
-    assert len({line["test/accuracy"] for line in lines}) == 1
-    federation = Federation.of(config)
-    initial = config.build_algorithm().initial_state(
-        federation.initial_weights, federation.layout, np.random.default_rng()
-    )
-    stored = load_checkpoint(latest(tmp_path / "run" / "checkpoints")).state
-    assert torch.equal(stored.weights, initial.weights)
-    assert stored.round == 3
-    with pytest.raises(DivergedError):
-        cluster.resume(tmp_path / "run")
-
-
-def test_divergence_in_the_last_rounds_is_no_success_when_resumed(cache, tmp_path):
-    config = tiny_federation(cache, rounds=3, local={"lr": 1e9})
-    for attempt in (cluster.run, lambda _, folder: cluster.resume(folder)):
-        with pytest.raises(DivergedError, match="last in round 3: client "):
-            attempt(config, tmp_path / "run")
-        assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_only_rounds_in_a_row_count(cache, tmp_path):
-    config = tiny_federation(cache, rounds=6)
-    federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
-    fold = engine._host._fold
-
-    def refusing(broadcast, client, received, samples):
-        return fold(broadcast, client, received, samples) if broadcast.instructions.round == 3 else "planted"
-
-    engine._host._fold = refusing
-    driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)
-    with pytest.raises(DivergedError, match="last in round 6"):
-        driver.run()
-    refused = [line["clients/refused"] for line in driver.folder.rounds()]
-    assert refused == [4, 4, 0, 4, 4, 4]
-
-
-def float_images(poison):
-    """Six writers of 20 float32 images each; writer 2's pixels are multiplied."""
-    rng = np.random.default_rng(7)
-    patterns = rng.normal(size=(3, 8, 8))
-    arrays = {}
-    for split, count in (("train", 120), ("test", 60)):
-        labels = rng.integers(0, 3, size=count)
-        images = patterns[labels] + rng.normal(0.0, 0.7, size=(count, 8, 8))
-        arrays |= {f"{split}_images": images.astype(np.float32), f"{split}_labels": labels}
-    writers = np.arange(120) % 6
-    arrays["train_images"][writers == 2] *= np.float32(poison)
-    return arrays | {"train_groups": writers}
-
-
-def infinite_images():
-    return float_images(math.inf)
-
-
-def bright_images():
-    return float_images(30.0)
-
-
-def writers(cache, hook, **more):
-    return tiny_federation(
-        cache,
-        cohort=6,
-        data={"name": f"tests.cluster.test_driver:{hook}"},
-        partition={"name": "natural", "clients": 6},
-        **more,
-    )
-
-
-def test_float_images_are_used_as_they_are(cache):
-    dataset = Federation.of(writers(cache, "bright_images")).dataset
-    expected = bright_images()["train_images"][:, None]
-    assert dataset.train.images.dtype == np.float32
-    np.testing.assert_array_equal(dataset.train.images, expected)
-
-
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        {"name": "fedavg"},
-        TOPK,
-        {"name": "sparsyfed", "sparsity": 0.8},
-        {"name": "zerofl", "sparsity": 0.8, "upload": "top_k_weights_diff"},
-        {"name": "fixed_mask", "sparsity": 0.8},
-    ],
-    ids=lambda algorithm: algorithm["name"],
-)
-@pytest.mark.parametrize("uplink_format", ["float32", "int8"])
-def test_a_poisoned_client_is_refused_counted_and_named(cache, tmp_path, algorithm, uplink_format):
-    config = writers(cache, "infinite_images", algorithm=algorithm, wire={"uplink": uplink_format})
-    run = run_inline(config, tmp_path / "run")
-    for line in run.lines:
-        assert line["clients/trained"] == 6
-        assert line["clients/refused"] == 1
-        ((client, reason),) = line["clients/refused_list"]
-        assert client == 2
-        assert "not finite" in reason
-        assert line["clients/samples"] == 100
-        assert math.isfinite(line["train/loss"])
-        assert math.isfinite(line["test/loss"])
-    assert bool(torch.isfinite(run.state.weights).all())
-    if algorithm["name"] == "fedavg":  # equal sizes: the plain mean of the five others
-        others = [flat_upload(run, (2, client))[0].double() for client in (0, 1, 3, 4, 5)]
-        torch.testing.assert_close(run.state.weights.double(), sum(others) / 5, rtol=1e-6, atol=1e-9)
-
-
-def test_max_update_norm_refuses_a_finite_outlier(cache, tmp_path):
-    # No normalisation, which would undo the brightness.
-    options = {"rounds": 1, "model": {"name": "mlp", "hidden": [16]}}
-    free = run_inline(writers(cache, "bright_images", **options), tmp_path / "free")
-    start, trained = free.states[0].weights, free.driver.layout.trained_size
-    far = {c: float((flat_upload(free, (1, c))[0] - start)[:trained].double().norm()) for c in range(6)}
-    assert far[2] == max(far.values())
-    limit = (far[2] + max(distance for c, distance in far.items() if c != 2)) / 2
-    assert free.lines[0]["clients/refused"] == 0
-    run = run_inline(writers(cache, "bright_images", **options, max_update_norm=limit), tmp_path / "run")
-    ((client, reason),) = run.lines[0]["clients/refused_list"]
-    assert client == 2
-    assert f"{far[2]:.3g} away" in reason
-    assert "max_update_norm" in reason
-    others = [flat_upload(run, (1, c))[0].double() for c in (0, 1, 3, 4, 5)]
-    torch.testing.assert_close(run.state.weights.double(), sum(others) / 5, rtol=1e-6, atol=1e-9)
-
-
-def test_a_difference_is_measured_from_zero(cache, tmp_path):
-    """Methods that send w_i - w_t are judged by that difference, not by its distance from w_t."""
-    method = {"name": "zerofl", "sparsity": 0.5, "upload": "top_k_weights_diff"}
-    config = writers(cache, "bright_images", rounds=1, algorithm=method)
-    free = run_inline(config, tmp_path / "free")
-    trained = free.driver.layout.trained_size
-    far = {c: float(flat_upload(free, (1, c))[0][:trained].double().norm()) for c in range(6)}
-    limit = sorted(far.values())[-1] * 0.999
-    run = run_inline(config.model_copy(update={"max_update_norm": limit}), tmp_path / "run")
-    assert [client for client, _ in run.lines[0]["clients/refused_list"]] == [max(far, key=far.get)]
-
-
-def test_the_cohort_is_drawn_without_replacement_and_differs(cache, tmp_path):
-    run = run_inline(tiny_federation(cache, rounds=6), tmp_path / "run")
-    cohorts = [tuple(c for r, c in run.uploads if r == round_number) for round_number in range(1, 7)]
-    assert all(len(set(cohort)) == 4 for cohort in cohorts)
-    assert len(set(cohorts)) > 1

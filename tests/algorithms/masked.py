@@ -14,7 +14,8 @@ from algorithms import Algorithm, Grid, ServerOptimizer, ServerState, Total
 from cluster import seeding
 from cluster.local_training import Broadcast, LocalSettings, Trained, Trainer
 from cluster.workload.datasets import Split
-from tests.naive import Mask, NaiveFederation, NaiveVisit, Weights
+from tests.naive import NaiveFederation, NaiveVisit
+from tests.tiny_experiment import Mask, Weights
 
 # -------------------------------------------------------------------------------------- one round by hand
 

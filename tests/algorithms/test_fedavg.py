@@ -8,7 +8,8 @@ import torch
 from algorithms.fedavg import FedAvg
 from algorithms.server_optimizers import ServerOptimizer
 from tests.algorithms.by_hand import one_round
-from tests.naive import NaiveFederation, assert_same, run_inline, tiny_federation
+from tests.naive import NaiveFederation
+from tests.tiny_experiment import assert_same, run_inline, tiny_federation
 
 ZEROS = [[0.0], [0.0]]
 # W = 0, so both classes have probability 1/2 and dL/dW = (p - onehot) x. Client 0 has one sample x = 1 of
@@ -50,9 +51,9 @@ LONGER = {"epochs": 2, "lr_final": 0.05, "weight_decay": 0.01, "proximal": 0.1}
     [
         {},
         {"local": LONGER, "rounds": 3},
-        {"model": {"name": "tests.naive:tiny_model"}},  # BatchNorm: float buffers are averaged
+        {"model": {"name": "tests.tiny_experiment:tiny_model"}},  # BatchNorm: float buffers are averaged
         {
-            "model": {"name": "tests.naive:tiny_model"},
+            "model": {"name": "tests.tiny_experiment:tiny_model"},
             "server": {"name": "fedavg", "lr": 0.7, "momentum": 0.9},
         },
         {"server": {"name": "fedadagrad", "lr": 0.1}},

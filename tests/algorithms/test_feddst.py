@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from algorithms import ServerState
 from algorithms.feddst import FedDST
 from tests.algorithms.masked import NaiveMasked, bools, play
-from tests.naive import assert_identical, assert_same, run_inline, tiny_federation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 class NaiveFedDST(NaiveMasked):

@@ -12,7 +12,7 @@ from algorithms import ServerState
 from algorithms.fixed_mask import FixedMask
 from cluster import wire
 from tests.algorithms.masked import NaiveMasked, bools, play
-from tests.naive import assert_identical, assert_same, run_inline, tiny_federation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 def state_of(weights: list[list[float]], mask: str) -> ServerState:
@@ -110,7 +110,7 @@ def test_flops_count_the_mask_and_not_the_nonzeros():
         {"algorithm": {"name": "fixed_mask", "sparsity": 0.7, "layer_density": "uniform"}},
         {"algorithm": {"name": "fixed_mask", "sparsity": 0.5, "layer_density": "er"}},
         {"local": {"epochs": 2, "weight_decay": 0.01, "proximal": 0.1}, "server": {"name": "fedadam"}},
-        {"model": {"name": "tests.naive:tiny_model"}},
+        {"model": {"name": "tests.tiny_experiment:tiny_model"}},
     ],
     ids=["erk", "uniform", "er", "decay, proximal, adam", "batch norm"],
 )
@@ -127,7 +127,7 @@ def test_at_sparsity_0_it_is_fedavg_bit_for_bit(tmp_path, name):
     options = {"name": name, "sparsity": 0.0}
     if name == "feddst":
         options |= {"readjust_interval": 1, "readjust_fraction": 0.5}
-    model = {"name": "tests.naive:tiny_model"}  # with BatchNorm
+    model = {"name": "tests.tiny_experiment:tiny_model"}  # with BatchNorm
     run = run_inline(tiny_federation(tmp_path, algorithm=options, model=model, rounds=4), tmp_path / "m")
     fedavg = run_inline(tiny_federation(tmp_path, model=model, rounds=4), tmp_path / "f")
     assert_identical(run, fedavg)

@@ -14,7 +14,7 @@ from algorithms import Entry, Grid, ParameterLayout, ServerOptimizer, ServerStat
 from algorithms.flash import Flash, FlashClient
 from cluster import seeding
 from tests.algorithms.masked import NaiveMasked, bools, play, share_out
-from tests.naive import assert_identical, assert_same, run_inline, tiny_federation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 class NaiveFlash(NaiveMasked):
@@ -267,7 +267,7 @@ def test_when_clients_explore_and_at_which_rate(monkeypatch, epochs, samples, ex
     [
         ({}, {"local": {"weight_decay": 0.01, "proximal": 0.1}}),
         ({"warmup_epochs": 3}, {"server": {"name": "fedadam"}}),
-        ({}, {"model": {"name": "tests.naive:tiny_model"}}),
+        ({}, {"model": {"name": "tests.tiny_experiment:tiny_model"}}),
         ({"averaging": "masked"}, {"server": {"name": "fedavg", "momentum": 0.9}}),
         ({"freeze_zero_parameters": True}, {"local": {"weight_decay": 0.01}}),
         ({"refresh_interval": 2}, {}),
@@ -320,7 +320,7 @@ def test_equals_the_naive_reference(tmp_path, algorithm, overrides):
 
 
 def test_at_sparsity_0_with_a_warm_up_of_the_local_epochs_it_is_fedavg_bit_for_bit(tmp_path):
-    common = {"local": {"epochs": 2}, "rounds": 3, "model": {"name": "tests.naive:tiny_model"}}
+    common = {"local": {"epochs": 2}, "rounds": 3, "model": {"name": "tests.tiny_experiment:tiny_model"}}
     fedavg = run_inline(tiny_federation(tmp_path, **common), tmp_path / "f")
     for number, options in enumerate([{"warmup_epochs": 2}, {"refresh_interval": 1, "averaging": "masked"}]):
         algorithm = {"name": "flash", "sparsity": 0.0, **options}

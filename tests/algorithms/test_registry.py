@@ -12,7 +12,8 @@ import algorithms
 from algorithms import SERVER_OPTIMIZERS, Algorithm, hyperparameters, registry
 from cluster.trees import ConfigError
 from tests.example_method import RandomK
-from tests.naive import NaiveFederation, assert_identical, assert_same, run_inline, tiny_federation
+from tests.naive import NaiveFederation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 def test_lists_the_methods_in_alphabetical_order():

@@ -13,7 +13,8 @@ from torch import nn
 from algorithms import ParameterLayout
 from algorithms.sparsyfed import SparsyFed
 from tests.algorithms.by_hand import one_round
-from tests.naive import NaiveFederation, assert_identical, assert_same, run_inline, tiny_federation
+from tests.naive import NaiveFederation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 class NaiveSparsyFed(NaiveFederation):
@@ -143,7 +144,7 @@ def test_equals_the_naive_reference(tmp_path, case):
 def test_equals_the_naive_reference_with_batch_norm_groups_and_strides(tmp_path, threshold):
     config = tiny_federation(
         tmp_path,
-        model={"name": "tests.naive:tiny_model"},
+        model={"name": "tests.tiny_experiment:tiny_model"},
         algorithm={"name": "sparsyfed", "sparsity": 0.7, "threshold": threshold},
         server={"name": "fedavg", "momentum": 0.5},
     )

@@ -7,7 +7,8 @@ import torch
 
 from algorithms.topk import TopK
 from tests.algorithms.by_hand import one_round
-from tests.naive import NaiveFederation, assert_identical, assert_same, run_inline, tiny_federation
+from tests.naive import NaiveFederation
+from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 class NaiveTopK(NaiveFederation):
@@ -43,7 +44,7 @@ def test_ties_are_broken_by_the_lower_index():
     [
         {},
         {"local": {"epochs": 2, "lr_final": 0.05, "weight_decay": 0.01}},
-        {"model": {"name": "tests.naive:tiny_model"}},
+        {"model": {"name": "tests.tiny_experiment:tiny_model"}},
         {"algorithm": {"name": "topk", "sparsity": 0.95}, "server": {"name": "fedavg", "momentum": 0.9}},
     ],
     ids=["plain", "schedule", "batch norm", "momentum"],

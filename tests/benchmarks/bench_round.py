@@ -152,6 +152,7 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
             "tracking": {"enabled": False},
         }
     )
+    torch.set_num_threads(config.threads)  # as a run does
     federation = Federation.of(config)
     engine = ray_engine(config, federation)
     run_folder = RunFolder.create(Path(tempfile.mkdtemp(dir=folder)) / "run", config)

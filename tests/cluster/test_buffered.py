@@ -15,9 +15,9 @@ from cluster.federation import Federation
 from cluster.run_folder import RunFolder, comparable
 from cluster.samplers import SamplerError
 from cluster.trees import ConfigError
-from tests.cluster.test_resume import assert_same_run, drive
+from tests.cluster.interrupted_runs import assert_same_run, drive
 from tests.cluster.test_schedule import INSTANT, assert_same_model, only, recorded, two_kinds
-from tests.naive import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

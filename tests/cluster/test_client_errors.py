@@ -12,7 +12,7 @@ from cluster.exchange import ClientError, ClientReport
 from cluster.federation import Federation
 from cluster.local_training import Trainer
 from cluster.run_folder import RunFolder
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

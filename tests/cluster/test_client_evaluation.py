@@ -14,7 +14,7 @@ from cluster.federation import Federation
 from cluster.local_training import Trainer, to_input
 from cluster.run_folder import RunFolder, comparable
 from cluster.trees import ConfigError
-from tests.naive import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -10,7 +10,7 @@ from cluster.federation import Federation
 from cluster.profiles import PROFILES
 from cluster.run_folder import RunFolder
 from cluster.trees import ConfigError
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 TIERS = [
     "algorithm.sparsity=0.9",

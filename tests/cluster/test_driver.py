@@ -19,7 +19,7 @@ from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder, comparable
 from tests.cluster.observed import accuracy, flat_upload, support
-from tests.naive import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -293,7 +293,7 @@ def on_the_grid(values, layout, value_format):
 @pytest.mark.parametrize("value_format", ["bfloat16", "int8"])
 def test_a_lossy_uplink_is_averaged_as_it_was_decoded(cache, tmp_path, value_format, uplink):
     config = tiny_federation(
-        cache, rounds=1, wire={"uplink": value_format}, model={"name": "tests.naive:tiny_model"}
+        cache, rounds=1, wire={"uplink": value_format}, model={"name": "tests.tiny_experiment:tiny_model"}
     )
     run = run_inline(config, tmp_path / "run")
     layout, sizes = run.driver.layout, run.driver.federation.sizes

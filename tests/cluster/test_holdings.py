@@ -12,7 +12,8 @@ from PIL import Image
 from cluster import seeding
 from cluster.workload.holdings import SampledPartition
 from cluster.workload.partition import partition, picture
-from tests.naive import NaiveFederation, assert_same, run_inline, tiny_federation
+from tests.naive import NaiveFederation
+from tests.tiny_experiment import assert_same, run_inline, tiny_federation
 
 LABELS = np.arange(600) % 4
 

@@ -11,7 +11,7 @@ from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
 from tests.cluster.observed import accuracy
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -75,7 +75,7 @@ def test_a_resnet_with_batch_norm(cache, tmp_path, method):
 
 def test_integer_buffers_are_restored_at_each_start(cache, tmp_path):
     """The counter says how many batches this client has seen, not its predecessors on the same actor."""
-    config = tiny_federation(cache, rounds=1, model={"name": "tests.naive:tiny_model"})
+    config = tiny_federation(cache, rounds=1, model={"name": "tests.tiny_experiment:tiny_model"})
     federation = Federation.of(config)
     engine = InlineEngine(federation.workload())
     trainer, counts = engine._host._trainer, []

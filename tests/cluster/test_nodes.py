@@ -4,11 +4,8 @@ One cluster and two pools of actors serve the whole file, in order; each test le
 is missing. A gate on the disk holds actors in the middle of a round, so that no test depends on timing.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,28 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 import cluster
-from cluster import ray_round, remote
-from cluster.cli import main
+from cluster import ray_round
 from cluster.client import ClientHost
-from cluster.config import validate
 from cluster.devices import Devices
 from cluster.driver import Driver
 from cluster.federation import Federation
-from cluster.ray_session import ClusterError, ray_engine
-from cluster.run_folder import RunFolder, comparable
-from tests.naive import tiny_federation
-
-#: A dead node, which refuses each check at once, is noticed in two seconds; one that is only slow has twenty.
-HEALTH = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 4,
-    "health_check_timeout_ms": 5000,
-}
-STORE = 150 * 2**20
+from cluster.ray_session import ray_engine
+from cluster.run_folder import RunFolder
+from tests.cluster.three_nodes import add, assert_same_run, config, inline
 
 
 class GatedHost(ClientHost):
@@ -75,67 +60,11 @@ def one_client_a_call(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def nodes():
-    """A head without GPUs and two nodes with two each; the labels tell them apart."""
-    started = Cluster()
-    add(started, "head", num_cpus=4, num_gpus=0, include_dashboard=False, _system_config=HEALTH)
-    started.of_class = {name: add(started, name) for name in ("big", "small")}
-    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
-    yield started
-    ray.shutdown()
-    started.shutdown()
-
-
-def add(nodes, name, **more):
-    """A node more. Ray gives one half a minute to start, which a busy machine may not have."""
-    options = {"num_cpus": 3, "num_gpus": 2, "labels": {"class": name}, "object_store_memory": STORE} | more
-    for _ in range(4):
-        try:
-            return nodes.add_node(**options)
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-    raise TimeoutError(f"node {name} did not start")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Folder of the decoded data and of the gate."""
-    folder = tmp_path_factory.mktemp("nodes")
-    (folder / "data" / "gate").mkdir(parents=True)
-    return folder
-
-
-def config(place, **more):
-    """24 clients of unequal size, half of them a round."""
-    usual = {
-        "rounds": 3,
-        "cohort": 12,
-        "partition": {"clients": 24, "alpha": 1.0},
-        "checkpoint_every": 1,
-        "execution": "ray",
-        "address": "auto",
-        "client_timeout_s": 10.0,
-    }
-    return tiny_federation(place, **(usual | more))
-
-
-@pytest.fixture(scope="module")
 def undisturbed(place):
     """The inline run that every other run must equal."""
     folder = place / "inline"
     cluster.run(inline(config(place)), folder)
     return folder
-
-
-def inline(settings):
-    return validate(settings.dump() | {"execution": "inline", "detached": False})
-
-
-def assert_same_run(folder, reference):
-    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
-    lines = [[comparable(line) for line in RunFolder(path).rounds()] for path in (folder, reference)]
-    assert lines[0] == lines[1]
 
 
 @pytest.fixture(scope="module")
@@ -307,102 +236,6 @@ def test_a_new_node_takes_the_place_of_a_lost_one(nodes, gpu_engine, place, undi
     assert lost.node_id not in {node for node, _ in used}
     run_on(gpu_engine, config(place), tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
-
-
-def test_the_driver_killed_in_mid_run_resumes_on_the_same_cluster(nodes, place, undisturbed, tmp_path):
-    settings = config(place, model={"name": "tests.cluster.test_nodes:SlowModel"}, actors=2)
-    cluster.run(inline(settings), tmp_path / "inline")
-
-    def kill_the_driver():
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("run/checkpoints/round-000001*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        (driver,) = remote.drivers().values()
-        os.kill(remote.progress_of(driver)["pid"], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_the_driver)
-    killer.start()
-    with pytest.raises(ClusterError, match="sparsyfed resume"):
-        cluster.run(settings, tmp_path / "run")
-    killer.join()
-    assert len(RunFolder(tmp_path / "run").rounds()) < 3
-    cluster.resume(tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "inline")
-
-
-def SlowModel(input_shape, classes):
-    """A linear model whose training forward takes a while."""
-    from torch import nn
-
-    class Slow(nn.Sequential):
-        def forward(self, inputs):
-            if self.training:
-                time.sleep(0.05)
-            return super().forward(inputs)
-
-    return Slow(nn.Flatten(), nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], classes))
-
-
-def test_a_detached_run_is_left_listed_attached_to_and_stopped(nodes, place, tmp_path, capfd):
-    settings = config(place, actors=2, detached=True)
-    (tmp_path / "experiment.yaml").write_text(json.dumps(settings.dump()))
-    command = [sys.executable, "-m", "cluster", "run", str(tmp_path / "experiment.yaml"), "rounds=5000"]
-    command += [f"address={nodes.address}", "--output", str(tmp_path / "long")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("round "):
-            break
-    process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=120)
-    assert process.returncode == 130, complaints
-    (name,) = remote.drivers()
-    assert f"the run goes on; see it with: sparsyfed attach {name} --address {nodes.address}" in complaints
-    assert name.startswith("long-")
-
-    assert main(["status", "--address", nodes.address]) == 0
-    listed = capfd.readouterr().out
-    assert "running, detached" in listed
-    assert "/5000" in listed
-    assert main(["attach", "nosuch", "--address", nodes.address]) == 2
-    assert f"no run on the cluster at {nodes.address} whose name begins with nosuch" in capfd.readouterr().err
-
-    stopping = threading.Timer(2.0, main, [["stop", "long", "--address", nodes.address]])
-    stopping.start()
-    assert main(["attach", "--address", nodes.address]) == 130
-    stopping.join()
-    shown = capfd.readouterr().out
-    assert "accuracy" in shown
-    assert "ended after round" in shown
-    assert f"sparsyfed resume {tmp_path / 'long'}" in shown
-    done = len(RunFolder(tmp_path / "long").rounds())
-    # Its driver is still there to tell how the run ended, and makes way for the next.
-    assert remote.progress_of(remote.drivers()[name])["state"] == "stopped"
-    cluster.resume(tmp_path / "long", [f"stop_after={done + 1}"])
-    assert len(RunFolder(tmp_path / "long").rounds()) == done + 1
-    whole = inline(validate(settings.dump() | {"rounds": 5000, "stop_after": done + 1}))
-    cluster.run(whole, tmp_path / "whole")
-    models = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("long", "whole")]
-    assert models[0] == models[1]
-
-
-def test_ctrl_c_reaches_the_whole_process_group_and_the_run_still_ends_after_its_round(place, tmp_path):
-    settings = config(place, actors=1)
-    (tmp_path / "experiment.yaml").write_text(json.dumps(settings.dump()))
-    command = [sys.executable, "-m", "cluster", "run", str(tmp_path / "experiment.yaml"), "rounds=5000"]
-    command += ["address=local", "--output", str(tmp_path / "long")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("round "):
-            break
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
-    shown, complaints = process.communicate(timeout=120)
-    assert process.returncode == 130, complaints
-    assert "stopping after this round" in complaints
-    assert "sparsyfed resume" in shown
-    folder = RunFolder(tmp_path / "long")
-    assert (folder.checkpoints / f"round-{len(folder.rounds()):06d}.safetensors").is_file()
 
 
 class CrashingHost(GatedHost):

@@ -29,7 +29,7 @@ from cluster.passes import WARM_UP, GraphPasses, set_up_cuda
 from cluster.trees import ConfigError
 from cluster.workload import models
 from cluster.workload.datasets import Split
-from tests.naive import tiny_images, tiny_model
+from tests.tiny_experiment import tiny_images, tiny_model
 
 METHODS = {
     "fedavg": FedAvg(),

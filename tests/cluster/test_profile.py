@@ -12,7 +12,7 @@ import pytest
 from cluster import cli
 from cluster.profile import phases
 from cluster.run_folder import RunFolder
-from tests.naive import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation
 
 
 def test_phases_worked_by_hand():

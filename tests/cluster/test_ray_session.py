@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from cluster import ray_session
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 

@@ -13,7 +13,7 @@ from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.run_folder import RunFolder
 from tests.cluster.observed import flat_upload
-from tests.naive import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -1,7 +1,6 @@
 """Promise 2: interrupted equals uninterrupted, bit for bit, wherever the run was cut off."""
 
 import json
-import os
 import shutil
 import signal
 import sqlite3
@@ -12,70 +11,12 @@ import pytest
 
 import cluster
 from algorithms import registry
-from cluster.checkpoint import CheckpointError, latest, list_rounds, load_checkpoint
-from cluster.driver import Driver, ReplayError
-from cluster.engine import InlineEngine
+from cluster.checkpoint import list_rounds
 from cluster.federation import Federation
-from cluster.run_folder import RunFolder, RunFolderError, comparable
-from cluster.trees import ConfigError
-from tests.naive import tiny_federation
-
-ROUNDS = 5
-
+from cluster.run_folder import RunFolder, comparable
+from tests.cluster.interrupted_runs import assert_same_run, drive, federated
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing after it is run."""
-
-
-def federated(cache, **overrides):
-    """Five rounds on six clients of unequal size, checkpoints every second, a falling learning rate."""
-    local = {"batch_size": 16, "lr": 0.3, "lr_final": 0.05, "weight_decay": 1e-3} | overrides.pop("local", {})
-    return tiny_federation(cache, rounds=ROUNDS, checkpoint_every=2, local=local, **overrides)
-
-
-def drive(folder, federation, *, killed_at=None):
-    """Run from where the folder stands; ``killed_at`` ends it when that round's line has been stored."""
-
-    def on_line(line):
-        if line["round"] == killed_at:
-            raise Killed
-
-    driver = Driver(folder, federation, InlineEngine(federation.workload()), on_line=on_line)
-    if killed_at is None:
-        return driver.run()
-    with pytest.raises(Killed):
-        driver.run()
-    assert not folder.model_file.exists()
-    return None
-
-
-def assert_same_run(folder, reference):
-    """Model file byte by byte, lines but for what depends on the machine, and the state behind them."""
-    folder, reference = RunFolder(folder), RunFolder(reference)
-    assert folder.model_file.read_bytes() == reference.model_file.read_bytes()
-    found, expected = folder.rounds(), reference.rounds()
-    assert [comparable(line) for line in found] == [comparable(line) for line in expected]
-    one, other = (load_checkpoint(latest(run.checkpoints)) for run in (folder, reference))
-    assert_same_state(one.state, other.state)
-    for key in ("totals", "held", "refused_rounds"):
-        assert one.driver[key] == other.driver[key]
-
-
-def assert_same_state(found, expected):
-    """Weights, mask, moments and arrays, bit for bit."""
-    assert (found.round, found.mask_version) == (expected.round, expected.mask_version)
-    tensors = [
-        {"weights": s.weights, "mask": s.mask, **dict(enumerate(s.moments)), **s.arrays}
-        for s in (found, expected)
-    ]
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, tensor in tensors[1].items():
-        assert (tensors[0][name] is None) == (tensor is None)
-        assert tensor is None or tensors[0][name].numpy().tobytes() == tensor.numpy().tobytes(), name
-
 
 # ---------------------------------------------------------------------------- every method, every stop point
 
@@ -105,7 +46,7 @@ VARIANTS = {
     },
     "fedavg, batch norm": {
         "algorithm": {"name": "fedavg"},
-        "model": {"name": "tests.naive:tiny_model"},
+        "model": {"name": "tests.tiny_experiment:tiny_model"},
         "data": {"validation": 0.2},
     },
     "of one's own": {"algorithm": {"name": "tests.example_method:RandomK", "sparsity": 0.8}},
@@ -379,128 +320,3 @@ def test_sigkill_before_the_flush_to_mlflow(cache, tmp_path):
     assert numbers <= logged
     with sqlite3.connect(database) as store:
         assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
-
-
-# ------------------------------------------------------------------------------------ what resume refuses
-
-
-@pytest.fixture
-def interrupted(cache, tmp_path):
-    """A run killed after round 3, whose last checkpoint is that of round 2, and the undisturbed one."""
-    config = federated(cache, algorithm={"name": "topk", "sparsity": 0.8})
-    federation = Federation.of(config)
-    drive(RunFolder.create(tmp_path / "reference", config), federation)
-    folder = RunFolder.create(tmp_path / "run", config)
-    drive(folder, federation, killed_at=3)
-    assert list_rounds(folder.checkpoints) == [2]
-    return folder
-
-
-@pytest.mark.parametrize("torn", ['{"round": 4, "times', "{", '{"round": 4}', "\0\0\0"])
-def test_a_torn_last_line_is_healed(interrupted, torn):
-    whole = interrupted.rounds_file.read_bytes()
-    with open(interrupted.rounds_file, "a") as file:
-        file.write(torn)
-    # A reader leaves it alone: the line may be one that the driver is just writing.
-    assert [line["round"] for line in interrupted.rounds()] == [1, 2, 3]
-    assert interrupted.rounds_file.read_bytes() == whole + torn.encode()
-    cluster.resume(interrupted.path)
-    assert_same_run(interrupted.path, interrupted.path.parent / "reference")
-    assert interrupted.rounds_file.read_bytes().startswith(whole)
-
-
-def test_what_cannot_change_a_result_may_be_overridden(interrupted):
-    harmless = [
-        "actors=3",
-        "checkpoint_every=1",
-        "stop_after=4",
-        "cpus_per_actor=0.5",
-        "tracking.tags.who=me",
-    ]
-    stopped = cluster.resume(interrupted.path, harmless)
-    assert stopped.summary["rounds"] == 4
-    config = interrupted.config()
-    assert (config.actors, config.checkpoint_every, config.tracking.tags) == (3, 1, {"who": "me"})
-    assert list_rounds(interrupted.checkpoints)[-2:] == [3, 4]
-    cluster.resume(interrupted.path, ["stop_after=null"])
-    assert_same_run(interrupted.path, interrupted.path.parent / "reference")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        (["seed=1"], "seed"),
-        (["algorithm.sparsity=0.7"], "algorithm.sparsity"),
-        (["local.lr=0.2", "actors=3"], "local.lr"),
-        (["rounds=6"], "rounds"),
-        (["algorithm.name=fedavg"], "algorithm.name, algorithm.sparsity"),
-        (["partition.alpha=2", "cohort=3"], "cohort, partition.alpha"),
-    ],
-)
-def test_anything_else_is_refused(interrupted, overrides, named):
-    before = {path: path.read_bytes() for path in interrupted.path.rglob("*") if path.is_file()}
-    with pytest.raises(
-        ConfigError, match=f"^{named}: would change the result .* resume accepts .*stop_after"
-    ):
-        cluster.resume(interrupted.path, overrides)
-    assert before == {path: path.read_bytes() for path in interrupted.path.rglob("*") if path.is_file()}
-
-
-def test_a_wrong_override_is_a_clear_error(interrupted):
-    with pytest.raises(ConfigError, match="did you mean stop_after"):
-        cluster.resume(interrupted.path, ["stop_aftr=3"])
-
-
-def test_a_tampered_line_is_noticed(interrupted):
-    lines = interrupted.rounds()
-    lines[2]["train/loss"] += 1e-9
-    interrupted.rounds_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(
-        ReplayError, match=r"round 3 computed again differs from .*rounds.jsonl in train/loss"
-    ):
-        cluster.resume(interrupted.path)
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(interrupted):
-    text = (interrupted.path / "config.yaml").read_text()
-    assert "seed: 3" in text
-    (interrupted.path / "config.yaml").write_text(text.replace("seed: 3", "seed: 4", 1))
-    with pytest.raises(CheckpointError, match="belongs to another configuration"):
-        cluster.resume(interrupted.path)
-
-
-def test_a_damaged_checkpoint_names_the_way_on_and_the_way_works(cache, tmp_path):
-    config = federated(cache)
-    federation = Federation.of(config)
-    drive(RunFolder.create(tmp_path / "reference", config), federation)
-    folder = RunFolder.create(tmp_path / "run", config)
-    drive(folder, federation, killed_at=4)
-    path = latest(folder.checkpoints)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"round-000004.* delete it to resume from round 2"):
-        cluster.resume(folder.path)
-    os.unlink(path)
-    cluster.resume(folder.path)
-    assert_same_run(folder.path, tmp_path / "reference")
-
-
-def test_no_run_and_taken_folders(cache, tmp_path, interrupted):
-    with pytest.raises(RunFolderError, match="holds no run"):
-        cluster.resume(tmp_path / "nothing")
-    with pytest.raises(RunFolderError, match="exists and is not empty; resume it"):
-        cluster.run(federated(cache), interrupted.path)
-
-
-def test_a_run_that_fails_before_its_first_round_leaves_no_folder(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(Driver, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        cluster.run(federated(cache), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_refusal_is_compared_by_client_not_by_its_words():
-    lines = [{"clients/refused_list": [[3, f"lost after {seconds} s"]]} for seconds in (1, 2)]
-    assert comparable(lines[0]) == comparable(lines[1])
-    assert comparable(lines[0]) != comparable({"clients/refused_list": [[4, "lost after 1 s"]]})

@@ -11,7 +11,7 @@ from cluster import execution
 from cluster.cli import main
 from cluster.run_folder import RunFolder, comparable
 from cluster.shared_storage import SharedStorage, StorageError
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -9,8 +9,8 @@ from cluster.federation import Federation
 from cluster.run_folder import RunFolder
 from cluster.shift import first_round_of, partition_of, period_of, rows_of, shift_metrics
 from cluster.workload.partition import PartitionError
-from tests.cluster.test_resume import assert_same_run, drive
-from tests.naive import tiny_federation
+from tests.cluster.interrupted_runs import assert_same_run, drive
+from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

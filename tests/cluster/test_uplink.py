@@ -11,7 +11,7 @@ from cluster.exchange import ClientError
 from cluster.local_training import Trainer
 from cluster.run_folder import RunFolder, comparable
 from cluster.transfers import Staging
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from tests.naive import tiny_federation
+from tests.tiny_experiment import tiny_federation
 from tuning.command import run_study
 from tuning.folder import StudyFolder
 from tuning.study import plan_of

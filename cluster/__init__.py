@@ -15,11 +15,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(execution, name)
     if name == "ConfigError":
-        from cluster import trees
+        from cluster.configuration import trees
 
         return trees.ConfigError
     if name in ("Config", "resolve"):
-        from cluster import config
+        from cluster.configuration import config
 
         return getattr(config, name)
     raise AttributeError(f"module 'cluster' has no attribute {name!r}")

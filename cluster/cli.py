@@ -15,32 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import __version__
-from cluster.arguments import parse
+from cluster.command_line.arguments import parse
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
-    from cluster.config import Config
+    from cluster.command_line.progress import RunDisplay
+    from cluster.configuration.config import Config
     from cluster.execution import Result
     from cluster.grid import Grid
-    from cluster.progress import RunDisplay
 
 #: Errors whose message says everything: 2, a mistake that the user can put right; 1, the run itself failed.
 _EXPECTED = {
-    ("cluster.checkpoint", "CheckpointError"): 2,
-    ("cluster.choices", "ChoiceError"): 2,
+    ("cluster.records.checkpoint", "CheckpointError"): 2,
+    ("cluster.configuration.choices", "ChoiceError"): 2,
     ("cluster.compare.reading", "ComparisonError"): 2,
-    ("cluster.trees", "ConfigError"): 2,
-    ("cluster.devices", "DeviceError"): 2,
-    ("cluster.samplers", "SamplerError"): 2,
+    ("cluster.configuration.trees", "ConfigError"): 2,
+    ("cluster.simulation.devices", "DeviceError"): 2,
+    ("cluster.simulation.samplers", "SamplerError"): 2,
     ("cluster.cli", "NoRepositoryError"): 2,
-    ("cluster.actor_pool", "PlacementError"): 2,
-    ("cluster.gpu", "GpuError"): 2,
-    ("cluster.ray_session", "ClusterError"): 2,
-    ("cluster.run_folder", "RunFolderError"): 2,
-    ("cluster.shared_storage", "StorageError"): 2,
-    ("cluster.tracking_store", "TrackingError"): 2,
+    ("cluster.actors.actor_pool", "PlacementError"): 2,
+    ("cluster.clients.gpu", "GpuError"): 2,
+    ("cluster.actors.ray_session", "ClusterError"): 2,
+    ("cluster.records.run_folder", "RunFolderError"): 2,
+    ("cluster.records.shared_storage", "StorageError"): 2,
+    ("cluster.records.tracking_store", "TrackingError"): 2,
     ("cluster.workload.datasets", "DataError"): 2,
     ("cluster.workload.models", "ModelError"): 2,
     ("cluster.workload.partition", "PartitionError"): 2,
@@ -91,9 +91,9 @@ def _run(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "loading"):
         from cluster import execution, grid
-        from cluster.config import resolve
-        from cluster.outputs import default_folder
-        from cluster.progress import announce
+        from cluster.command_line.progress import announce
+        from cluster.configuration.config import resolve
+        from cluster.records.outputs import default_folder
 
         found = grid.expand(source or "quickstart", overrides)
         if found is None:
@@ -108,8 +108,8 @@ def _run(arguments: argparse.Namespace) -> int:
         console, config, folder, 0, lambda display: execution.run(config, folder, progress=display.on_line)
     )
     if arguments.profile:
-        from cluster import profile
-        from cluster.run_folder import RunFolder
+        from cluster.command_line import profile
+        from cluster.records.run_folder import RunFolder
 
         console.print(profile.table(RunFolder(folder).rounds()))
     return status
@@ -117,10 +117,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
     """Every run of a grid, then their table; 1 where one failed, 130 where they were stopped."""
+    from cluster.command_line.grid_progress import GridDisplay, conclude_grid
+    from cluster.command_line.progress import shown
     from cluster.execution import complete
     from cluster.grid import run_grid
-    from cluster.grid_progress import GridDisplay, conclude_grid
-    from cluster.progress import shown
 
     before = sum(complete(config, folder / name) is not None for name, config in grid.runs.items())
     console.print(f"{len(grid.runs)} runs, {before} complete before, in {shown(folder)}", style="bold")
@@ -167,9 +167,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "loading"):
         from cluster import execution
-        from cluster.config import validate
-        from cluster.progress import announce
-        from cluster.trees import apply_overrides
+        from cluster.command_line.progress import announce
+        from cluster.configuration.config import validate
+        from cluster.configuration.trees import apply_overrides
 
         opened = execution.open_run(arguments.folder, arguments.output)
         folder = opened.path
@@ -194,9 +194,9 @@ def _follow(
     work: Callable[[RunDisplay], Result],
 ) -> int:
     """Show a run while it works and what it left; shared by ``run`` and ``resume``."""
+    from cluster.command_line.progress import RunDisplay, conclude, shown
     from cluster.driver import DivergedError, ReplayError
     from cluster.execution import RunGoesOn
-    from cluster.progress import RunDisplay, conclude, shown
 
     try:
         with RunDisplay(console, config, done) as display:
@@ -212,7 +212,7 @@ def _follow(
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from cluster import tracking
+    from cluster.records import tracking
 
     console = _console()
     with _busy(console, "delivering to MLflow"):
@@ -228,7 +228,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    from cluster import tracking
+    from cluster.records import tracking
 
     uri = _store(arguments)
     print("starting MLflow ...", flush=True)
@@ -237,7 +237,7 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 def _store(arguments: argparse.Namespace) -> str:
     """The tracking store that --store or --root names."""
-    from cluster import tracking
+    from cluster.records import tracking
 
     uri: str = arguments.store or f"sqlite:///{Path(arguments.root).absolute() / 'mlflow.db'}"
     if "://" not in uri and not uri.startswith("sqlite:"):
@@ -255,7 +255,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "comparing"):
         from cluster import compare
-        from cluster.progress import shown
+        from cluster.command_line.progress import shown
 
         tracked = arguments.store or arguments.filter or (sources and not Path(sources[0]).is_dir())
         if tracked and len(sources) != 1:
@@ -284,8 +284,8 @@ def _describe(arguments: argparse.Namespace) -> int:
     what, overrides = arguments.source, arguments.overrides
     console = _console()
     with _busy(console, "loading"):
-        from cluster import describe
-        from cluster.config import resolve
+        from cluster.command_line import describe
+        from cluster.configuration.config import resolve
 
         method = describe.method_named(what) if what else None
         config = None if method else resolve(what, overrides)
@@ -325,7 +325,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _remote(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "connecting"):
-        from cluster import remote_commands
+        from cluster.command_line import remote_commands
     if arguments.command == "status":
         return remote_commands.status(console, arguments.address)
     command = remote_commands.stop if arguments.command == "stop" else remote_commands.attach

@@ -16,7 +16,13 @@ from safetensors.torch import save
 
 from algorithms import ParameterLayout, ServerState
 from cluster import seeding
-from cluster.checkpoint import (
+from cluster.clients.client_evaluation import ClientEvaluation
+from cluster.configuration.config import code_digest
+from cluster.engine import Engine, Outcome
+from cluster.exchange import ClientError, ClientReport, EvaluationChunk
+from cluster.federation import Federation
+from cluster.metrics import Downlink, evaluation_metrics, round_metrics
+from cluster.records.checkpoint import (
     Checkpoint,
     CheckpointError,
     latest,
@@ -25,16 +31,10 @@ from cluster.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from cluster.client_evaluation import ClientEvaluation
-from cluster.config import code_digest
-from cluster.engine import Engine, Outcome
-from cluster.exchange import ClientError, ClientReport, EvaluationChunk
-from cluster.federation import Federation
-from cluster.holders import Holders
-from cluster.metrics import Downlink, evaluation_metrics, round_metrics
-from cluster.run_folder import RunFolder, comparable
-from cluster.schedule import Snapshot, make_schedule
-from cluster.shift import shift_metrics
+from cluster.records.run_folder import RunFolder, comparable
+from cluster.simulation.schedule import Snapshot, make_schedule
+from cluster.simulation.shift import shift_metrics
+from cluster.transport.holders import Holders
 
 #: Rounds in a row in which every update was refused, or every client failed, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3

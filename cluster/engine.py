@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from algorithms import Total
-from cluster.client import ClientHost
+from cluster.clients.client import ClientHost
+from cluster.clients.local_training import Broadcast
 from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
-from cluster.local_training import Broadcast
 
 Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
 

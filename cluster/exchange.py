@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.clock import Device
-from cluster.config import Config
+from cluster.configuration.config import Config
+from cluster.simulation.clock import Device
 from cluster.workload.holdings import Partition
 
 

@@ -17,18 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cluster import tracking
-from cluster.client import build_model
-from cluster.config import RESULT_FREE, Config, changes_results, validate
+from cluster.actors.ray_session import connected
+from cluster.clients.client import build_model
+from cluster.configuration.config import RESULT_FREE, Config, changes_results, validate
+from cluster.configuration.trees import ConfigError, apply_overrides
 from cluster.driver import Driver, Line
 from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
-from cluster.introduction import final_scalars
-from cluster.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
-from cluster.ray_session import connected
-from cluster.run_folder import RunFolder, RunFolderError
-from cluster.shared_storage import SharedStorage, is_uri
-from cluster.trees import ConfigError, apply_overrides
+from cluster.records import tracking
+from cluster.records.introduction import final_scalars
+from cluster.records.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
+from cluster.records.run_folder import RunFolder, RunFolderError
+from cluster.records.shared_storage import SharedStorage, is_uri
 from cluster.workload.datasets import open_dataset, prepare
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _execute(
                 lambda: stopped.is_set() or should_stop(),
             )
     else:
-        from cluster import remote
+        from cluster.actors import remote
 
         summary = remote.drive(folder, config, on_line, should_stop)
     return Result(folder.path, summary)

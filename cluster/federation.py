@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import ParameterLayout
-from cluster.client import build_model
-from cluster.config import Config
-from cluster.devices import Devices
+from cluster.clients.client import build_model
+from cluster.clients.transfers import to_input
+from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, Workload
 from cluster.flops import LayerFlops, count_activations
-from cluster.shift import partition_of, period_of, rows_of
-from cluster.transfers import to_input
+from cluster.simulation.devices import Devices
+from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.holdings import Partition
 from cluster.workload.models import ModelError

@@ -1,6 +1,6 @@
 """Grids: one file that stands for many runs, such as every method on every seed.
 
-A grid is an experiment with a section ``grid`` (see ``cluster.axes``)::
+A grid is an experiment with a section ``grid`` (see ``cluster.configuration.axes``)::
 
     extends: quickstart
     grid:
@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from cluster import ray_session
-from cluster.axes import points
-from cluster.config import Config, validate
+from cluster.actors import ray_session
+from cluster.configuration.axes import points
+from cluster.configuration.config import Config, validate
+from cluster.configuration.trees import ConfigError, load_tree, parse_override
 from cluster.execution import Result, complete, run_or_resume, stop_on_signal
 from cluster.federation import Federation
-from cluster.run_folder import RunFolder
-from cluster.shared_storage import below
-from cluster.trees import ConfigError, load_tree, parse_override
+from cluster.records.run_folder import RunFolder
+from cluster.records.shared_storage import below
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str], ...] = (

@@ -11,7 +11,7 @@ import numpy as np
 from algorithms import ParameterLayout, Total
 from algorithms.masks import consensus, intersection_over_union
 from cluster.exchange import ClientReport, EvaluationChunk
-from cluster.run_folder import finite
+from cluster.records.run_folder import finite
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs without their pictures, which take longer to draw than tiny runs to compute."""
-    from cluster import outputs
+    from cluster.records import outputs
 
     for name in ("picture", "curves", "population"):
         monkeypatch.setattr(outputs, name, lambda *_, **__: None)

@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cluster import seeding
-from cluster.config import Config
+from cluster.configuration.config import Config
 from cluster.federation import Federation
 from tests.tiny_experiment import Mask, Weights
 

@@ -16,8 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_command
 
-from cluster.arguments import parse
-from cluster.config import RESULT_FREE, resolve
+from cluster.command_line.arguments import parse
+from cluster.configuration.config import RESULT_FREE, resolve
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "ray_configs"

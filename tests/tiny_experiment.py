@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import ServerState
-from cluster.config import Config, resolve
+from cluster.configuration.config import Config, resolve
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
-from cluster.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tests.naive import NaiveFederation

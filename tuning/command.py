@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from cluster import tracking
-from cluster.config import flatten
+from cluster.actors.ray_session import connected
+from cluster.command_line.progress import shown
+from cluster.configuration.config import flatten
 from cluster.execution import TRACKING_DEADLINE_S, stop_on_signal
 from cluster.federation import Federation
-from cluster.outputs import benchmark_name, with_tracking
-from cluster.progress import shown
-from cluster.ray_session import connected
+from cluster.records import tracking
+from cluster.records.outputs import benchmark_name, with_tracking
 from tuning.coordinator import Coordinator
 from tuning.folder import StudyFolder
 from tuning.progress import StudyDisplay, announce, conclude

@@ -19,15 +19,15 @@ from typing import Any, Literal, Protocol
 
 from optuna.trial import Trial
 
-from cluster.actor_pool import PlacementError
-from cluster.config import Config, validate
+from cluster.actors.actor_pool import PlacementError
+from cluster.actors.ray_session import ClusterError, room
+from cluster.configuration.config import Config, validate
+from cluster.configuration.trees import ConfigError, merge
 from cluster.driver import DivergedError
 from cluster.exchange import ClientError
 from cluster.execution import complete, run_or_resume
-from cluster.ray_session import ClusterError, room
-from cluster.run_folder import BusyError, RunFolder
-from cluster.shared_storage import below
-from cluster.trees import ConfigError, merge
+from cluster.records.run_folder import BusyError, RunFolder
+from cluster.records.shared_storage import below
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, collect
 from tuning.search import Cost, Search

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cluster.checkpoint import write_atomically
-from cluster.run_folder import BusyError, RunFolderError
-from cluster.trees import load_tree
+from cluster.configuration.trees import load_tree
+from cluster.records.checkpoint import write_atomically
+from cluster.records.run_folder import BusyError, RunFolderError
 from tuning.study import Plan, plan_of
 
 

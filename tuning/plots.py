@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cluster.plots import finish, style
+from cluster.records.plots import finish, style
 from tuning.protocol import MethodResult, accuracies, intervals
 from tuning.study import Plan
 

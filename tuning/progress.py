@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cluster.progress import duration, percent, place, shown
+from cluster.command_line.progress import duration, percent, place, shown
 from tuning.coordinator import Job, Outcome
 from tuning.protocol import MethodResult
 from tuning.report import Table

@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cluster.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder
 from tuning.spaces import Dimension
 from tuning.storage import make_sampler, open_study
 from tuning.study import Contender, Plan

@@ -20,9 +20,9 @@ from optuna.distributions import (
 )
 
 from algorithms import Hyperparameter, hyperparameters
-from cluster.choices import ChoiceError, checked
-from cluster.config import Config, validate
-from cluster.trees import ConfigError, merge, nested
+from cluster.configuration.choices import ChoiceError, checked
+from cluster.configuration.config import Config, validate
+from cluster.configuration.trees import ConfigError, merge, nested
 
 #: Share of a range next to its end that counts as being on its boundary.
 _EDGE = 0.01

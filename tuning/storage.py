@@ -14,9 +14,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 
 from cluster import seeding
-from cluster.run_folder import BusyError
-from cluster.tracking_store import absolute_uri
-from cluster.trees import ConfigError
+from cluster.configuration.trees import ConfigError
+from cluster.records.run_folder import BusyError
+from cluster.records.tracking_store import absolute_uri
 from tuning.study import Plan, SamplerSection
 
 #: Name of the default storage in a study's folder.

@@ -24,10 +24,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.checkpoint import write_atomically
-from cluster.config import Config, changes_results, flatten, in_plain_words, validate
-from cluster.sections import Choice, Section
-from cluster.trees import ConfigError, apply_overrides, load_tree, merge
+from cluster.configuration.config import Config, changes_results, flatten, in_plain_words, validate
+from cluster.configuration.sections import Choice, Section
+from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge
+from cluster.records.checkpoint import write_atomically
 from tuning.spaces import Space, own_space, shared_space, with_values
 
 Objective = Literal["accuracy", "uplink_bytes"]

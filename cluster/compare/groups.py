@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.compare.reading import ComparisonError, Run
-from cluster.config import changes_results
+from cluster.configuration.config import changes_results
 
 #: Keys that name a group before all others do, in this order.
 _FIRST = (

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from cluster.choices import ChoiceError
-from cluster.config import flatten, validate
-from cluster.run_folder import RunFolder
-from cluster.tracking_store import check, connect, first_line
-from cluster.trees import ConfigError
+from cluster.configuration.choices import ChoiceError
+from cluster.configuration.config import flatten, validate
+from cluster.configuration.trees import ConfigError
+from cluster.records.run_folder import RunFolder
+from cluster.records.tracking_store import check, connect, first_line
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun

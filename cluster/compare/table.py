@@ -12,7 +12,14 @@ import numpy as np
 
 from cluster.compare.groups import Group, Grouped, group_runs
 from cluster.compare.reading import Run, Series
-from cluster.statistics import SIGNIFICANCE, Interval, holm, mean_interval, paired_p_value, welch_p_value
+from cluster.compare.statistics import (
+    SIGNIFICANCE,
+    Interval,
+    holm,
+    mean_interval,
+    paired_p_value,
+    welch_p_value,
+)
 
 #: "best": significantly better than all it competes with; "tied": not distinguishable from the best mean.
 Mark = Literal["best", "tied", ""]

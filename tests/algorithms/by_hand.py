@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from algorithms import Algorithm, Grid, Instructions, ServerOptimizer, ServerState, Total
-from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload.datasets import Split
 
 

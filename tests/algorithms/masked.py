@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from algorithms import Algorithm, Grid, ServerOptimizer, ServerState, Total
 from cluster import seeding
-from cluster.local_training import Broadcast, LocalSettings, Trained, Trainer
+from cluster.clients.local_training import Broadcast, LocalSettings, Trained, Trainer
 from cluster.workload.datasets import Split
 from tests.naive import NaiveFederation, NaiveVisit
 from tests.tiny_experiment import Mask, Weights

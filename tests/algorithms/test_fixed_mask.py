@@ -10,7 +10,7 @@ import torch
 
 from algorithms import ServerState
 from algorithms.fixed_mask import FixedMask
-from cluster import wire
+from cluster.transport import wire
 from tests.algorithms.masked import NaiveMasked, bools, play
 from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 

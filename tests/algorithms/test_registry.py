@@ -10,7 +10,7 @@ import torch
 
 import algorithms
 from algorithms import SERVER_OPTIMIZERS, Algorithm, hyperparameters, registry
-from cluster.trees import ConfigError
+from cluster.configuration.trees import ConfigError
 from tests.example_method import RandomK
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation

@@ -15,8 +15,8 @@ import numpy as np
 
 import cluster
 from cluster import seeding
-from cluster.devices import Devices
-from cluster.samplers import SAMPLERS, Candidates, draw
+from cluster.simulation.devices import Devices
+from cluster.simulation.samplers import SAMPLERS, Candidates, draw
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 5) -> float:

@@ -22,8 +22,8 @@ from torch import nn
 from algorithms import Algorithm, Instructions
 from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
-from cluster.local_training import Broadcast, LocalSettings, Trainer
-from cluster.passes import set_up_cuda
+from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.passes import set_up_cuda
 from cluster.workload import models
 from cluster.workload.datasets import Split
 from tests.benchmarks.report import Figure

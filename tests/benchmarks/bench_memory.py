@@ -15,10 +15,10 @@ import psutil
 import ray
 
 import cluster
+from cluster.actors.ray_session import ray_engine
 from cluster.driver import Driver
 from cluster.federation import Federation
-from cluster.ray_session import ray_engine
-from cluster.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder
 from tests.benchmarks.report import Figure
 
 #: Rounds after which memory is read; a run ends at the last one that it reaches.

@@ -26,11 +26,11 @@ import torch
 from torch.nn import functional as F
 
 import cluster
+from cluster.actors.ray_session import ray_engine
+from cluster.command_line.profile import phases
 from cluster.driver import Driver
 from cluster.federation import Federation
-from cluster.profile import phases
-from cluster.ray_session import ray_engine
-from cluster.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder
 from cluster.workload import models
 from tests.benchmarks.report import Figure
 

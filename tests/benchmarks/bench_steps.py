@@ -22,7 +22,7 @@ from algorithms import Algorithm, Client, Instructions
 from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
 from algorithms.zerofl import ZeroFL
-from cluster.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
 from cluster.workload import models
 from cluster.workload.datasets import Split
 from tests.benchmarks.report import Figure

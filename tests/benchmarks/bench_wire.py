@@ -18,8 +18,8 @@ import torch
 
 from algorithms import Grid, ParameterLayout, Total
 from algorithms.masks import cut_to_top_k, target_count
-from cluster.client import wire_shape
-from cluster.wire import Message, Shape, decode, dense_bytes, describe, encode
+from cluster.clients.client import wire_shape
+from cluster.transport.wire import Message, Shape, decode, dense_bytes, describe, encode
 from cluster.workload import models
 from tests.benchmarks.report import Figure
 

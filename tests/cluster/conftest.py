@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from cluster import client as client_module
-from cluster import downlink as downlink_module
-from cluster import wire
+from cluster.clients import client as client_module
+from cluster.transport import downlink as downlink_module
+from cluster.transport import wire
 
 
 class Recorded:
@@ -46,7 +46,7 @@ def downlink(monkeypatch):
 @pytest.fixture(scope="module")
 def fast_tracking():
     """MLflow without its noise and its waits."""
-    from cluster import tracking, tracking_store
+    from cluster.records import tracking, tracking_store
 
     with pytest.MonkeyPatch.context() as patch:
         for key, value in tracking_store.QUIET_DEFAULTS.items():
@@ -71,7 +71,7 @@ def nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    from tests.cluster.three_nodes import HEALTH, add
+    from tests.cluster.actors.three_nodes import HEALTH, add
 
     started = Cluster()
     add(started, "head", num_cpus=4, num_gpus=0, include_dashboard=False, _system_config=HEALTH)

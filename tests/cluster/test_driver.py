@@ -11,13 +11,14 @@ from torch.nn import functional as F
 import cluster
 from algorithms.topk import TopKClient
 from cluster import driver as driver_module
-from cluster import outputs, wire
-from cluster.checkpoint import list_rounds
-from cluster.client import wire_shape
+from cluster.clients.client import wire_shape
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
-from cluster.run_folder import RunFolder, comparable
+from cluster.records import outputs
+from cluster.records.checkpoint import list_rounds
+from cluster.records.run_folder import RunFolder, comparable
+from cluster.transport import wire
 from tests.cluster.observed import accuracy, flat_upload, support
 from tests.tiny_experiment import run_inline, tiny_federation
 

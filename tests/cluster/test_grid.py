@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from cluster import ray_session
+from cluster.actors import ray_session
+from cluster.actors.ray_session import ClusterError
 from cluster.cli import main
-from cluster.config import resolve
+from cluster.configuration.config import resolve
+from cluster.configuration.trees import ConfigError
 from cluster.driver import DivergedError
 from cluster.grid import expand, run_grid, shares_of, table
-from cluster.ray_session import ClusterError
-from cluster.run_folder import RunFolder, comparable
-from cluster.trees import ConfigError
+from cluster.records.run_folder import RunFolder, comparable
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import cluster
-from cluster.checkpoint import latest, load_checkpoint
 from cluster.driver import DivergedError, Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
-from cluster.run_folder import RunFolder
+from cluster.records.checkpoint import latest, load_checkpoint
+from cluster.records.run_folder import RunFolder
 from tests.cluster.observed import flat_upload
 from tests.tiny_experiment import run_inline, tiny_federation
 

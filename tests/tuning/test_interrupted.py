@@ -13,8 +13,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cluster.ray_session import ClusterError
-from cluster.run_folder import RunFolder
+from cluster.actors.ray_session import ClusterError
+from cluster.records.run_folder import RunFolder
 from tests.tuning.studies import finish, seen, tiny_plan, tiny_tree
 from tuning import coordinator
 from tuning.command import run_study
@@ -36,7 +36,7 @@ def undisturbed(cache, tmp_path_factory):
     """What a study without interruption comes to."""
     patch = pytest.MonkeyPatch()
     for name in ("picture", "curves"):
-        patch.setattr(f"cluster.outputs.{name}", lambda *_, **__: None)
+        patch.setattr(f"cluster.records.outputs.{name}", lambda *_, **__: None)
     yield seen(finish(tiny_plan(cache, STUDY), tmp_path_factory.mktemp("whole") / "study"))
     patch.undo()
 

@@ -6,8 +6,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from cluster.run_folder import BusyError
-from cluster.trees import ConfigError
+from cluster.configuration.trees import ConfigError
+from cluster.records.run_folder import BusyError
 from tests.tuning.studies import tiny_plan
 from tuning.search import Cost, Search, cost_of
 from tuning.storage import heal_journal, open_database, open_journal, open_study

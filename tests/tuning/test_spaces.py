@@ -4,8 +4,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from algorithms import hyperparameters, registry
-from cluster.config import resolve
-from cluster.trees import ConfigError
+from cluster.configuration.config import resolve
+from cluster.configuration.trees import ConfigError
 from tuning.spaces import Dimension, own_space, shared_space, with_values
 
 

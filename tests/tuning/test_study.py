@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.config import resolve
-from cluster.trees import ConfigError, load_tree, presets
+from cluster.configuration.config import resolve
+from cluster.configuration.trees import ConfigError, load_tree, presets
 from tests.tuning.studies import tiny_plan
 from tuning.study import load_plan, plan_of
 

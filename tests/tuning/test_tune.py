@@ -8,9 +8,10 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 import cluster
-from cluster import cli, ray_session
-from cluster.ray_session import ClusterError
-from cluster.run_folder import BusyError, RunFolder, RunFolderError
+from cluster import cli
+from cluster.actors import ray_session
+from cluster.actors.ray_session import ClusterError
+from cluster.records.run_folder import BusyError, RunFolder, RunFolderError
 from cluster.workload.datasets import DataError
 from tests.tuning.studies import finish, seen, tiny_plan, tiny_tree
 from tuning.command import report

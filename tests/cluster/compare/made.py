@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from cluster.compare.reading import Run, Series
-from cluster.config import resolve
+from cluster.configuration.config import resolve
 
 LAYERS = ("conv1.weight", "conv2.weight", "head.weight")
 

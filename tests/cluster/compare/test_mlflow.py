@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import tracking, tracking_store
 from cluster.cli import main
 from cluster.compare import plots
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, read_experiment, read_folder
-from cluster.config import resolve
-from cluster.introduction import in_short
-from cluster.outputs import benchmark_name
-from cluster.tracking import Tracker, TrackingTarget
+from cluster.configuration.config import resolve
+from cluster.records import tracking, tracking_store
+from cluster.records.introduction import in_short
+from cluster.records.outputs import benchmark_name
+from cluster.records.tracking import Tracker, TrackingTarget
 from tests.cluster.compare.made import write_run
 
 

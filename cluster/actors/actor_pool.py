@@ -1,0 +1,217 @@
+"""The client actors of one run on a Ray cluster: reserved, started, found dead, killed, back again."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from algorithms import Total
+from cluster.actors.placement import Bundle
+from cluster.clients.client import ClientHost
+from cluster.clients.local_training import Broadcast
+from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
+from cluster.federation import prepare_arguments
+from cluster.workload.datasets import prepare
+
+#: Seconds between two questions whether a dead actor is back.
+PROBE_EVERY_S = 0.5
+
+MakeHost = Callable[[Workload, float], ClientHost]
+
+
+class PlacementError(RuntimeError):
+    """The cluster has no room for the actors that were asked for."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs.
+
+    Attributes:
+        pid: Its process.
+        node: Ray's id of its node.
+        gpus: Ids of the GPUs it was given on that node.
+    """
+
+    pid: int
+    node: str
+    gpus: tuple[str, ...]
+
+
+class HostActor:
+    """An actor around a host, which is built by the first call.
+
+    What goes wrong then is that call's error and is tried again by the next; an actor whose constructor
+    raises would be dead for good.
+    """
+
+    def __init__(self, make: MakeHost, workload: Workload, gpus: float) -> None:
+        self._make, self._workload, self._gpus = make, workload, gpus
+        self._built: ClientHost | None = None
+
+    @property
+    def _host(self) -> ClientHost:
+        if self._built is None:
+            if not self._workload.folder.exists():  # a node that joined after the run had begun
+                prepare(**prepare_arguments(self._workload.config))
+            self._built = self._make(self._workload, self._gpus)
+        return self._built
+
+    def ready(self) -> Place:
+        """Build the host; returns where it is."""
+        import ray
+
+        _ = self._host
+        return Place(os.getpid(), ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids())))
+
+    def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
+        """See :meth:`ClientHost.play`."""
+        return self._host.play(broadcast, tasks)
+
+    def evaluate(
+        self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
+    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
+        """See :meth:`ClientHost.evaluate`."""
+        return self._host.evaluate(broadcast, chunks)
+
+    def collect(self, round_number: int) -> Total | None:
+        """See :meth:`ClientHost.collect`."""
+        return self._host.collect(round_number)
+
+
+class ActorPool:
+    """Actors by number, in kinds.
+
+    Ray restarts a dead one for ever, elsewhere if its node is lost and another has room; what it was doing is
+    dispatched again by the round, never by Ray.
+
+    Args:
+        workload: What there is to play.
+        bundles: What to reserve.
+        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+        placement_timeout: Seconds until actors that cannot be placed are an error.
+
+    Raises:
+        PlacementError: The actors were not placed in time; names asked and free resources.
+
+    Attributes:
+        kinds: Name of each actor's kind.
+        down: Dead actors, and when their death was noticed.
+    """
+
+    def __init__(
+        self, workload: Workload, bundles: Sequence[Bundle], make_host: MakeHost, placement_timeout: float
+    ) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._ray = ray
+        self.kinds = [bundle.kind.name for bundle in bundles for _ in range(bundle.actors)]
+        self.down: dict[int, float] = {}
+        self._group = self._reserve(bundles, placement_timeout)
+        # Kept for as long as the actors: a restarted actor reads its constructor's argument again.
+        self._workload = ray.put(workload)
+        actor, token = ray.remote(HostActor), secrets.token_hex(3)
+        self._hosts: list[Any] = []
+        for place, bundle in enumerate(bundles):
+            kind = bundle.kind
+            for _ in range(bundle.actors):
+                options = actor.options(
+                    name=f"{kind.name or 'clients'}-{len(self._hosts)}-{token}",
+                    num_cpus=kind.cpus,
+                    num_gpus=kind.gpus,
+                    max_restarts=-1,
+                    max_task_retries=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, place),
+                )
+                self._hosts.append(options.remote(make_host, self._workload, kind.gpus))
+        try:
+            # Starting is slow on a busy machine, and no reason to give up.
+            self.places()
+        except BaseException:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    def call(self, actor: int, method: str, *arguments: Any) -> Any:
+        """Start a call; returns its reference."""
+        return getattr(self._hosts[actor], method).remote(*arguments)
+
+    def places(self) -> list[Place]:
+        """Where every actor is."""
+        return list(self._ray.get([host.ready.remote() for host in self._hosts]))
+
+    def kill(self, actor: int) -> None:
+        """End an actor that hangs; Ray kills its process, frozen or not, and starts another."""
+        self._ray.kill(self._hosts[actor], no_restart=False)
+
+    def lost(self, actor: int) -> bool:
+        """Take note of a death; False where it was known."""
+        if actor in self.down:
+            return False
+        self.down[actor] = time.monotonic()
+        return True
+
+    def seconds_without(self, kind: str | None = None) -> float:
+        """For how long every actor (of a kind) has been dead; 0 while one is alive."""
+        if not self.down:
+            return 0.0
+        actors = [a for a, name in enumerate(self.kinds) if kind is None or name == kind]
+        if not all(actor in self.down for actor in actors):
+            return 0.0
+        return time.monotonic() - max(self.down[actor] for actor in actors)
+
+    def close(self) -> None:
+        """Kill the actors and free what they had reserved."""
+        for host in self._hosts:
+            self._ray.kill(host)
+        self._ray.util.remove_placement_group(self._group)
+
+    def _reserve(self, bundles: Sequence[Bundle], timeout: float) -> Any:
+        ray = self._ray
+        group = ray.util.placement_group(
+            [bundle.resources for bundle in bundles],
+            strategy="PACK",
+            # Ray keeps it after a killed driver, as long as the job; under this name it is found and freed.
+            name=ray.get_runtime_context().get_actor_name() or "",
+            bundle_label_selector=[dict(bundle.kind.label) for bundle in bundles],
+        )
+        if not group.wait(timeout):
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            whole = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            ray.util.remove_placement_group(group)
+            raise PlacementError(
+                f"{_asked(bundles)} found no room within {timeout:g} s; free now: {free}, the whole cluster: "
+                f"{whole}{_labels_of(ray.nodes(), bundles)}. Lower actors, cpus_per_actor or gpus_per_actor."
+            )
+        return group
+
+
+def _asked(bundles: Sequence[Bundle]) -> str:
+    """What was asked for, kind by kind, such as ``2 actors with 3 CPU and 0 GPU each``."""
+    parts = []
+    for kind in {bundle.kind.name: bundle.kind for bundle in bundles}.values():
+        actors = sum(bundle.actors for bundle in bundles if bundle.kind == kind)
+        tier = f" of tier {kind.name}" if kind.name else ""
+        labels = ", ".join(f"{key}={value}" for key, value in kind.label.items())
+        where = f" on nodes labelled {labels}" if labels else ""
+        parts.append(f"{actors} actors{tier} with {kind.cpus:g} CPU and {kind.gpus:g} GPU each{where}")
+    return " and ".join(parts)
+
+
+def _labels_of(nodes: Sequence[dict[str, Any]], bundles: Sequence[Bundle]) -> str:
+    """The values of the labels asked for that the nodes carry."""
+    keys = sorted({key for bundle in bundles for key in bundle.kind.label})
+    found = {
+        key: sorted({node["Labels"][key] for node in nodes if node["Alive"] and key in node["Labels"]})
+        for key in keys
+    }
+    return "".join(f", label {key}: {', '.join(values) or 'on no node'}" for key, values in found.items())

@@ -1,0 +1,204 @@
+"""The connection to a Ray cluster, and the actors on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.actor_pool import MakeHost
+from cluster.actors.placement import Node, bundles, kinds_of
+from cluster.actors.ray_engine import RayEngine
+from cluster.clients.client import ClientHost
+from cluster.configuration.config import Config
+from cluster.federation import Federation, prepare_arguments
+from cluster.simulation.devices import Devices
+from cluster.workload.datasets import prepare
+
+
+class ClusterError(RuntimeError):
+    """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
+
+
+def ray_engine(config: Config, federation: Federation, make_host: MakeHost = ClientHost) -> RayEngine:
+    """Actors on the connected cluster, one a core (or GPU share) of its nodes unless configured.
+
+    Args:
+        config: The experiment.
+        federation: Data and partition.
+        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+
+    Raises:
+        PlacementError: They were not placed in time; names asked and free resources.
+    """
+    kinds = kinds_of(config)
+    devices, own = Devices(config), {kind.name for kind in kinds}
+    tiers = list(config.devices.kinds)
+
+    def kind_of(client: int) -> str:
+        tier = tiers[devices.tiers[client]]
+        return tier if tier in own else ""
+
+    _decode_on_every_node(config)
+    return RayEngine(
+        federation.workload(),
+        federation.sizes,
+        bundles(kinds, _nodes(), config.actors, config.cohort),
+        kind_of=kind_of,
+        make_host=make_host,
+    )
+
+
+def room(config: Config) -> int:
+    """How many of its actors the connected cluster holds."""
+    return sum(bundle.actors for bundle in bundles(kinds_of(config), _nodes(), None, sys.maxsize))
+
+
+def local_room(config: Config) -> int:
+    """How many of its actors a private cluster would hold by its cores, or the connected one has room for."""
+    import ray
+
+    if ray.is_initialized():
+        return room(config)
+    return max(1, int((os.cpu_count() or 1) / config.cpus_per_actor + 1e-9))
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@contextmanager
+def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> Iterator[None]:
+    """A connection to the configured cluster, if execution needs one and the caller has none.
+
+    Args:
+        config: The experiment.
+        model_size: Floats of the model; a private cluster's object store is sized by it.
+        also: Experiments that share the connection; the user's code of each travels with it.
+    """
+    if config.execution == "inline":
+        yield
+        return
+    local = config.address == "local"
+    arguments: dict[str, Any] = {}
+    if local:
+        # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and spare room.
+        cores = os.cpu_count() or 1
+        actors = config.actors or max(1, min(config.cohort, int(cores / config.cpus_per_actor)))
+        store = 2**28 + 2 * model_size * (20 * actors + 16)
+        arguments = {"include_dashboard": False, "object_store_memory": store}
+    user_code = any(_is_user_code(each) for each in (config, *also))
+    if not local and user_code and not _job_ships_code():
+        arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
+    with connection(config.address, **arguments):
+        yield
+
+
+@contextmanager
+def connection(address: str, **arguments: Any) -> Iterator[None]:
+    """A connection to a cluster, unless the caller has one.
+
+    Args:
+        address: local (a private cluster that ends with the connection), auto, or host:port.
+        arguments: More of ``ray.init``.
+
+    Raises:
+        ClusterError: No cluster answers there.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _check_answer(address)
+    try:
+        ray.init(
+            address=address,
+            namespace=f"sparsyfed-{os.getpid()}",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **arguments,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); "
+            "start one with `ray start --head`, or use address=local"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answer(address: str, timeout_s: float = 5.0) -> None:
+    """Refuse a ``host:port`` where no Ray listens; Ray itself would try for minutes."""
+    place = address.removeprefix("ray://")
+    host, colon, port = place.rpartition(":")
+    if not colon:
+        return  # local, auto
+    import grpc
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            # Another server, such as the dashboard's, takes the connection but does not speak Ray's protocol.
+            with grpc.insecure_channel(place) as channel:
+                grpc.channel_ready_future(channel).result(timeout=timeout_s)
+    except (OSError, ValueError, OverflowError, grpc.FutureTimeoutError) as error:
+        reason = str(error) or "something else listens there"
+        raise ClusterError(
+            f"address: no Ray cluster answers at {address!r} ({reason}); "
+            "start one with `ray start --head` (port 6379), or use address=local"
+        ) from None
+
+
+def _decode_on_every_node(config: Config) -> None:
+    """Each other node that may hold actors decodes the data set once, into its own cache, before that."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    decode: Any = ray.remote(prepare)  # type: ignore[arg-type]
+    labels = [kind.label.items() for kind in kinds_of(config)]
+    others = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] != here
+        and any(asked <= node["Labels"].items() for asked in labels)
+    ]
+    arguments = prepare_arguments(config)
+    ray.get(
+        [
+            decode.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(**arguments)
+            for node in others
+        ]
+    )
+
+
+def _job_ships_code() -> bool:
+    """Whether this is a job that was submitted with a working directory, beside which Ray takes no other."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return "working_dir" in (job.get("runtime_env") or {})
+
+
+def _is_user_code(config: Config) -> bool:
+    choices = (config.algorithm, config.model, config.data, config.sampler)
+    return any(":" in choice.name for choice in choices)

@@ -1,0 +1,1 @@
+"""What a client does: local training and its steps, evaluation, folding what it sent, its share of a GPU."""

@@ -1,0 +1,327 @@
+"""The actor that plays clients: trains, encodes to real bytes, decodes them again and folds.
+
+``ClientHost`` is a plain class: the inline engine holds one, the Ray engine makes each an actor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from algorithms import Grid, ParameterLayout, Total
+from algorithms.masks import target_count
+from cluster import seeding
+from cluster.clients.folding import fold_update
+from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
+from cluster.clients.local_training import Broadcast, LocalSettings, Trained, Trainer
+from cluster.clients.passes import set_up_cuda
+from cluster.configuration.config import Config
+from cluster.exchange import ClientError, ClientReport, EvaluationChunk, Task, Workload
+from cluster.simulation.devices import Devices
+from cluster.simulation.shift import period_of
+from cluster.transport import wire
+from cluster.workload import models
+from cluster.workload.datasets import Dataset, Split, open_dataset
+
+#: Rounds after which a host gives free memory back to the system.
+TRIM_EVERY = 10
+
+_logger = logging.getLogger("sparsyfed.client")
+
+
+class ClientHost:
+    """Plays clients on one resident model.
+
+    Args:
+        workload: What there is to play.
+        gpus: GPUs this host was given, a share of one or whole ones; by default what the configuration gives
+            every actor. Above 0 it trains on CUDA.
+
+    Raises:
+        GpuError: It was given a GPU and torch sees none.
+    """
+
+    def __init__(self, workload: Workload, gpus: float | None = None) -> None:
+        config = self.config = workload.config
+        torch.set_num_threads(config.threads)
+        share = config.gpus_per_actor if gpus is None else gpus
+        self._device = device_for(share)
+        self._memory: GpuMemory | None = None
+        if self._device.type == "cuda":
+            set_up_cuda()
+            self._memory = GpuMemory(share)
+        dataset = open_dataset(workload.folder)
+        self._workload = workload
+        self._dataset, held_out = dataset, workload.validation
+        self._validation = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
+        self._method = config.build_algorithm()
+        model = build_model(config, dataset)
+        settings = LocalSettings(
+            config.seed,
+            config.local.epochs,
+            config.local.batch_size,
+            config.local.weight_decay,
+            config.local.proximal,
+            config.precision,
+            config.cuda_graphs,
+        )
+        self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
+        self.shape = wire_shape(self._trainer.layout)
+        # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
+        self._received = np.empty(self.shape.size, np.float32)
+        self._uplink: ThreadPoolExecutor | None = None
+        if self._device.type == "cuda":
+            self._uplink = ThreadPoolExecutor(1, "uplink")
+        self._total: Total | None = None
+        self._collected = 0
+        self._round = -1
+        self._broadcast: Broadcast | None = None
+
+    def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
+        """Play each client and fold its decoded update into this host's partial total of the round.
+
+        On a GPU one client's update crosses the wire while the next client trains.
+
+        Raises:
+            ClientError: A client's code raised, and ``on_client_error`` is ``stop``.
+            GpuError: The first client took more GPU memory than this host's share.
+        """
+        broadcast = self._start_round(broadcast)
+        if self._uplink is None:
+            return [self._send(broadcast, task, *self._train(broadcast, task)) for task in tasks]
+        reports, sending = [], None
+        for task in tasks:
+            trained = self._train(broadcast, task)
+            if sending is not None:  # the arrays of one more client are safe from the next one
+                reports.append(sending.result())
+            sending = self._uplink.submit(self._send, broadcast, task, *trained)
+        return reports if sending is None else [*reports, sending.result()]
+
+    def collect(self, round_number: int) -> Total | None:
+        """Hand over the round's partial total and forget it; None when this host holds none of that round."""
+        self._collected += 1
+        if self._collected % TRIM_EVERY == 0:
+            give_back_memory()
+        total = self._total if self._round == round_number else None
+        self._total, self._round, self._broadcast = None, -1, None
+        return total
+
+    def evaluate(
+        self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
+    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
+        """Correct predictions in every class and summed loss of the global model w_t on each chunk.
+
+        The chunk of a client whose local training fails and is skipped is left out.
+
+        Raises:
+            ClientError, GpuError: As in :meth:`play`.
+        """
+        models: dict[str | None, np.ndarray] = {}
+        model: np.ndarray | None
+        results = []
+        for chunk in chunks:
+            started = time.perf_counter()
+            split = self._validation if chunk.split == "val" else self._dataset.test
+            if chunk.client is not None:
+                model = self._locally_trained(broadcast, chunk.client)
+                if model is None:
+                    continue
+            else:
+                if chunk.tier not in models:
+                    models[chunk.tier] = self._at_budget(broadcast, chunk.tier)
+                model = models[chunk.tier]
+            correct, loss = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
+            results.append((replace(chunk, seconds=time.perf_counter() - started), correct, loss))
+        return results
+
+    def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:
+        """Effective weights of the global model, cut to a tier's budget where one is named."""
+        layout, weights = self._trainer.layout, torch.from_numpy(broadcast.exact.copy())
+        if tier is not None:
+            sparsity = self.config.devices.tiers[tier].sparsity
+            assert sparsity is not None
+            keep = target_count(layout.prunable_size, sparsity)
+            mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
+            self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
+        return self._method.effective_weights(weights, layout).numpy()
+
+    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray | None:
+        """What a client makes of the evaluated model: effective weights of what it would send next.
+
+        None where it failed and is skipped.
+
+        It trains on the data that it holds in the round that is evaluated, before a shift that follows.
+        Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
+        """
+        sparsity = Devices(self.config).sparsity(client, self._method.sparsity)
+        evaluated = broadcast.instructions.round - 1
+        rows = self._rows(client, period_of(self.config.shift, evaluated))
+        try:
+            trained = self._trainer.visit(client, rows, sparsity, broadcast)
+        except Exception as error:
+            self._skip(error, client, evaluated, "evaluation")
+            return None
+        layout = self._trainer.layout
+        weights = torch.from_numpy(trained.values.copy())
+        if self._method.uploads_differences:
+            weights[: layout.trained_size] += torch.from_numpy(
+                broadcast.weights[: layout.trained_size].copy()
+            )
+        return self._method.effective_weights(weights, layout).numpy()
+
+    def _start_round(self, broadcast: Broadcast) -> Broadcast:
+        """The round's broadcast: the first copy that came, which the trainer has received already."""
+        if self._total is None or self._round != broadcast.instructions.round:
+            grid = Grid(broadcast.limit, broadcast.samples)
+            self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
+            self._round = broadcast.instructions.round
+        if self._broadcast is None or not _same(self._broadcast, broadcast):
+            self._broadcast = broadcast
+        return self._broadcast
+
+    def _rows(self, client: int, period: int) -> np.ndarray:
+        """Rows of the training split that a client holds after so many shifts of the data."""
+        partition = self._workload.shifted[period - 1] if period else self._workload.partition
+        return partition.client(client)
+
+    def _train(self, broadcast: Broadcast, task: Task) -> tuple[Trained | str, float]:
+        """A client's update, or why it was skipped, and the seconds that it took."""
+        rows, started = self._rows(task.client, broadcast.period), time.perf_counter()
+        trained: Trained | str
+        try:
+            trained = self._trainer.visit(task.client, rows, task.sparsity, broadcast)
+            if self._memory is not None:
+                self._memory.check(task.client)
+        except Exception as error:
+            trained = self._skip(error, task.client, broadcast.instructions.round, "train")
+        return trained, time.perf_counter() - started
+
+    def _send(self, broadcast: Broadcast, task: Task, trained: Trained | str, seconds: float) -> ClientReport:
+        """Have an update cross the wire, and fold what arrives where that can be told here."""
+        if isinstance(trained, str):
+            return self._failed(broadcast, task, trained)
+        stage = "encode"
+        try:
+            marks = [time.perf_counter()]
+            message = wire.encode(
+                trained.values,
+                trained.support,
+                self.shape,
+                held=broadcast.mask,
+                value_format=self.config.wire.uplink,
+            )
+            marks.append(time.perf_counter())
+            stage = "decode"
+            received = wire.decode(message, self.shape, held=broadcast.mask, out=self._received)
+            marks.append(time.perf_counter())
+            stage = "fold"
+            # From the bytes and FLOPs that the visit really caused.
+            sparse = self.config.devices.flops == "sparse"
+            flops = float(trained.flops_sparse.sum()) if sparse else trained.flops_dense
+            visit_s = task.device.duration(task.downlink_bytes, flops, len(message))
+            late, here = visit_s > task.deadline, visit_s < task.fold_before
+            refused = None
+            if here and not late:
+                refused = self._fold(broadcast, task.client, received, trained.samples)
+            marks.append(time.perf_counter())
+        except Exception as error:
+            reason = self._skip(error, task.client, broadcast.instructions.round, stage)
+            return self._failed(broadcast, task, reason)
+        phases = (seconds, marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2])
+        prunable = self.shape.prunable
+        sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
+        return ClientReport(
+            client=task.client,
+            samples=trained.samples,
+            steps=trained.steps,
+            loss=trained.loss,
+            seconds=sum(phases),
+            phases=phases,
+            uplink_bytes=len(message),
+            uplink_nonzero_bytes=wire.nonzero_bytes(trained.values, self.shape),
+            upload_density=sent / prunable,
+            regrown_before_cut=trained.regrown_before_cut,
+            regrown=trained.regrown,
+            deactivated=trained.deactivated,
+            flops_dense=trained.flops_dense,
+            flops_sparse=trained.flops_sparse,
+            refused=refused,
+            visit_s=visit_s,
+            late=late,
+            folded=here and not late and refused is None,
+            message=None if here or late else message,
+        )
+
+    def _failed(self, broadcast: Broadcast, task: Task, reason: str) -> ClientReport:
+        samples = len(self._rows(task.client, broadcast.period))
+        return ClientReport.failed(task.client, samples, len(self._trainer.layout.prunable), reason)
+
+    def _skip(self, error: Exception, client: int, round_number: int, stage: str) -> str:
+        """Why a client that failed is skipped; raises where ``on_client_error`` or the error forbids it."""
+        if isinstance(error, GpuError):
+            raise error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise GpuError(f"client {client} found no more GPU memory ({error}); {GPU_MEMORY_CURE}") from None
+        what = f"stage {stage}: {type(error).__name__}: {error}"
+        failure = f"client {client} failed in round {round_number}, {what}"
+        # A fold that was interrupted may have left half an update in the total.
+        if self.config.on_client_error != "skip" or stage == "fold":
+            raise ClientError(f"{failure}\n{traceback.format_exc()}") from None
+        _logger.warning(failure, exc_info=True)
+        return f"failed in {what}"
+
+    def _fold(self, broadcast: Broadcast, client: int, received: wire.Message, samples: int) -> str | None:
+        """Fold what crossed the wire; returns why it was refused, if it was."""
+        assert self._total is not None
+        layout = self._trainer.layout
+        return fold_update(self._total, broadcast, client, received, samples, layout, self.config)
+
+
+def _same(first: Broadcast, second: Broadcast) -> bool:
+    """Whether two broadcasts are copies of one: arrays out of the object store share its memory."""
+    return first.weights.ctypes.data == second.weights.ctypes.data and all(
+        getattr(first, name) == getattr(second, name)
+        for name in ("instructions", "lr", "limit", "samples", "period")
+    )
+
+
+def give_back_memory() -> None:
+    """Have the C library return free pages, where it can (glibc): it keeps those between pages in use.
+
+    Local steps allocate tensors of many sizes. Left alone, an actor grows by a quarter in a thousand rounds;
+    a call takes 3 ms.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def build_model(config: Config, dataset: Dataset) -> nn.Module:
+    """The plain module with the common initialisation of the configured seed."""
+    return models.build(
+        config.model.name,
+        input_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        seed=seeding.integer(config.seed, "initialisation"),
+        **config.model.options,
+    )
+
+
+def wire_shape(layout: ParameterLayout) -> wire.Shape:
+    """What sender and receiver both know of the vector."""
+    return wire.Shape(
+        prunable=layout.prunable_size,
+        trained=layout.trained_size,
+        size=layout.size,
+        layers=tuple((entry.start, entry.stop) for entry in layout.trained),
+    )

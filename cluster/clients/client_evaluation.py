@@ -1,0 +1,164 @@
+"""Per-client evaluation: how well the global model serves each client, before and after local training.
+
+A client is judged on the mix of classes that it holds: the model's test accuracy in every class, weighted by
+the client's class shares. That is the expected accuracy on test images drawn with the client's own class
+distribution, without the noise of drawing them. It takes no sample from the client's training data, and the
+one pass over the test set that the central accuracy takes serves all clients. What clients differ in beside
+their classes, such as a speaker's voice, it does not see. After local training each client has a model, and
+needs a test pass, of its own: that is done on demand, for some of the clients.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cluster import seeding
+from cluster.exchange import EvaluationChunk
+from cluster.federation import Federation
+from cluster.records.checkpoint import write_atomically
+from cluster.records.run_folder import RunFolder
+from cluster.simulation.devices import Devices
+from cluster.simulation.shift import period_of
+
+Evaluated = Sequence[tuple[EvaluationChunk, np.ndarray, float]]
+
+
+class ClientEvaluation:
+    """Judges the clients of one experiment.
+
+    Args:
+        federation: Data, partition and configuration.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation, self._section = federation, federation.config.evaluate_clients
+        # Where the test split is not to be read, nobody can be judged on it.
+        tested = any(chunk.split == "test" for chunk in federation.evaluation_chunks(2**30))
+        self._every = self._section.every if tested else 0
+
+    def due(self, round_number: int, *, last: bool = False) -> bool:
+        """Whether clients are judged after this round: every so many, and after the last."""
+        return self._every > 0 and (last or round_number % self._every == 0)
+
+    def chunks(self, round_number: int, *, last: bool) -> list[EvaluationChunk]:
+        """What is to be evaluated beside the central chunks: a test pass a locally trained client."""
+        if not self.due(round_number, last=last):
+            return []
+        rows = len(self._federation.dataset.test.labels)
+        return [EvaluationChunk("test", 0, rows, client=int(c)) for c in self._trained]
+
+    def metrics(
+        self, folder: RunFolder, round_number: int, evaluated: Evaluated, *, last: bool
+    ) -> dict[str, Any]:
+        """Judge the clients, where that is due, and keep ``clients.csv`` in the run's folder.
+
+        Args:
+            folder: The run's folder.
+            round_number: The round whose result was evaluated.
+            evaluated: Results of the central chunks and of ``chunks``.
+            last: Whether it is the run's last round.
+
+        Returns:
+            Over the clients: mean and standard deviation of their accuracies and the mean of the worst tenth;
+            the same after local training, and what it gained.
+        """
+        if not evaluated or not self.due(round_number, last=last):
+            return {}
+        shares = self._shares(period_of(self._federation.config.shift, round_number))
+        before = self._before(evaluated, shares)
+        after = np.full(len(before), np.nan)
+        places = np.searchsorted(self._judged, self._trained)
+        hits = {chunk.client: hits for chunk, hits, _ in evaluated if chunk.client is not None}
+        for place, client in zip(places, self._trained, strict=True):
+            if int(client) in hits:  # one that failed and was skipped is not
+                after[place] = self._weighted(shares[place : place + 1], hits[int(client)])[0]
+        self._write(folder, round_number, before, after)
+        metrics = _spread(before, "")
+        if np.isfinite(after).any():
+            gain = float(np.mean((after - before)[np.isfinite(after)]))
+            metrics |= _spread(after, "_after") | {"clients/accuracy_gain": gain}
+        return metrics
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    @cached_property
+    def _judged(self) -> np.ndarray:
+        """The clients that are judged, the same ones every time; int64, sorted."""
+        return self._some(np.arange(self._federation.config.partition.clients), self._section.clients)
+
+    @cached_property
+    def _trained(self) -> np.ndarray:
+        """Those of them that are judged after local training too."""
+        return self._some(self._judged, self._section.after)
+
+    def _some(self, clients: np.ndarray, count: int | None) -> np.ndarray:
+        if count is None or count >= len(clients):
+            return clients
+        rng = seeding.generator(self._federation.config.seed, "evaluation")
+        return np.sort(rng.choice(clients, size=count, replace=False))
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Test images of every class, int64[classes]."""
+        dataset = self._federation.dataset
+        return np.bincount(dataset.test.labels, minlength=len(dataset.classes))
+
+    def _shares(self, period: int) -> np.ndarray:
+        """Each judged client's class shares, float64[judged, classes], without the classes not in test.
+
+        Args:
+            period: Shifts of the data before the round.
+        """
+        federation = self._federation
+        dataset, partition = federation.dataset, (federation.partition, *federation.shifted)[period]
+        labels, classes = dataset.train.labels, len(dataset.classes)
+        held = [np.bincount(labels[partition.client(int(c))], minlength=classes) for c in self._judged]
+        testable = np.array(held, np.float64) * (self._counts > 0)
+        with np.errstate(invalid="ignore"):  # a client of untested classes alone: no number
+            return testable / testable.sum(axis=1, keepdims=True)
+
+    def _weighted(self, shares: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        return (shares * (hits / np.maximum(self._counts, 1))).sum(axis=1)
+
+    def _before(self, evaluated: Evaluated, shares: np.ndarray) -> np.ndarray:
+        """Each judged client's accuracy of the global model: cut to its tier's budget, where it has one."""
+        hits: dict[str | None, np.ndarray] = {}
+        for chunk, correct, _ in evaluated:
+            if chunk.split == "test" and chunk.client is None:
+                hits[chunk.tier] = hits.get(chunk.tier, 0) + correct
+        accuracies = self._weighted(shares, hits[None])
+        tiers = list(self._federation.config.devices.tiers)
+        own = Devices(self._federation.config).tiers[self._judged] if tiers else None
+        for index, tier in enumerate(tiers):
+            if tier in hits and own is not None:
+                accuracies[own == index] = self._weighted(shares[own == index], hits[tier])
+        return accuracies
+
+    def _write(self, folder: RunFolder, round_number: int, before: np.ndarray, after: np.ndarray) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["client", "samples", "accuracy", "accuracy_after", "round"])
+        sizes = self._federation.sizes_in(period_of(self._federation.config.shift, round_number))
+        for client, one, other in zip(self._judged, before, after, strict=True):
+            cells = ["" if np.isnan(value) else repr(float(value)) for value in (one, other)]
+            writer.writerow([int(client), int(sizes[client]), *cells, round_number])
+        write_atomically(folder.path / "clients.csv", text.getvalue().encode())
+
+
+def _spread(accuracies: np.ndarray, suffix: str) -> dict[str, float]:
+    """Mean, standard deviation (of all clients, not of a sample) and mean of the worst tenth, rounded up."""
+    known = np.sort(accuracies[np.isfinite(accuracies)])
+    if not len(known):
+        return {}
+    worst = known[: -(-len(known) // 10)]
+    return {
+        f"clients/accuracy_mean{suffix}": float(known.mean()),
+        f"clients/accuracy_std{suffix}": float(known.std()),
+        f"clients/accuracy_worst_decile{suffix}": float(worst.mean()),
+    }

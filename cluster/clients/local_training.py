@@ -1,0 +1,317 @@
+"""Local training: one resident model plays any client, by plain SGD on one flat vector.
+
+The model is built once; a visit copies the global vector in, runs the method's client half around the steps
+and leaves the update in a flat buffer. No DataLoader, no optimizer object, no rebuild.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from algorithms import Algorithm, Client, Instructions, ParameterLayout, Visit
+from algorithms.layers import pruned_layers
+from algorithms.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
+from cluster import seeding
+from cluster.clients.passes import EagerPasses, GraphPasses, Passes, Precision, arithmetic
+from cluster.clients.transfers import ClientData, Staging, to_input
+from cluster.flops import LayerFlops
+from cluster.workload.datasets import Split
+
+#: Images of one evaluation step. Fixed, so that a logged accuracy never depends on the machine.
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What local training takes from the configuration."""
+
+    seed: int
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    proximal: float
+    precision: Precision = "float32"
+    cuda_graphs: bool = False
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every actor gets for one round: one object in the store, arrays read without copying.
+
+    Attributes:
+        weights: w_t as the clients decode it, float32[size].
+        exact: w_t as the server holds it, for evaluation; the same array unless the downlink is lossy.
+        mask: The mask both sides hold, bool[prunable], or None.
+        instructions: The method's instructions.
+        lr: Learning rate of the round.
+        limit: Largest magnitude an update may hold (see ``Grid``).
+        samples: Samples of the whole cohort.
+        period: Number of shifts of the data so far, which tells who holds what.
+    """
+
+    weights: np.ndarray
+    exact: np.ndarray
+    mask: np.ndarray | None
+    instructions: Instructions
+    lr: float
+    limit: float
+    samples: int
+    period: int = 0
+
+
+@dataclass
+class Trained:
+    """What a visit leaves: the update, a view that the next visit overwrites, and what was measured.
+
+    Attributes:
+        values: The update, float32[size] on the CPU, +0.0 outside the support.
+        support: bool[prunable], or None for all of it.
+        samples: n_i.
+        steps: Local steps.
+        loss: Mean training loss over the steps.
+        regrown_before_cut: |{w_t = 0 and w_i != 0}| before the final cut.
+        regrown: The same after it.
+        deactivated: |{w_t != 0 and w_i = 0}| after it.
+        flops_dense: Dense-equivalent training FLOPs.
+        flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
+    """
+
+    values: np.ndarray
+    support: np.ndarray | None
+    samples: int
+    steps: int
+    loss: float
+    regrown_before_cut: int
+    regrown: int
+    deactivated: int
+    flops_dense: float
+    flops_sparse: np.ndarray
+
+
+class Trainer:
+    """Trains any client of the federation on one resident model.
+
+    Args:
+        model: A plain module; its layers are swapped as the method asks.
+        method: The method.
+        settings: Local hyperparameters.
+        train: The training split, images uint8 or float32 [N, C, H, W].
+        device: Where the model lives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Algorithm,
+        settings: LocalSettings,
+        train: Split,
+        device: torch.device,
+    ) -> None:
+        self.method, self.settings, self.device = method, settings, device
+        self._data, self._staging = ClientData(train, device), Staging()
+        example = to_input(train.images[:2], device)
+        self.module = model.to(device)
+        self.layout = ParameterLayout.of(self.module, example)
+        self.flops = LayerFlops.of(self.module, self.layout, example)
+        method.prepare(self.module)
+        self._pruning = pruned_layers(self.module)
+        layout = self.layout
+        self._model = layout.flatten(self.module).to(device)
+        self._weights = (
+            torch.empty(layout.trained_size, device=device)
+            if method.reparameterised
+            else self._model[: layout.trained_size]
+        )
+        self._gradient = torch.empty(layout.trained_size, device=device)
+        self._gradient_views = list(layout.split(self._gradient, layout.trained).values())
+        self._global = torch.empty(layout.size, device=device)
+        layout.bind(self.module, self._model)
+        self._parameters = layout.parameters(self.module)
+        self._passes: Passes = EagerPasses(self._compute)
+        if settings.cuda_graphs and device.type == "cuda":
+            self._passes = GraphPasses(self._compute, self._pruning.values())
+        self._loaded: weakref.ref[Broadcast] | None = None
+        # Integer buffers (BatchNorm's counter) are restored at each start and never averaged.
+        self._counters = {
+            name: buffer.clone()
+            for name, buffer in self.module.named_buffers()
+            if not buffer.is_floating_point()
+        }
+
+    def visit(self, client: int, rows: np.ndarray, sparsity: float, broadcast: Broadcast) -> Trained:
+        """Play one client: load w_t, train locally, turn the result into the update.
+
+        Args:
+            client: Index of the client, for its random streams.
+            rows: The client's rows of the training split, int64[n_i].
+            sparsity: The client's target sparsity.
+            broadcast: The round's global model and instructions.
+        """
+        instructions, settings = broadcast.instructions, self.settings
+        stream = (settings.seed, instructions.round, client)
+        self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
+        order = seeding.generator(stream[0], "batches", *stream[1:])
+        self._load(broadcast)
+        received, density_received = self._received, self._density_received
+        images, labels = self._data.of(rows)
+        samples, batch = len(rows), settings.batch_size
+        epochs = instructions.epochs or settings.epochs
+        layout = self.layout
+        visit = Visit(
+            layout=layout,
+            instructions=instructions,
+            sparsity=sparsity,
+            global_weights=self._global,
+            mask=self._mask,
+            weights=self._weights,
+            model=self._model,
+            gradient=self._gradient,
+            module=self.module,
+            rng=seeding.generator(stream[0], "method", *stream[1:]),
+            epochs=epochs,
+            steps_per_epoch=-(-samples // batch),
+        )
+        client_half = self.method.client(self.method, visit)
+        extra_samples = 0
+
+        def one_more_batch() -> None:
+            nonlocal extra_samples
+            extra_samples += min(batch, samples)
+            chosen = torch.from_numpy(order.permutation(samples)[:batch]).to(self.device)
+            self._backward(client_half, images, labels, chosen)
+
+        visit.batch_gradient = one_more_batch
+        if not self.module.training:
+            self.module.train()
+        client_half.begin()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for _ in range(epochs):
+            shuffled = torch.from_numpy(order.permutation(samples)).to(self.device)
+            for start in range(0, samples, batch):
+                chosen = shuffled[start : start + batch]
+                loss_sum += self._backward(client_half, images, labels, chosen)
+                self._sgd_step(broadcast.lr)
+                visit.step += 1
+                client_half.after_step()
+        before_cut = nonzero_mask(visit.prunable)
+        support = client_half.finish()
+        result = visit.prunable
+        if self.method.uploads_differences:
+            result = result + self._global[: layout.prunable_size]
+        after_cut = nonzero_mask(result)
+        values = self._model
+        if self.method.reparameterised:
+            # The upload is w, not theta; the float buffers are already in place.
+            values[: layout.trained_size] = self._weights
+        density_training = client_half.training_density(self._layer_density(before_cut))
+        activations = np.array(
+            [
+                self._pruning[entry.name].kept if entry.name in self._pruning else 1.0
+                for entry in layout.prunable
+            ]
+        )
+        first = min(batch, samples)
+        return Trained(
+            values=self._staging.fetch(values),
+            support=None if support is None else self._staging.fetch(support),
+            samples=samples,
+            steps=visit.step,
+            loss=float(loss_sum) / visit.step,
+            regrown_before_cut=count_beyond(before_cut, received),
+            regrown=count_beyond(after_cut, received),
+            deactivated=count_beyond(received, after_cut),
+            flops_dense=self.flops.dense(samples * epochs + extra_samples),
+            flops_sparse=self.flops.sparse(first, density_received, activations)
+            + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
+        )
+
+    def evaluate(
+        self, effective: np.ndarray, split: Split, start: int, stop: int
+    ) -> tuple[np.ndarray, float]:
+        """Correct predictions and summed cross-entropy of the plain module on ``split[start:stop]``.
+
+        Args:
+            effective: theta and the float buffers, float32[size].
+            split: What to evaluate on.
+            start: First row.
+            stop: Row after the last.
+
+        Returns:
+            Correct predictions in every class, int64[classes], and the sum.
+        """
+        self._staging.send(effective, self._model)
+        self.module.eval()
+        correct, loss = np.zeros(0, np.int64), 0.0
+        with torch.no_grad():
+            for first in range(start, stop, EVALUATION_BATCH):
+                rows = slice(first, min(first + EVALUATION_BATCH, stop))
+                labels = torch.from_numpy(np.asarray(split.labels[rows])).to(self.device)
+                logits = self.module(to_input(split.images[rows], self.device))
+                found = labels[logits.argmax(1) == labels].cpu().numpy()
+                counts = np.bincount(found, minlength=logits.shape[1])
+                correct = counts + correct if len(correct) else counts
+                loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        return correct, loss
+
+    def _load(self, broadcast: Broadcast) -> None:
+        """Put the model and its counters back to the start of a visit; a round is received once."""
+        if self._loaded is None or self._loaded() is not broadcast:
+            self._staging.send(broadcast.weights, self._global)
+            self._mask: Tensor | None = None
+            if broadcast.mask is not None:
+                self._mask = torch.empty(len(broadcast.mask), dtype=torch.bool, device=self.device)
+                self._staging.send(broadcast.mask, self._mask)
+            self._received = nonzero_mask(self._global[: self.layout.prunable_size])
+            self._density_received = self._layer_density(self._received)
+            # Not kept alive: its arrays are views into the object store.
+            self._loaded = weakref.ref(broadcast)
+        self._model.copy_(self._global)
+        if self.method.reparameterised:
+            self._weights.copy_(self._global[: self.layout.trained_size])
+        if self._counters:
+            buffers = dict(self.module.named_buffers())
+            for name, value in self._counters.items():
+                buffers[name].copy_(value)
+
+    def _seed(self, seed: int) -> None:
+        """Seed the generators that this device uses.
+
+        torch.manual_seed would also note a whole stack trace for each kind of device that is not there, which
+        costs more than everything else that a visit does between its steps.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _backward(self, client_half: Client, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+        client_half.before_forward()
+        loss = self._passes.run(images, labels, chosen)
+        client_half.after_backward()
+        return loss
+
+    def _compute(self, images: Tensor, labels: Tensor) -> Tensor:
+        with arithmetic(self.settings.precision, self.device):
+            loss = F.cross_entropy(self.module(images), labels)
+        gradients = torch.autograd.grad(loss, self._parameters)
+        torch._foreach_copy_(self._gradient_views, gradients)
+        return loss.detach()
+
+    def _sgd_step(self, lr: float) -> None:
+        settings, gradient = self.settings, self._gradient
+        if settings.weight_decay:
+            gradient.add_(self._weights, alpha=settings.weight_decay)
+        if settings.proximal:
+            # Gradient of mu/2 |w - w_t|^2 (FedProx, arXiv 1812.06127).
+            gradient.add_(self._weights, alpha=settings.proximal)
+            gradient.sub_(self._global[: self.layout.trained_size], alpha=settings.proximal)
+        self._weights.add_(gradient, alpha=-lr)
+
+    def _layer_density(self, nonzero: Tensor) -> np.ndarray:
+        layers = self.layout.prunable
+        return layer_counts(nonzero, layers) / layer_sizes(layers)

@@ -1,0 +1,333 @@
+"""``sparsyfed describe``: a method from its declaration, or what an experiment would run and how large."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
+from algorithms.masks import cut_to_top_k, target_count
+from cluster import seeding
+from cluster.clients.client import wire_shape
+from cluster.clients.transfers import to_input
+from cluster.command_line.progress import local_actors, place, shown
+from cluster.configuration.choices import load_attribute
+from cluster.configuration.config import Config
+from cluster.federation import Federation
+from cluster.flops import count_activations
+from cluster.records.outputs import benchmark_name
+from cluster.simulation.clock import Device
+from cluster.simulation.devices import Devices
+from cluster.transport import wire
+from cluster.workload.partition import CLIENTS_DRAWN, picture
+
+#: Widest terminal rendering of the partition that is still a picture and not a wall.
+_CLASSES_DRAWN = 20
+_MEGA = 1e6
+#: What Ray adds to a process that has imported torch, measured (Ray 2.60, Linux).
+_RAY_BYTES = 120 * 10**6
+
+
+# -------------------------------------------------------------------------------------------- a method
+
+
+def method_named(name: str) -> type[Algorithm] | None:
+    """The method that ``name`` stands for: a name in the registry or a method's ``module:attribute``."""
+    if name in registry():
+        return registry()[name]
+    if ":" not in name or Path(name).exists():
+        return None
+    found = load_attribute("describe", name)
+    return found if inspect.isclass(found) and issubclass(found, Algorithm) else None
+
+
+def describe_method(console: Console, method: type[Algorithm]) -> None:
+    """Print what a method does, its paper and its hyperparameters, from its declaration alone."""
+    # A nameless method of a user's own is called by its attribute.
+    name = method.name or f"{method.__module__}:{method.__qualname__}"
+    console.print(Text(name, "bold"))
+    console.print(inspect.cleandoc(method.__doc__ or ""))
+    if method.paper:
+        console.print(Text(f"paper  {method.paper}", "dim"))
+    console.print(Text(f"file   {method.__module__.replace('.', '/')}.py", "dim"))
+    declared = hyperparameters(method)
+    if not declared:
+        console.print("\nIt has no hyperparameters of its own.")
+    else:
+        console.print(_hyperparameter_table(declared))
+    key = next((p.name for p in declared if p.search), declared[0].name if declared else None)
+    example = f" algorithm.{key}={getattr(method, key)}" if key else ""
+    console.print(f"sparsyfed run algorithm.name={name}{example}", style="bold")
+
+
+def _hyperparameter_table(declared: tuple[Hyperparameter, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("algorithm.", style="bold", overflow="fold", min_width=10)
+    table.add_column("default")
+    table.add_column("allowed")
+    table.add_column("tuned in")
+    table.add_column("meaning", ratio=1)
+    for parameter in declared:
+        meaning = Text(parameter.meaning)
+        if parameter.source:
+            meaning.append(f" [{parameter.source}]", "dim")
+        table.add_row(
+            parameter.name, _value(parameter.default), _allowed(parameter), _searched(parameter), meaning
+        )
+    return table
+
+
+def _allowed(parameter: Hyperparameter) -> str:
+    if parameter.choices is not None:
+        return "\n".join(map(str, parameter.choices))
+    if parameter.kind == "bool":
+        return "true, false"
+    if parameter.low is None and parameter.high is None:
+        return {"patterns": "name patterns", "str": "text"}.get(parameter.kind, f"any {parameter.kind}")
+    low = "" if parameter.low is None else _value(parameter.low)
+    high = "" if parameter.high is None else _value(parameter.high)
+    return f"{low} to {high}".strip() + (", log" if parameter.log else "")
+
+
+def _searched(parameter: Hyperparameter) -> str:
+    if parameter.search is None:
+        return "-"
+    joint = "\n" if parameter.choices or parameter.kind == "bool" else " to "
+    return joint.join(map(_value, parameter.search))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------ an experiment
+
+
+def describe_config(console: Console, config: Config, picture_file: Path | None = None) -> None:
+    """Print what ``config`` would run, and draw its partition.
+
+    Args:
+        console: Where to print.
+        config: The experiment.
+        picture_file: The partition's picture; by default ``partition-<data and partition>.png`` here.
+
+    Raises:
+        DataError, PartitionError, ModelError: What ``sparsyfed run`` would say.
+    """
+    before = psutil.Process().memory_info().rss
+    federation = Federation.of(config)
+    _heading(
+        console, "configuration", f"digest {config.digest()}, which everything that changes a result enters"
+    )
+    # Innermost sections on one line: short, and still the YAML that `run` reads.
+    text = yaml.safe_dump(
+        _complete(config), default_flow_style=None, sort_keys=False, width=console.width - 2
+    )
+    console.print(text.rstrip(), soft_wrap=True)
+    _model(console, federation)
+    _partition(console, federation, picture_file or Path(f"partition-{benchmark_name(config)}.png"))
+    _bytes(console, federation)
+    _devices(console, federation)
+    _memory(console, federation, before)
+
+
+def _complete(config: Config) -> dict[str, Any]:
+    tree = config.dump()
+    for key, built in (("algorithm", config.build_algorithm()), ("server", config.build_server())):
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(built).items()}
+        tree[key] = {"name": tree[key]["name"], **options}
+    return tree
+
+
+def _model(console: Console, federation: Federation) -> None:
+    layout, flops = federation.layout, federation.flops
+    sparsity = federation.config.build_algorithm().sparsity
+    prunable = layout.prunable_size
+    _heading(console, "model", f"{federation.config.model.name}: {layout.trained_size:,} trained parameters")
+    table = _table("prunable layer", "shape", "weights", "share", "forward kFLOP a sample")
+    for entry, forward in zip(layout.prunable, flops.forward, strict=True):
+        shape = "x".join(map(str, entry.shape))
+        name = entry.name.removesuffix(".weight")
+        table.add_row(name, shape, f"{entry.size:,}", f"{entry.size / prunable:.1%}", f"{forward / 1e3:,.0f}")
+    table.add_section()
+    table.add_row("|P|, all of them", "", f"{prunable:,}", "100.0%", f"{flops.forward.sum() / 1e3:,.0f}")
+    console.print(table)
+    keep = target_count(prunable, sparsity)
+    console.print(f"top K       {keep:,} of |P| are kept at sparsity {sparsity:g}")
+    console.print(
+        f"not pruned  {layout.trained_size - prunable:,} other parameters (biases, norms), "
+        f"{layout.size - layout.trained_size:,} buffer values"
+    )
+    console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
+
+
+def _partition(console: Console, federation: Federation, file: Path) -> None:
+    dataset, divided, section = federation.dataset, federation.partition, federation.config.partition
+    sizes, labels = divided.sizes, dataset.train.labels
+    drawn = np.arange(min(divided.clients, CLIENTS_DRAWN))
+    histogram = divided.class_histogram(labels, len(dataset.classes), drawn)
+    alpha = "" if section.skew is None else f", alpha {section.skew:g}"
+    image = "x".join(map(str, dataset.image_shape))
+    _heading(console, "data", f"{dataset.name}, images {image}, {len(dataset.classes)} classes")
+    if section.name == "sampled":
+        given = "every client draws its own from the rest, with replacement"
+    else:
+        given = f"given to nobody {len(labels) - len(federation.validation) - int(sizes.sum()):,}"
+    held = np.count_nonzero(histogram, axis=1)
+    for key, text in (
+        ("samples", f"train {len(labels):,}, of them held out for validation {len(federation.validation):,} "
+                    f"and {given}; test {len(dataset.test.labels):,}"),
+        ("partition", f"{section.name}{alpha}, seed {section.seed}: {divided.clients:,} clients"),
+        ("a client", f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,} samples "
+                     f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max"
+                     + (f"; classes of the first {drawn.size:,})" if drawn.size < divided.clients else ")")),
+    ):  # fmt: skip
+        console.print(f"{key:<11} {text}")
+    if len(dataset.classes) <= _CLASSES_DRAWN:
+        console.print(
+            _heat_map(console, histogram, dataset.classes, divided.clients), no_wrap=True, crop=True
+        )
+    title = f"{dataset.name}, {section.name}{alpha}, {divided.clients} clients"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture(divided, labels, dataset.classes, file, title=title)
+    console.print(f"picture     {shown(file)}", soft_wrap=True)
+
+
+def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...], clients: int) -> Text:
+    """One column a client, one row a class; darker is a larger share of the client's samples."""
+    shades = " ░▒▓█" if console.encoding.startswith("utf") else " .:*#"
+    label = min(12, max(map(len, classes)))
+    drawn = min(len(histogram), console.width - label - 2)
+    shares = histogram[:drawn] / np.maximum(histogram[:drawn].sum(axis=1, keepdims=True), 1)
+    # Any sample at all is visible; half of a client's samples or more is the darkest shade.
+    levels = np.ceil(np.minimum(shares / 0.5, 1.0) * (len(shades) - 1)).astype(int)
+    text = Text()
+    for index, name in enumerate(classes):
+        text.append(f"{name[:label]:>{label}} ", "dim")
+        text.append("".join(shades[level] for level in levels[:, index]) + "\n")
+    which = f"clients 0 to {drawn - 1} of {clients}" if drawn < clients else f"{drawn} clients"
+    text.append(
+        f"{'':{label}} {which}; rows are classes, {shades[-1]} is half of a client's samples or more", "dim"
+    )
+    return text
+
+
+def _bytes(console: Console, federation: Federation) -> None:
+    """Messages of the real encoder, on the initial weights."""
+    config, layout = federation.config, federation.layout
+    method, shape = config.build_algorithm(), wire_shape(layout)
+    initial = federation.initial_weights
+    state = method.initial_state(initial, layout, seeding.generator(config.seed, "server"))
+    weights = state.weights.numpy()
+    support = weights[: shape.prunable] != 0 if state.mask is None else state.mask.numpy()
+    first = len(wire.encode(weights, support, shape, value_format=config.wire.downlink))
+    cut = initial.clone()
+    kept = cut_to_top_k(cut[: shape.prunable], target_count(shape.prunable, method.sparsity)).numpy()
+    target = len(wire.encode(cut.numpy(), kept, shape, value_format=config.wire.uplink))
+    dense = wire.dense_bytes(shape)
+    _heading(console, "bytes", "whole messages of the real encoder; a run measures its own")
+    table = _table("message", "a client", f"{config.cohort} clients", "dense is")
+    for name, size in (
+        ("dense float32 model", dense),
+        (f"upload of the top K, {config.wire.uplink}", target),
+        (f"download in round 1, {config.wire.downlink}", first),
+    ):
+        mega = size / _MEGA
+        table.add_row(name, f"{mega:.3f} MB", f"{mega * config.cohort:,.2f} MB", f"{dense / size:.1f}x")
+    console.print(table)
+    console.print(
+        "A download holds the union of the cohort's supports: as small as an upload where the masks agree.",
+        style="dim",
+    )
+
+
+def _devices(console: Console, federation: Federation) -> None:
+    """What each tier is like, and how long a visit with a dense model takes its median device."""
+    config, devices = federation.config, Devices(federation.config)
+    dense = wire.dense_bytes(wire_shape(federation.layout))
+    flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
+    profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
+    _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")
+    table = _table("tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit")
+    counts = np.bincount(devices.tiers, minlength=len(devices.kinds))
+    for (name, tier), count in zip(config.devices.kinds.items(), counts, strict=True):
+        seconds = Device(tier.compute, tier.downlink, tier.uplink, tier.latency).duration(dense, flops, dense)
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{tier.compute / 1e9:,.1f}",
+            f"{tier.uplink / _MEGA:,.1f}",
+            f"{tier.downlink / _MEGA:,.1f}",
+            f"{tier.dropout:.0%}",
+            tier.availability.name,
+            f"{seconds:,.2f} s",
+        )
+    console.print(table)
+
+
+def _memory(console: Console, federation: Federation, process: int) -> None:
+    """An estimate from the arrays that an actor holds (`Trainer` and `Total`)."""
+    config, layout, dataset = federation.config, federation.layout, federation.dataset
+    method = config.build_algorithm()
+    vectors = 4 * (2 * layout.size + layout.trained_size * (2 if method.reparameterised else 1))
+    total = 16 * layout.size + (12 if method.masked else 4) * layout.prunable_size
+    image = int(np.prod(dataset.image_shape))
+    client = int(federation.sizes.max()) * (4 * image + 8)
+    example = to_input(dataset.train.images[:1], torch.device("cpu"))
+    activations = 4 * config.local.batch_size * count_activations(federation.model, example)
+    mapped = sum(file.stat().st_size for file in dataset.folder.glob("*.npy"))
+    ray = _RAY_BYTES if config.execution == "ray" else 0
+    actors, actor = local_actors(config), process + ray + vectors + total + client + activations
+    broadcast = 4 * layout.size * (1 if config.wire.downlink == "float32" else 2)
+    _heading(console, "memory", "an estimate: libraries' workspaces and the allocator come on top")
+    table = _table("what", "MB", "from")
+    kinds = "w_t, theta, w and gradient" if method.reparameterised else "w_t, w and gradient"
+    for name, size, origin in (
+        ("Python, torch, libraries", process, "this process before it opened the data"),
+        ("Ray", ray, "measured once, not here"),
+        ("model vectors", vectors, f"{kinds}, float32"),
+        ("partial total", total, "two float64[size], int32 votes" + (", int64 counts" * method.masked)),
+        ("largest client's data", client, f"{federation.sizes.max()} samples as float32"),
+        ("activations", activations, f"outputs of all layers, a batch of {config.local.batch_size}"),
+    ):
+        table.add_row(name, f"{size / _MEGA:,.2f}", origin)
+    table.add_section()
+    table.add_row("an actor", f"{actor / _MEGA:,.0f}", "the sum of these")
+    table.add_row(
+        "shared on a node", f"{(broadcast + mapped) / _MEGA:,.1f}", "broadcast, and data mapped from disk"
+    )
+    if config.address == "local":
+        # The driver holds about what an actor does, without activations: state, mean, checkpoint.
+        whole = (actors + (config.execution == "ray")) * actor + broadcast + mapped
+        table.add_row("all of it", f"{whole / _MEGA:,.0f}", f"{actors} actors and the driver, here")
+    console.print(table)
+    free = psutil.virtual_memory().available / _MEGA
+    console.print(f"would run on {place(config)}")
+    console.print(f"this machine has {psutil.cpu_count()} cores and {free:,.0f} MB of memory free")
+
+
+def _heading(console: Console, title: str, text: str) -> None:
+    console.print()
+    console.print(Text(title, "bold") + Text(f"  {text}", "dim"))
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(first)
+    for head in others:
+        table.add_column(head, justify="left" if head in ("from", "shape") else "right")
+    return table

@@ -1,0 +1,360 @@
+"""What a run shows: what is about to run, its rounds as they finish, and what it left.
+
+On a terminal one status line and the last rounds are redrawn in place; elsewhere each round is a plain line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from cluster.configuration.config import Config
+from cluster.records.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from cluster.execution import Result
+
+Line = dict[str, Any]
+
+#: Rounds shown in the table above the status line.
+_ROUNDS_SHOWN = 6
+#: Runs up to this long print every round where stdout is not a terminal; longer ones a line every 2 s.
+_EVERY_LINE_UP_TO = 100
+_LINE_INTERVAL_S = 2.0
+#: Rounds whose time the remaining time is estimated from.
+_RECENT = 10
+
+
+class RunDisplay:
+    """Shows a run while it works. A context manager; ``on_line`` takes each round's line.
+
+    Args:
+        console: Where to draw.
+        config: The run's configuration.
+        done: Rounds that were done before, of a resumed run.
+    """
+
+    def __init__(self, console: Console, config: Config, done: int = 0) -> None:
+        self._console, self._done = console, done
+        self._last = config.stop_after or config.rounds
+        self._start = "preparing data" + (", starting Ray and its actors" * (config.execution == "ray"))
+        self._started = self._arrived = time.monotonic()
+        self._lines: list[Line] = []
+        self._accuracy: float | None = None
+        self._printed_at, self._unprinted = 0.0, False
+        self._spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
+        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=5, transient=True)
+
+    def __enter__(self) -> RunDisplay:
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        else:
+            self._print(f"{self._start} ...")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            # The table of the last rounds stays; a half-drawn start or a status line that has ended does not.
+            self._live.stop()
+            if self._lines:
+                self._console.print(self._table())
+        elif self._unprinted:
+            self._print(self._plain(self._lines[-1]))
+
+    def on_line(self, line: Line) -> None:
+        """Take in one round's line."""
+        self._lines.append(line)
+        self._arrived, self._done = time.monotonic(), line["round"]
+        accuracy = _accuracy(line)
+        self._accuracy = self._accuracy if accuracy is None else accuracy
+        if self._console.is_terminal:
+            return  # redrawn five times a second by its own thread
+        due = self._last <= _EVERY_LINE_UP_TO or self._arrived - self._printed_at >= _LINE_INTERVAL_S
+        self._unprinted = not (due or line["round"] == self._last)
+        if not self._unprinted:
+            self._printed_at = self._arrived
+            self._print(self._plain(line))
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the last round is in; None before the first one is.
+
+        Start-up is left out: what counts is the time of recent rounds, since the last line arrived.
+        """
+        if not self._lines:
+            return None
+        recent = [line["time/round_s"] for line in self._lines[-_RECENT:]]
+        # An evaluated round's line arrives when the next round, which hides its evaluation, is computed too.
+        ahead = 1 if _accuracy(self._lines[-1]) is not None else 0
+        rounds = max(0, self._last - self._done - ahead)
+        return max(0.0, rounds * sum(recent) / len(recent) - (time.monotonic() - self._arrived))
+
+    # ------------------------------------------------------------------------------------- on a terminal
+
+    def _picture(self) -> RenderableType:
+        if not self._lines:
+            return self._waiting(f"{self._start}, computing round {self._done + 1}")
+        if self._done >= self._last:
+            return Group(self._table(), self._waiting("writing model and pictures, delivering to MLflow"))
+        return Group(self._table(), self._status())
+
+    def _waiting(self, text: str) -> RenderableType:
+        self._spinner.update(text=f"{text}  {duration(time.monotonic() - self._started)}")
+        return self._spinner
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        heads = ("round", "accuracy", "loss", "sparsity", "up MB", "down MB", "seconds")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for line in self._lines[-_ROUNDS_SHOWN:]:
+            table.add_row(
+                str(line["round"]),
+                percent(_accuracy(line)),
+                number(line["train/loss"], ".3f"),
+                percent(line["sparsity/global"]),
+                number(line["comm/uplink_bytes"] / 1e6, ".2f"),
+                number(line["comm/downlink_bytes"] / 1e6, ".2f"),
+                number(line["time/round_s"], ".2f"),
+            )
+        return table
+
+    def _status(self) -> Table:
+        line = self._lines[-1]
+        remaining = self.remaining_s()
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        for _ in range(4):
+            grid.add_column(no_wrap=True)
+        grid.add_row(
+            Text(f"round {self._done}/{self._last}", style="bold"),
+            ProgressBar(total=self._last, completed=self._done),
+            Text(f"acc {percent(self._accuracy)}", style="bold green"),
+            Text(f"sparse {percent(line['sparsity/global'])}"),
+            Text(f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB"),
+            Text(f"{duration(time.monotonic() - self._started)} eta {duration(remaining)}", style="dim"),
+        )
+        return grid
+
+    # ----------------------------------------------------------------------------------------- elsewhere
+
+    def _plain(self, line: Line) -> str:
+        width = len(str(self._last))
+        left = "" if self._done >= self._last else f"  eta {duration(self.remaining_s())}"
+        return (
+            f"round {line['round']:>{width}}/{self._last}  accuracy {percent(_accuracy(line)):>6}"
+            f"  loss {number(line['train/loss'], '.3f')}  sparsity {percent(line['sparsity/global'])}"
+            f"  up {megabytes(line, 'uplink')} MB  down {megabytes(line, 'downlink')} MB"
+            f"  simulated {duration(line['time/simulated_s'])}"
+            f"  {duration(time.monotonic() - self._started)}{left}"
+        )
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._console.file.flush()
+
+
+def announce(console: Console, config: Config, folder: Path, title: str) -> None:
+    """Say what is about to run, before the seconds that starting takes."""
+    declared = vars(config.build_algorithm()).items()
+    options = ", ".join(f"{key} {_short(value)}" for key, value in declared if value != ())
+    section, local = config.partition, config.local
+    alpha = "" if section.skew is None else f"(alpha {section.skew:g})"
+    last = f", stopping after {config.stop_after}" if config.stop_after else ""
+    rows = [
+        ("method", f"{config.algorithm.name}  {options}"),
+        ("model", " ".join([config.model.name, *(f"{k}={v}" for k, v in config.model.options.items())])),
+        (
+            "data",
+            f"{config.data.path or config.data.name}, {section.name}{alpha} over {section.clients} clients",
+        ),
+        ("rounds", f"{config.rounds}{last}, {config.cohort} clients each, {local.epochs} local epochs"),
+        ("on", place(config)),
+        ("folder", shown(folder)),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, value in rows:
+        grid.add_row(key, Text(value))
+    console.print(Text(title, style="bold"))
+    console.print(grid)
+    console.file.flush()
+
+
+def place(config: Config) -> str:
+    """Where a configuration runs, as far as it can be told without asking the cluster."""
+    device = f"{config.gpus_per_actor:g} GPU" if config.gpus_per_actor else f"{config.cpus_per_actor:g} CPU"
+    if config.execution == "inline":
+        return f"this process, {config.threads} thread{'s' * (config.threads > 1)}"
+    if config.actors is not None:
+        count = f"{config.actors} actors"
+    elif config.address == "local" and not config.gpus_per_actor:
+        count = f"{local_actors(config)} actors"
+    else:
+        count = "as many actors as fit"
+    where = "on this machine" if config.address == "local" else f"at {config.address}"
+    return f"Ray {where}, {count} with {device} each"
+
+
+def local_actors(config: Config) -> int:
+    """Actors on a private cluster of this machine's cores: one a core share, at most one a cohort client."""
+    if config.execution == "inline":
+        return 1
+    fitting = int((os.cpu_count() or 1) // config.cpus_per_actor)
+    return config.actors or max(1, min(fitting, config.cohort))
+
+
+def conclude(console: Console, result: Result) -> None:
+    """The summary table, and what to do next."""
+    summary, folder = result.summary, RunFolder(result.folder)
+    config, lines = folder.config(), folder.rounds()
+    split = "validation" if summary["selected_by"].startswith("val") else "test"
+    best = f" (round {summary['best_round']} by {split} accuracy)"
+    kind, final = "accuracy", summary["accuracy"]
+    if final is None:
+        kind, final = "validation accuracy", summary["val_accuracy"]
+    console.print()
+    console.print(
+        Text(
+            f"{summary['method']}, seed {summary['seed']}: {summary['rounds']} of {config.rounds} rounds",
+            "bold",
+        )
+        + Text(f"  in {duration(summary['seconds'])}", "dim")
+    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_row(
+        kind,
+        Text(percent(final), "bold green")
+        + Text(f" final, {percent(summary['best_accuracy'])} best{best}", "not bold default"),
+    )
+    grid.add_row("sparsity", percent(summary["sparsity"]))
+    grid.add_row("simulated", f"{duration(summary['simulated_s'])} on the devices' clock")
+    console.print(grid)
+    costs = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for head in ("", "this run", "dense", "dense is"):
+        costs.add_column(head, justify="right" if head else "left", no_wrap=True)
+    dense = sum(line["comm/dense_bytes"] for line in lines)
+    for name, spent, full, unit in (
+        ("upload", summary["uplink_bytes"], dense, "B"),
+        ("download", summary["downlink_bytes"], dense, "B"),
+        ("training", summary["flops_sparse"], summary["flops_dense"], "FLOP"),
+    ):
+        ratio = f"{full / spent:.1f}x" if spent else "-"
+        costs.add_row(name, amount(spent, unit), amount(full, unit), ratio)
+    console.print(costs)
+    warning = emptied(lines[-1]["sparsity/layers"])
+    if warning:
+        console.print(warning, style="yellow", soft_wrap=True)
+    for key, value in _next_steps(config, result):
+        console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)
+
+
+def emptied(sparsities: Sequence[float]) -> str:
+    """A warning of layers without any weight, of which a global cut takes those with small weights first."""
+    layers = [str(place) for place, sparsity in enumerate(sparsities, 1) if sparsity == 1.0]
+    if not layers:
+        return ""
+    return (
+        f"warning: prunable layer {', '.join(layers)} of {len(sparsities)} has no weight left and passes "
+        "nothing on; see sparsity_per_layer.csv, and try a lower algorithm.sparsity or other widths"
+    )
+
+
+def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:
+    steps = [("folder", shown(result.folder))]
+    uri = config.tracking.uri
+    if config.tracking.enabled and uri is not None:
+        beside = uri == f"sqlite:///{result.folder.parent / 'mlflow.db'}"
+        if beside:
+            root = shown(result.folder.parent)
+            steps.append(("compare", "sparsyfed ui" + ("" if root == "runs" else f" --root {root}")))
+        else:
+            steps.append(("compare", f"sparsyfed ui --store {shlex.quote(uri)}"))
+        if not result.summary.get("tracking_delivered", False):
+            steps.append(
+                ("MLflow", f"has not everything yet; deliver it: sparsyfed sync {shown(result.folder)}")
+            )
+    if not result.summary["complete"]:
+        ended = config.stop_after is not None and result.summary["rounds"] >= config.stop_after
+        on = " stop_after=null" if ended else ""
+        steps.append(("go on", f"sparsyfed resume {shown(result.folder)}{on}"))
+    return steps
+
+
+# ------------------------------------------------------------------------------------- how values are written
+
+
+def duration(seconds: float | None) -> str:
+    """Minutes and seconds, such as 1:05 or 2:00:01; a dash for None."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(share: float | None) -> str:
+    """A share as percent with one digit; a dash for None."""
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in ``form``; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def megabytes(line: Line, direction: str) -> str:
+    """Megabytes so far in one direction, with about three digits."""
+    value = line[f"comm/{direction}_bytes_total"] / 1e6
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """A quantity with two decimals and the decimal prefix that fits, such as 12.40 MB."""
+    step = next((step for step in range(6) if value < 1000.0 ** (step + 1)), 6)
+    return f"{value / 1000.0**step:.2f} {('', 'k', 'M', 'G', 'T', 'P', 'E')[step]}{unit}"
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it here."""
+    absolute = path.absolute()
+    near = absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
+    return shlex.quote(str(near))
+
+
+def _accuracy(line: Line) -> float | None:
+    value: float | None = line.get("test/accuracy", line.get("val/accuracy"))
+    return value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else ",".join(value)
+        if isinstance(value, tuple)
+        else str(value)
+    )

@@ -1,0 +1,170 @@
+"""The axes of a grid: what varies, and how it is narrowed from the command line.
+
+An axis is a dotted key with the values it takes, or a heading with labelled pieces of configuration, where
+values alone would not do::
+
+    grid:
+      method:
+        topk: {algorithm: {name: topk}}
+        zerofl: {algorithm: {name: zerofl, mask_ratio_applies_to: both}}
+      algorithm.sparsity: [0.9, 0.95]
+      seed: [0, 1, 2]
+
+A hyperparameter that a method does not have does not vary it: FedAvg, which is dense, runs once and not once
+a sparsity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from algorithms import hyperparameters, registry
+from cluster.configuration.choices import ChoiceError, load_attribute
+from cluster.configuration.trees import ConfigError, apply_overrides, merge, nested, parse_override
+
+Tree = dict[str, Any]
+
+
+def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Tree]:
+    """The runs of a grid: their configurations, not yet validated, by name.
+
+    Args:
+        source: What the grid is called in messages.
+        tree: The experiment with its section ``grid``.
+        overrides: ``key=value``. One that names an axis narrows it: to these values, or to the pieces with
+            these labels.
+
+    Raises:
+        ConfigError: An axis or override is wrong, or two different runs have one name.
+    """
+    tree = {key: value for key, value in tree.items() if key != "runs_at_once"}  # how, and not what, to run
+    axes = _checked(source, tree.pop("grid"))
+    fixed = []
+    for override in overrides:
+        key, value = parse_override(override)
+        if key in axes:
+            axes[key] = _narrowed(source, key, axes[key], value)
+            continue
+        for axis, values in axes.items():
+            set_here = {leaf for _, piece in _pieces(axis, values) for leaf in _leaves(piece)}
+            if any(leaf == key or leaf.startswith(f"{key}.") for leaf in set_here):
+                raise ConfigError(f"{source}: {override}: the grid itself varies {axis}; write {axis}=...")
+        fixed.append(override)
+    tree = apply_overrides(tree, fixed)
+    found: dict[str, Tree] = {}
+    unknown = {axis for axis in axes if _is_hyperparameter(axis)}
+    for chosen in itertools.product(*(_pieces(axis, values) for axis, values in axes.items())):
+        point, names = tree, []
+        for axis, (_, piece) in zip(axes, chosen, strict=True):
+            if not _is_hyperparameter(axis):
+                point = merge(point, piece)
+        section = point.get("algorithm", {})  # one that is no section is refused when the point is validated
+        method = str(section.get("name", "sparsyfed")) if isinstance(section, Mapping) else ""
+        for axis, (name, piece) in zip(axes, chosen, strict=True):
+            if _is_hyperparameter(axis):
+                if axis.removeprefix("algorithm.") not in _hyperparameters(method):
+                    continue
+                unknown.discard(axis)
+                point = merge(point, piece)
+            names.append(name)
+        name = "-".join(names) or "run"
+        if found.setdefault(name, point) != point:
+            raise ConfigError(f"{source}: grid: two runs are named {name}")
+    known = {field for method in registry() for field in _hyperparameters(method)}
+    for axis in unknown - {f"algorithm.{field}" for field in known}:
+        near = difflib.get_close_matches(axis.removeprefix("algorithm."), known, n=1, cutoff=0.5)
+        hint = f"; did you mean algorithm.{near[0]}?" if near else ""
+        raise ConfigError(f"{source}: grid.{axis}: no method has this hyperparameter{hint}")
+    return found
+
+
+def only_point(source: object, tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
+    """The one run of a grid that was narrowed to it.
+
+    Raises:
+        ConfigError: There are several; says how to narrow it.
+    """
+    found = points(source, tree, overrides)
+    if len(found) > 1:
+        axes = ", ".join(f"{axis}=..." for axis in tree["grid"])
+        raise ConfigError(
+            f"{source} is a grid of {len(found)} runs: sparsyfed run {source}; or narrow it to one by {axes}"
+        )
+    return next(iter(found.values()))
+
+
+def _checked(source: object, grid: Any) -> dict[str, Any]:
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f"{source}: grid: expected axes, found {grid!r}")
+    for axis, values in grid.items():
+        if isinstance(values, Mapping) and values and all(isinstance(v, Mapping) for v in values.values()):
+            continue
+        if not isinstance(values, list) or not values:
+            raise ConfigError(
+                f"{source}: grid.{axis}: expected a list of values of the key {axis}, or labels with pieces "
+                f"of configuration; found {values!r}"
+            )
+    return dict(grid)
+
+
+def _narrowed(source: object, axis: str, values: Any, wanted: Any) -> Any:
+    """The values or pieces that an override leaves of an axis."""
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    if isinstance(values, Mapping):
+        for label in wanted:
+            if label not in values:
+                near = difflib.get_close_matches(str(label), values, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ConfigError(f"{source}: {axis}={label}: {hint}It has {', '.join(values)}")
+        return {label: values[label] for label in wanted}
+    sections = {_short(axis, value): value for value in values if isinstance(value, Mapping)}
+    return [sections.get(value, value) if isinstance(value, str) else value for value in wanted]
+
+
+def _pieces(axis: str, values: Any) -> list[tuple[str, Tree]]:
+    """Every value of an axis as a part of a run's name and a piece of configuration."""
+    if isinstance(values, Mapping):
+        return [(_plain(str(label)), piece) for label, piece in values.items()]
+    return [(_short(axis, value), nested(axis, value)) for value in values]
+
+
+def _is_hyperparameter(axis: str) -> bool:
+    return axis.startswith("algorithm.") and axis != "algorithm.name"
+
+
+def _hyperparameters(method: str) -> set[str]:
+    try:
+        known = load_attribute("algorithm.name", method) if ":" in method else registry().get(method)
+    except ChoiceError as error:
+        raise ConfigError(str(error)) from error
+    # An unknown name is refused, with its neighbours, when the point is validated.
+    return set() if known is None else {parameter.name for parameter in hyperparameters(known)}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that a piece of configuration sets."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix
+
+
+def _short(axis: str, value: Any) -> str:
+    """A value as part of a run's name: method names as they are, others behind their key's last part."""
+    if isinstance(value, Mapping):
+        named = {k: v for k, v in value.items() if k != "name"}
+        text = "-".join([str(value.get("name", axis)), *(f"{k}{v}" for k, v in named.items())])
+    elif axis.endswith(".name"):
+        text = str(value)
+    else:
+        text = f"{axis.rsplit('.', 1)[-1]}{value}"
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.\-]+", "_", text)

@@ -1,0 +1,350 @@
+"""The configuration: one typed, frozen tree; YAML presets, files and dotted overrides resolve to it.
+
+``resolve(source, overrides)`` is the one entry for the command line, Optuna and submitted jobs. No
+environment variable changes a result. Every mistake is one line: the key, what was found, what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from cluster.configuration.axes import only_point
+from cluster.configuration.choices import ChoiceError, build_choice
+from cluster.configuration.sections import (
+    AlgorithmChoice,
+    ClientEvaluationSection,
+    DataSection,
+    DevicesSection,
+    Gpus,
+    Label,
+    LocalSection,
+    ModelChoice,
+    PartitionSection,
+    SamplerChoice,
+    ScheduleSection,
+    Section,
+    ServerChoice,
+    ShiftSection,
+    TrackingSection,
+    WireSection,
+)
+from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
+from cluster.simulation.samplers import Sampler, build_sampler
+
+#: Sections whose ``name`` decides what their other keys mean.
+_CHOICES = ("algorithm", "model", "data", "partition", "server", "sampler", "schedule")
+
+#: What cannot change a result: where and how a run is computed, watched and cut short.
+RESULT_FREE = frozenset(
+    {
+        "stop_after",
+        "execution",
+        "address",
+        "detached",
+        "actors",
+        "cpus_per_actor",
+        "label",
+        "client_timeout_s",
+        "on_client_error",
+        "checkpoint_every",
+        "checkpoint_uri",
+        "tracking",
+    }
+)
+
+
+#: The same, inside sections that do change results.
+_PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
+
+
+class Config(Section):
+    """One experiment."""
+
+    rounds: int = Field(100, ge=1, description="planned rounds; schedules refer to it")
+    stop_after: int | None = Field(None, ge=1, description="end the run after this round")
+    seed: int = Field(0, ge=0, description="seed of initialisation, cohorts and batch order")
+    cohort: int = Field(10, ge=1, description="clients a round")
+    evaluate_every: int = Field(1, ge=1, description="rounds between central evaluations")
+    evaluate_on: Literal["test", "validation"] = Field(
+        "test", description="test (and held-out) data, or validation alone: test data is then never read"
+    )
+    checkpoint_every: int = Field(10, ge=1, description="rounds between checkpoints")
+    checkpoint_uri: str | None = Field(
+        None, description="folder on shared storage (file://, s3://, gs:// ...) that keeps runs for resume"
+    )
+    max_update_norm: float | None = Field(
+        None, gt=0.0, description="refuse updates farther from the global model"
+    )
+    execution: Literal["ray", "inline"] = Field("ray", description="on Ray actors, or in this process")
+    address: str = Field("local", description="Ray cluster: local (private), auto, or host:port")
+    detached: bool = Field(False, description="the driver outlives this process; see sparsyfed attach")
+    actors: int | None = Field(None, ge=1, description="client actors; default one a core or GPU share")
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    gpus_per_actor: Gpus = Field(0.0, description="a share of one or whole GPUs; above 0 trains on CUDA")
+    label: Label = Field(default_factory=dict, description="labels of the nodes that actors may run on")
+    client_timeout_s: float = Field(
+        300.0, gt=0.0, description="seconds beyond a client's expected ones until its actor counts as hung"
+    )
+    on_client_error: Literal["stop", "skip"] = Field(
+        "stop", description="a client that fails ends the run, or is counted and named like a refused one"
+    )
+    threads: int = Field(1, ge=1, description="torch threads an actor; changes last bits")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="arithmetic of training; tf32 on GPUs only"
+    )
+    cuda_graphs: bool = Field(True, description="replay training passes as CUDA graphs (GPUs only)")
+    algorithm: AlgorithmChoice = AlgorithmChoice()
+    model: ModelChoice = ModelChoice()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    local: LocalSection = LocalSection()
+    evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
+    server: ServerChoice = ServerChoice()
+    devices: DevicesSection = DevicesSection()
+    schedule: ScheduleSection = ScheduleSection()
+    sampler: SamplerChoice = SamplerChoice()
+    shift: ShiftSection = ShiftSection()
+    wire: WireSection = WireSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        problems = []
+        for build in (self.build_algorithm, self.build_server, self.build_sampler):
+            try:
+                build()
+            except ChoiceError as error:
+                problems.append(str(error))
+        if self.precision == "tf32" and not self.gpus_per_actor:
+            problems.append(
+                "precision: tf32 is arithmetic of GPUs; set gpus_per_actor above 0, or precision=float32"
+            )
+        if self.cohort > self.partition.clients:
+            problems.append(
+                f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "
+                "lower cohort or raise partition.clients"
+            )
+        problems += self.evaluate_clients.problems(self.partition.clients)
+        if self.evaluate_on == "validation" and not self.data.validation:
+            problems.append("evaluate_on: validation, but no data is held out; set data.validation=0.1")
+        if self.stop_after is not None and self.stop_after > self.rounds:
+            problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
+        if self.detached and (self.address == "local" or self.execution == "inline"):
+            problems.append(
+                f"detached: needs a cluster that outlives this process, found address: {self.address}, "
+                f"execution: {self.execution}; set address=auto or host:port and execution=ray"
+            )
+        if not problems:
+            problems += [*self._device_problems(), *self._schedule_problems(), *self._shift_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _device_problems(self) -> Iterator[str]:
+        kinds = self.devices.kinds
+        if abs(sum(tier.share for tier in kinds.values()) - 1.0) > 1e-6:
+            shares = ", ".join(f"{name} {tier.share:g}" for name, tier in kinds.items())
+            yield f"devices.tiers: shares must sum to 1, found {shares}"
+        method = self.build_algorithm()
+        if all(tier.sparsity is None for tier in kinds.values()):
+            return
+        if not method.unequal_sparsity:
+            able = ", ".join(name for name, known in registry().items() if known.unequal_sparsity)
+            yield (
+                f"devices.tiers: {self.algorithm.name} has one sparsity for all clients; "
+                f"tiers with a sparsity work with {able}"
+            )
+            return
+        densest = min(method.sparsity if tier.sparsity is None else tier.sparsity for tier in kinds.values())
+        if method.sparsity != densest:
+            yield (
+                f"algorithm.sparsity: {method.sparsity:g} is not the densest tier's budget; with these "
+                f"devices.tiers set algorithm.sparsity={densest:g}"
+            )
+
+    def _schedule_problems(self) -> Iterator[str]:
+        section, method = self.schedule, self.build_algorithm()
+        if section.name == "synchronous":
+            others = ["buffer", "concurrency", "max_staleness"]
+        else:
+            others = ["deadline"] + ["over_selection"] * (section.over_selection > 1.0)
+            if not method.asynchronous:
+                able = ", ".join(name for name, known in registry().items() if known.asynchronous)
+                yield (
+                    f"schedule.name: {self.algorithm.name} needs all clients of a round on one model; "
+                    f"buffered works with {able}"
+                )
+            buffer = section.buffer or self.cohort
+            concurrency = section.concurrency or 2 * buffer
+            if concurrency + buffer > self.partition.clients:
+                yield (
+                    f"schedule.concurrency: {concurrency} clients in flight and {buffer} in the buffer are "
+                    f"more than partition.clients, {self.partition.clients}"
+                )
+        for key in others:
+            if getattr(section, key) is not None:
+                yield f"schedule.{key}: has no meaning with schedule.name={section.name}; leave it out"
+
+    def _shift_problems(self) -> Iterator[str]:
+        shift = self.shift
+        if shift.round is None:
+            yield from (
+                f"shift.{key}: needs shift.round, the first round on the new data"
+                for key in ("every", "partition", "classes")
+                if getattr(shift, key)
+            )
+            return
+        if shift.round > self.rounds:
+            yield f"shift.round: {shift.round} is beyond rounds: {self.rounds}"
+        try:
+            PartitionSection.model_validate({**self.partition.model_dump(), **shift.partition})
+        except ValidationError as error:
+            for problem in error.errors():
+                key, found = ".".join(map(str, problem["loc"])), problem["input"]
+                known = f"; known here: {', '.join(PartitionSection.model_fields)}"
+                known = known if problem["type"] == "extra_forbidden" else ""
+                yield f"shift.partition.{key}: {problem['msg']}, found {found!r}{known}"
+        if "clients" in shift.partition:
+            yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
+
+    def build_algorithm(self) -> Algorithm:
+        """The method with its hyperparameters."""
+        method: Algorithm = build_choice("algorithm", self.algorithm.name, self.algorithm.options, registry())
+        return method
+
+    def build_server(self) -> ServerOptimizer:
+        """The server optimizer with its hyperparameters."""
+        optimizer: ServerOptimizer = build_choice(
+            "server", self.server.name, self.server.options, SERVER_OPTIMIZERS
+        )
+        return optimizer
+
+    def build_sampler(self) -> Sampler:
+        """Who is asked to train."""
+        return build_sampler(self.sampler.name, self.sampler.options)
+
+    def learning_rate(self, round_number: int) -> float:
+        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, constant from T on; lr0 where lr_final is unset."""
+        if self.local.lr_final is None:
+            return self.local.lr
+        horizon = self.local.lr_horizon or self.rounds
+        return float(
+            self.local.lr * (self.local.lr_final / self.local.lr) ** min(1.0, round_number / horizon)
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """Plain nested values, as written to ``config.yaml``."""
+        return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys and values, the methods' and optimizers' defaults filled in."""
+        tree = self.dump()
+        for key, built in (("algorithm", self.build_algorithm()), ("server", self.build_server())):
+            tree[key] = {"name": tree[key]["name"], **vars(built)}
+        return flatten(tree)
+
+    def digest(self) -> str:
+        """Short hash of everything that can change a result."""
+        relevant = {key: value for key, value in self.flat().items() if changes_results(key)}
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Load a preset, file or mapping, apply ``key=value`` overrides and validate.
+
+    Args:
+        source: Name of a preset, path of a YAML file, a mapping, or None for ``quickstart``. A grid has to be
+            narrowed to one run by the overrides.
+        overrides: Dotted overrides such as ``algorithm.beta=1.3``; values are YAML.
+
+    Raises:
+        ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
+    if "study" in tree:
+        raise ConfigError(f"{source} is a study of several methods: sparsyfed tune {source}")
+    try:
+        if "grid" in tree:
+            return validate(only_point(source, tree, overrides))
+        return validate(apply_overrides(tree, overrides))
+    except ChoiceError as error:
+        raise ConfigError(str(error)) from None
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Build the typed tree; see :func:`resolve`."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(in_plain_words(error)) from None
+
+
+def code_digest() -> str:
+    """Short hash of the packages' source, kept with every result."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def changes_results(key: str) -> bool:
+    """Whether a dotted key can change a result."""
+    return key.split(".")[0] not in RESULT_FREE and not _PLACE.fullmatch(key)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def in_plain_words(error: ValidationError, root: type[Section] = Config, above: str = "") -> str:
+    """One line a mistake: the key, what was found, what is allowed.
+
+    Args:
+        error: What pydantic found.
+        root: The section that was validated.
+        above: Key of that section with a dot behind it; nothing for the whole configuration.
+    """
+    lines = []
+    for problem in error.errors():
+        where = above + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            section: Any = root
+            for part in problem["loc"][:-1]:
+                # Of a mapping of sections, such as the tiers by name, each value is one.
+                section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
+            prefix = where.rpartition(".")[0]
+            known = list(section.model_fields)
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}? " if near else ""
+            lines.append(f"{where}: unknown key; {hint}Known here: {', '.join(known)}")
+        elif problem["type"] == "model_type":
+            named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
+            lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
+        elif problem["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            near = difflib.get_close_matches(str(problem["input"]), allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
+        elif problem["type"] == "value_error":
+            found = f"{where}: found {problem['input']!r}; " if where else ""
+            lines.append(found + str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}")
+    return "\n".join(lines)

@@ -1,0 +1,281 @@
+"""The sections of the configuration: every key with its type, range, default and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cluster.simulation.profiles import PROFILES
+
+
+class Section(BaseModel):
+    """Keys and values: frozen, and no other keys than the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _share_or_whole(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("allowed is a share of one GPU (at most 1) or a whole number of them")
+    return gpus
+
+
+#: GPUs of one actor.
+Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_share_or_whole)]
+
+#: Labels of a node: names and exact values.
+Label = dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]]
+
+
+class Choice(Section):
+    """A section discriminated by ``name``, whose other keys are declared by what the name stands for."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every key but ``name``."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class DataSection(Section):
+    """Where the images or spoken clips come from."""
+
+    name: str = Field(
+        "digits", description="digits, a Hugging Face repository, or module:attribute of your own"
+    )
+    path: str | None = Field(None, description="local folder of parquet files instead of the hub")
+    image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")
+    label_column: str | None = Field(None, description="column of the labels; inferred when unset")
+    group_column: str | None = Field(None, description="column that the natural partition groups by")
+    revision: str | None = Field(None, description="revision of the hub repository")
+    data_dir: str | None = Field(None, description="folder of the hub repository that holds the files")
+    train_split: str = Field("train", description="name of the training split")
+    test_split: str = Field("test", description="name of the test split")
+    features: Literal["logmel", "waveform8k"] | None = Field(
+        None, description="what spoken clips become; default logmel"
+    )
+    exclude_classes: tuple[str, ...] = Field((), description="classes left out, such as _silence_")
+    validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
+    cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
+
+    @field_validator("path", "cache")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        # Actors and a later resume run in other working directories.
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+
+class PartitionSection(Section):
+    """How the training data is divided among clients."""
+
+    name: Literal["lda", "iid", "dirichlet", "shards", "natural", "sampled"] = "lda"
+    clients: int = Field(100, ge=1, description="number of clients")
+    alpha: float | None = Field(
+        1.0, gt=0.0, description="concentration of lda, dirichlet and sampled; null (sampled): as in the data"
+    )
+    shards_per_client: int = Field(2, ge=1, description="shards of sorted labels a client gets (shards)")
+    samples_per_client: int = Field(50, ge=1, description="samples a client draws with replacement (sampled)")
+    seed: int = Field(1337, ge=0, description="seed of the partition, shared by all methods and seeds")
+
+    @property
+    def skew(self) -> float | None:
+        """``alpha`` where this kind of partition is drawn with one."""
+        return self.alpha if self.name in ("lda", "dirichlet", "sampled") else None
+
+
+class LocalSection(Section):
+    """Local training: plain SGD, fresh each round."""
+
+    epochs: int = Field(1, ge=1, description="local epochs a round")
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(0.1, gt=0.0, description="learning rate of round 1")
+    lr_final: float | None = Field(None, gt=0.0, description="learning rate of the last round; exponential")
+    lr_horizon: int | None = Field(None, ge=1, description="rounds until lr_final; default rounds")
+    weight_decay: float = Field(0.0, ge=0.0)
+    proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
+
+
+class AvailabilitySection(Section):
+    """When a tier's devices can be asked to train."""
+
+    name: Literal["always", "diurnal", "trace"] = "always"
+    low: float = Field(0.2, ge=0.0, le=1.0, description="share available at the bottom of the day (diurnal)")
+    high: float = Field(0.8, ge=0.0, le=1.0, description="share available at its height (diurnal)")
+    phase: float = Field(0.0, ge=0.0, lt=24.0, description="hour of the day's height (diurnal)")
+    slot: float = Field(600.0, gt=0.0, description="seconds between changes of a device's state (diurnal)")
+    path: str | None = Field(None, description="CSV file with the columns client, start, end in s (trace)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _check(self) -> AvailabilitySection:
+        if (self.name == "trace") != (self.path is not None):
+            raise ValueError(
+                f"availability.path: the CSV file of a trace, found {self.path} with name {self.name}"
+            )
+        return self
+
+
+class ClientEvaluationSection(Section):
+    """Per-client evaluation: each client's accuracy on its own mix of classes; see ``clients.csv``."""
+
+    every: int = Field(0, ge=0, description="rounds between them, the last round included; 0: never")
+    clients: int | None = Field(None, ge=1, description="how many clients are judged; default all")
+    after: int = Field(0, ge=0, description="how many of them after local training too; a test pass each")
+
+    def problems(self, clients: int) -> list[str]:
+        """What is wrong with the section in a federation of so many clients."""
+        judged = self.clients or clients
+        if judged > clients:
+            return [f"evaluate_clients.clients: {judged}, but partition.clients is {clients}"]
+        if self.after > judged:
+            return [f"evaluate_clients.after: {self.after}, but only {judged} clients are judged"]
+        if not self.every and (self.clients or self.after):
+            return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
+        return []
+
+
+class TierSection(Section):
+    """One kind of device; the figures are the medians of its devices."""
+
+    share: float = Field(ge=0.0, le=1.0, description="share of the clients")
+    compute: float = Field(22.5e9, gt=0.0, description="FLOP/s that training reaches")
+    memory: float = Field(3e9, gt=0.0, description="bytes that training may take")
+    uplink: float = Field(11.22e6, gt=0.0, description="bit/s")
+    downlink: float = Field(35.96e6, gt=0.0, description="bit/s")
+    latency: float = Field(0.04, ge=0.0, description="seconds a visit, beside transfers and training")
+    dropout: float = Field(0.0, ge=0.0, le=1.0, description="chance to download the model and never answer")
+    spread: float = Field(0.0, ge=0.0, le=3.0, description="sigma of log compute and of log bandwidth")
+    availability: AvailabilitySection = AvailabilitySection()
+    sparsity: float | None = Field(
+        None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
+    )
+    cpus: float | None = Field(None, gt=0.0, description="CPUs of an actor of the tier's own kind")
+    gpus: Gpus | None = Field(None, description="GPUs of an actor of the tier's own kind")
+    label: Label | None = Field(None, description="labels of the nodes of the tier's own actors")
+
+    @property
+    def own_kind(self) -> bool:
+        """Whether the tier's clients run on actors of their own kind."""
+        return not (self.cpus is None and self.gpus is None and self.label is None)
+
+
+class DevicesSection(Section):
+    """The devices that clients are; without tiers they are all alike (``uniform``)."""
+
+    profile: Literal["uniform", "phones", "edge-boxes"] | None = Field(
+        None, description="built-in tiers; keys of devices.tiers go on top"
+    )
+    flops: Literal["dense", "sparse"] = Field(
+        "dense", description="FLOPs that take time: all, or those that a device spares by zeros not counted"
+    )
+    tiers: dict[str, TierSection] = Field(default_factory=dict, description="kinds of devices by name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_top_of_profile(cls, value: Any) -> Any:
+        known = PROFILES.get(str(value.get("profile"))) if isinstance(value, dict) else None
+        own = (value.get("tiers") or {}) if known else None
+        if not known or not isinstance(own, dict):
+            return value
+        tiers = dict(own)
+        for name, tier in known.items():
+            on_top = own.get(name, {})
+            tiers[name] = {**tier, **on_top} if isinstance(on_top, dict) else on_top
+        # The profile's tiers first, in its order.
+        return {**value, "tiers": {name: tiers[name] for name in dict.fromkeys([*known, *own])}}
+
+    @property
+    def kinds(self) -> dict[str, TierSection]:
+        """The tiers by name: those given, else the one of ``uniform``."""
+        uniform = PROFILES["uniform"]
+        return self.tiers or {name: TierSection.model_validate(tier) for name, tier in uniform.items()}
+
+
+class ScheduleSection(Section):
+    """When the server takes updates in."""
+
+    name: Literal["synchronous", "buffered"] = "synchronous"
+    over_selection: float = Field(
+        1.0, ge=1.0, description="clients asked for each of cohort; the first cohort count (synchronous)"
+    )
+    deadline: float | None = Field(
+        None, gt=0.0, description="simulated seconds after which a round takes no update (synchronous)"
+    )
+    buffer: int | None = Field(None, ge=1, description="updates a server step; default cohort (buffered)")
+    concurrency: int | None = Field(
+        None, ge=1, description="clients that train at a time; default twice the buffer (buffered)"
+    )
+    staleness_exponent: float = Field(
+        0.5, ge=0.0, description="a: an update s steps behind weighs (1 + s)^-a (buffered)"
+    )
+    max_staleness: int | None = Field(
+        None, ge=0, description="leave out updates that are more steps behind (buffered)"
+    )
+
+
+class ShiftSection(Section):
+    """A change of who holds which data in mid-run."""
+
+    round: int | None = Field(None, ge=2, description="first round on the new data; null: no shift")
+    every: int | None = Field(None, ge=1, description="shift again every so many rounds; null: once")
+    partition: dict[str, Any] = Field(
+        default_factory=dict, description="keys of partition that change; by default the seed alone"
+    )
+    classes: int | None = Field(
+        None, ge=1, description="train on so many classes only, the next ones after each shift (rotating)"
+    )
+
+
+class WireSection(Section):
+    """Formats of the values on the wire; supports are always exact."""
+
+    uplink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    downlink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+
+class TrackingSection(Section):
+    """MLflow: where runs are kept for comparison."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="tracking server or store; default sqlite in the output root")
+    experiment: str | None = Field(None, description="default: data and partition, e.g. digits-lda0.5")
+    run_name: str | None = Field(None, description="default: <method>-<sparsity>-s<seed>")
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelChoice(Choice):
+    """The model; other keys are the builder's options."""
+
+    name: str = "small_cnn"
+
+
+class AlgorithmChoice(Choice):
+    """The method; other keys are its hyperparameters."""
+
+    name: str = "sparsyfed"
+
+
+class ServerChoice(Choice):
+    """The server optimizer; other keys are its hyperparameters."""
+
+    name: str = "fedavg"
+
+
+class SamplerChoice(Choice):
+    """Who is asked to train; other keys are options of a sampler of your own."""
+
+    name: str = "uniform"

@@ -1,0 +1,138 @@
+"""Configurations before they are typed: presets and files as nested values, and overrides on them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from algorithms import hyperparameters, registry
+from cluster.configuration.choices import ChoiceError, load_attribute
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each key, what was found and what is allowed."""
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``key=value`` overrides to a nested mapping and return the new one.
+
+    Overriding a ``name`` drops the fields of the old choice; ``sparsity`` alone stays.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree))
+    parsed = []
+    for override in overrides:
+        parsed.append(parse_override(override))
+    # Names first: `algorithm.beta=1.3 algorithm.name=sparsyfed` means the same in either order.
+    for key, value in sorted(parsed, key=lambda item: not item[0].endswith(".name")):
+        result = merge(result, nested(key, value))
+    return result
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of ``key=value``; the value is YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
+    try:
+        return key.strip(), _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+
+
+def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a preset or YAML file as nested values, over what it ``extends``: a base, or several in order."""
+    path = find(source)
+    if str(path) in seen:
+        raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    tree = {key: _number(value) for key, value in tree.items()}
+    bases = tree.pop("extends", None) or []
+    below: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        beside = path.parent / base  # beside the file that names it, wherever the command is typed
+        below = merge(below, load_tree(beside if beside.is_file() else base, (*seen, str(path))))
+    return merge(below, tree)
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name."""
+    return {path.stem: path for path in sorted(_preset_folder().glob("*.yaml"))}
+
+
+def find(source: str | Path) -> Path:
+    """The file a preset's name or a path stands for."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    known = presets()
+    if str(source) in known:
+        return known[str(source)]
+    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{source}: neither a file nor a preset.{hint} Presets: {', '.join(known)}")
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``; a section whose ``name`` changes keeps only what fits the new choice."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            if "name" in value and value["name"] != below.get("name"):
+                below = _kept_on_a_new_choice(key, below, str(value["name"]))
+            result[key] = merge(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``nested("a.b", 1)`` is ``{"a": {"b": 1}}``."""
+    head, _, rest = key.partition(".")
+    return {head: nested(rest, value) if rest else value}
+
+
+def _preset_folder() -> Path:
+    installed = Path(str(files("cluster"))) / "experiments"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "ray_configs" / "experiments"
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; read it as the number it is, at any depth."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if section == "algorithm":
+        # Methods are compared at one sparsity; a dense one has no such field.
+        try:
+            method = load_attribute("algorithm.name", name) if ":" in name else registry().get(name)
+        except ChoiceError as error:
+            raise ConfigError(str(error)) from error
+        takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
+        return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
+    if section in ("model", "server", "sampler", "schedule"):
+        return {}
+    # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
+    shared = {"clients", "seed", "validation", "cache"}
+    return {key: value for key, value in old.items() if key in shared}

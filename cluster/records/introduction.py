@@ -1,0 +1,95 @@
+"""How a run introduces itself in MLflow: its name, its group, a description and its final figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from algorithms import hyperparameters
+from cluster.configuration.config import Config
+
+#: Measured by some runs alone, as they were after the last round.
+_LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulated_s")
+
+
+def in_short(config: Config) -> dict[str, str]:
+    """Method and sparsity as a parameter that sorts before all hyperparameters in MLflow's charts."""
+    return {"algorithm": _method(config)}
+
+
+def run_name(config: Config) -> str:
+    """Method, sparsity and seed, as in ``sparsyfed-0.9-s0``: what a chart's legend has to tell apart."""
+    return f"{_method(config)}-s{config.seed}"
+
+
+def group_name(config: Config) -> str:
+    """One name for all runs that differ only in their seed, for MLflow's grouping of runs by a tag."""
+    return f"{_method(config)} {config.model_copy(update={'seed': 0}).digest()[:6]}"
+
+
+def description(config: Config, folder: Path) -> str:
+    """What a run is, in Markdown: method, data, training, and the command that continues it."""
+    method, data, partition, local = config.build_algorithm(), config.data, config.partition, config.local
+    # What is zero, off or none goes without saying; the parameters have it all.
+    settings = [
+        f"{parameter.name} {value}"
+        for parameter in hyperparameters(type(method))
+        if (value := getattr(method, parameter.name))
+    ]
+    alpha = f" {partition.alpha:g}" if partition.name in ("lda", "dirichlet") else ""
+    lines = [
+        f"**{config.algorithm.name}**, seed {config.seed}" + (f": {', '.join(settings)}" if settings else ""),
+        f"{Path(data.path or data.name).name}, {partition.name}{alpha} over {partition.clients} clients, "
+        f"{config.cohort} a round; {config.model.name}",
+        f"{config.stop_after or config.rounds} rounds of {_counted(local.epochs, 'local epoch')}, "
+        f"batch {local.batch_size}, lr {local.lr:g}"
+        + (f" to {local.lr_final:g}" if local.lr_final is not None else "")
+        + (f"; server {config.server.name}" if config.server.name != "fedavg" else ""),
+        f"`sparsyfed resume {folder}`",
+    ]
+    return "  \n".join(lines)
+
+
+def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures that runs are compared by, for charts that show one value a run.
+
+    Args:
+        summary: What ``result.json`` holds.
+        lines: The lines of ``rounds.jsonl``.
+    """
+    up, down = summary["uplink_bytes"] / 1e6, summary["downlink_bytes"] / 1e6
+    scalars = {
+        "rounds": summary["rounds"],
+        "accuracy": summary["accuracy"],
+        "best_accuracy": summary["best_accuracy"],
+        "sparsity": summary["sparsity"],
+        "uplink_mb": up,
+        "downlink_mb": down,
+        "total_mb": up + down,
+        "gflop": summary["flops_sparse"] / 1e9,
+        "seconds": summary["seconds"],
+    }
+    for name in ("regrowth_share", "client_regrowth_share", "consensus"):
+        # Round 1 starts from a dense model: what masks do is measured from round 2 on.
+        key = f"masks/{name}"
+        values = [line[key] for line in lines if line["round"] > 1 and line.get(key) is not None]
+        if values:
+            scalars[name] = float(np.mean(values))
+    last = lines[-1] if lines else {}
+    scalars |= {
+        key.removeprefix("time/").replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None
+    }
+    return {f"final/{name}": float(value) for name, value in scalars.items() if value is not None}
+
+
+def _method(config: Config) -> str:
+    sparsity = getattr(config.build_algorithm(), "sparsity", None)
+    name = config.algorithm.name.rpartition(":")[2]
+    return f"{name}-{sparsity:g}" if sparsity else name
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")

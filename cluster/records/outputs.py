@@ -1,0 +1,151 @@
+"""What a run leaves: its folder's name, its summary, pictures and tables, and its entry in MLflow."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from algorithms import SERVER_OPTIMIZERS, hyperparameters, registry
+from cluster.configuration.config import Config, code_digest, validate
+from cluster.federation import Federation
+from cluster.records import introduction, tracking
+from cluster.records.plots import curves, population
+from cluster.records.run_folder import RunFolder
+from cluster.workload.partition import picture
+
+
+def summary_of(
+    folder: RunFolder, config: Config, federation: Federation, last: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What ``result.json`` holds; ``last`` is the last round's line with its evaluation."""
+    lines = [*folder.rounds()[:-1], last]
+    metric = federation.selection_metric
+    measured = [line for line in lines if line.get(metric) is not None]
+    best = max(measured, key=lambda line: (line[metric], -line["round"]))
+    return {
+        "method": config.algorithm.name,
+        "seed": config.seed,
+        "rounds": last["round"],
+        "complete": last["round"] >= config.rounds,
+        "accuracy": last.get("test/accuracy"),  # None where test data is not evaluated
+        "best_accuracy": best.get("test/accuracy"),
+        "val_accuracy": last.get("val/accuracy"),
+        "best_round": best["round"],
+        "selected_by": metric,
+        "sparsity": last["sparsity/global"],
+        "uplink_bytes": last["comm/uplink_bytes_total"],
+        "downlink_bytes": last["comm/downlink_bytes_total"],
+        "flops_dense": last["flops/dense_total"],
+        "flops_sparse": last["flops/sparse_total"],
+        "simulated_s": last["time/simulated_s"],
+        "seconds": round(seconds, 3),
+        "config_hash": config.digest(),
+        "code_hash": code_digest(),
+        "partition_hash": federation.partition.digest(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
+    """Write tables and pictures; returns every file that MLflow keeps."""
+    lines = folder.rounds()
+    names = [entry.name for entry in federation.layout.prunable]
+    layers = [folder.path / f"{what}_per_layer.csv" for what in ("sparsity", "flops")]
+    for file, key in zip(layers, ("sparsity/layers", "flops/layers"), strict=True):
+        rows = [",".join(["round", *names])]
+        rows += [",".join(map(str, [line["round"], *line[key]])) for line in lines]
+        file.write_text("\n".join(rows) + "\n")
+    pictures = [folder.path / f"{name}.png" for name in ("partition", "curves", "devices")]
+    dataset, config = federation.dataset, federation.config
+    title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
+    picture(federation.partition, dataset.train.labels, dataset.classes, pictures[0], title=title)
+    curves(lines, pictures[1], title=f"{config.algorithm.name}, seed {config.seed}")
+    population(federation, pictures[2])
+    if federation.shifted:
+        pictures.append(folder.path / "partition_shifted.png")
+        shifted = f"{title}, from round {config.shift.round} on"
+        picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
+    clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
+    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients, *pictures]
+
+
+def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:
+    """What delivers the run to MLflow, or None where tracking is off."""
+    section = config.tracking
+    if not section.enabled or section.uri is None:
+        return None
+    tags = {
+        "method": config.algorithm.name,
+        "seed": str(config.seed),
+        "group": introduction.group_name(config),
+        "mlflow.note.content": introduction.description(config, folder.path),
+        "config_hash": config.digest(),
+        "code_hash": code_digest(),
+        "partition_hash": federation.partition.digest(),
+        "git_sha": _git_sha(),
+        "kind": "run",
+        **section.tags,
+    }
+    source = config.data.path or config.data.name
+    dataset = {
+        "name": federation.dataset.name,
+        "digest": federation.dataset.fingerprint,
+        "source_type": "local" if config.data.path else "hub",
+        "source": source,
+    }
+    name = section.run_name or introduction.run_name(config)
+    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), name)
+    return tracking.Tracker(folder.path, target, params=_parameters(config), tags=tags, dataset=dataset)
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    """The flat configuration under keys that are the same for all methods, so that MLflow compares runs."""
+    declared = {"algorithm": registry().values(), "server": SERVER_OPTIMIZERS.values()}
+    absent = {
+        f"{section}.{parameter.name}": "-"
+        for section, choices in declared.items()
+        for choice in choices
+        for parameter in hyperparameters(choice)
+    }
+    return absent | introduction.in_short(config) | config.flat()
+
+
+def benchmark_name(config: Config) -> str:
+    """Data and partition, as in ``cifar10-lda0.1``; runs of one benchmark are compared in one experiment."""
+    data = config.data.path or config.data.name
+    partition = config.partition
+    alpha = "" if partition.skew is None else f"{partition.skew:g}"
+    return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
+
+
+def with_tracking(config: Config, root: Path) -> Config:
+    """Runs beside each other share one store, unless the configuration names another."""
+    if not config.tracking.enabled or config.tracking.uri is not None:
+        return config
+    tree = config.dump()
+    tree["tracking"]["uri"] = f"sqlite:///{root / 'mlflow.db'}"
+    return validate(tree)
+
+
+def default_folder(config: Config) -> Path:
+    """A new folder under ``runs/``, named after benchmark, method, seed and time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}-{stamp}"
+    path, copy = Path("runs") / name, 1
+    while path.exists():
+        copy += 1
+        path = Path("runs") / f"{name}-{copy}"
+    return path
+
+
+def _git_sha() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"

@@ -1,0 +1,154 @@
+"""A run's folder: config.yaml, rounds.jsonl, result.json, model.safetensors, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cluster.configuration.config import Config, validate
+from cluster.configuration.trees import load_tree
+from cluster.records.checkpoint import write_atomically
+
+#: Keys of a round's line that depend on the machine: a round computed again may differ in them alone.
+_MACHINE_KEYS = ("time/", "timestamp")
+
+
+class RunFolderError(ValueError):
+    """The folder is no run, or is taken; the message says what to do."""
+
+
+class BusyError(RunFolderError):
+    """Another process is running in the folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunFolder:
+        """Make the folder of a new run.
+
+        Raises:
+            RunFolderError: It exists and is not empty.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path} exists and is not empty; resume it, or choose another --output")
+        (path / "checkpoints").mkdir(parents=True)
+        folder = cls(path)
+        folder.write_config(config)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run.
+
+        Raises:
+            RunFolderError: There is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise RunFolderError(f"{path} holds no run: config.yaml is missing")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def rounds_file(self) -> Path:
+        """One JSON object a round, written as it happens."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def model_file(self) -> Path:
+        """Effective weights that load into the plain module."""
+        return self.path / "model.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running in this folder.
+
+        Raises:
+            BusyError: Another process is running it.
+        """
+        try:
+            with FileLock(self.checkpoints / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise BusyError(f"{self.path} is being run by another process") from None
+
+    def config(self) -> Config:
+        """The run's configuration."""
+        return validate(load_tree(self.path / "config.yaml"))
+
+    def write_config(self, config: Config) -> None:
+        """Keep the resolved configuration."""
+        text = yaml.safe_dump(config.dump(), sort_keys=False)
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The stored lines, without a last one that is still being written or was torn by a crash."""
+        if not self.rounds_file.exists():
+            return []
+        whole, _, _ = self.rounds_file.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def heal(self) -> None:
+        """Cut off a torn last line, left by a crash; for the one who writes, never for a reader."""
+        if self.rounds_file.exists():
+            content = self.rounds_file.read_bytes()
+            os.truncate(self.rounds_file, content.rfind(b"\n") + 1)
+
+    def append_round(self, line: dict[str, Any]) -> None:
+        """Append one round's line."""
+        with open(self.rounds_file, "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync_rounds(self) -> None:
+        """Have the lines on the disk, so that they survive the machine."""
+        with open(self.rounds_file, "a") as file:
+            os.fsync(file.fileno())
+
+    def result(self) -> dict[str, Any] | None:
+        """The final result, or None while the run is not complete."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Keep the final result."""
+        write_atomically(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+
+    def discard(self) -> None:
+        """Remove a folder in which nothing was computed."""
+        if not self.rounds() and not any(self.checkpoints.glob("*.safetensors")):
+            shutil.rmtree(self.path)
+
+
+def comparable(line: dict[str, Any]) -> dict[str, Any]:
+    """What of a round's line must be equal when the round is computed again."""
+    kept = {
+        key: value
+        for key, value in line.items()
+        if "simulated" in key or not key.startswith(_MACHINE_KEYS)  # simulated time is no machine's
+    }
+    if "clients/refused_list" in kept:  # whom, not in which words: seconds and addresses are the machine's
+        kept["clients/refused_list"] = [client for client, _ in kept["clients/refused_list"]]
+    return kept
+
+
+def finite(value: float | None) -> float | None:
+    """``value``, or None where it is not finite: JSON knows no NaN."""
+    return value if value is None or math.isfinite(value) else None

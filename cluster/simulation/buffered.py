@@ -1,0 +1,297 @@
+"""Buffered asynchronous rounds: the server steps whenever enough updates are in, however old their base.
+
+FedBuff: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv
+2106.06639.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from algorithms import Algorithm, Grid, ServerState, Total
+from cluster import seeding
+from cluster.clients.folding import fold_update
+from cluster.engine import Engine, Outcome
+from cluster.exchange import ClientReport, EvaluationChunk, Task
+from cluster.federation import Federation
+from cluster.simulation.clock import Clock
+from cluster.simulation.samplers import SamplerError
+from cluster.simulation.schedule import IDLE_S, Round, Schedule, Snapshot
+from cluster.transport import wire
+from cluster.transport.downlink import Parcel
+
+#: Weights of updates are whole numbers of this share of a sample, so that totals stay exact.
+_WEIGHT_UNIT = 1024
+
+#: Draws after which a free place stays empty until the next event, because everyone drawn is busy or away.
+_DRAWS = 1000
+
+
+@dataclass
+class Flight:
+    """A client on its way.
+
+    Attributes:
+        sequence: Number of its dispatch, which decides ties.
+        version: Rounds completed when it got the model.
+        start: Simulated seconds of its dispatch.
+        task: Its visit.
+        bound: Simulated seconds before which it cannot be back.
+        lost: Whether it drops out; its place is free again at ``bound``.
+        report: What came of the visit; None until it is played.
+    """
+
+    sequence: int
+    version: int
+    start: float
+    task: Task
+    bound: float
+    lost: bool
+    report: ClientReport | None = None
+
+
+class Buffered(Schedule):
+    """``concurrency`` clients train at a time; ``buffer`` updates make a server step, a round.
+
+    An update that is s steps behind weighs n_i (1 + s)^-a. What counts of it is its difference from the model
+    that the client got: a method that sends weights has them moved by what the server has moved since, which
+    for s = 0 is nothing. A client is asked once a version at most.
+
+    Visits are played when they are needed: the next event is final when nobody who is not yet played can
+    precede it, as the download, the latency and the dense FLOPs, known at the dispatch, take their time. So
+    the order of events is that of the simulated clock alone, whoever computes what when.
+    """
+
+    def __init__(self, federation: Federation, engine: Engine, method: Algorithm) -> None:
+        super().__init__(federation, engine, method)
+        section = self.config.schedule
+        self._size = section.buffer or self.config.cohort
+        self._places = section.concurrency or 2 * self._size
+        self._sequence = 0
+        self._flights: dict[int, Flight] = {}  # by sequence
+        self._parcels: dict[int, Parcel] = {}  # by version
+        self.clock: Clock[int] = Clock()  # arrivals of played flights, and of lost ones
+
+    def round(
+        self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]
+    ) -> Round:
+        """See :class:`Schedule`."""
+        return _Step(self, state, chunks, meanwhile).run()
+
+    def snapshot(self) -> Snapshot:
+        """See :class:`Schedule`; what was played already is played again after a restart."""
+        flights = [
+            (f.sequence, f.version, f.start, f.task.client, f.task.downlink_bytes, f.bound, f.lost)
+            for f in self._flights.values()
+        ]
+        bases = {version: parcel.state.weights for version, parcel in self._parcels.items()}
+        return Snapshot(self.clock.now, self.sender.held, (self._sequence, flights), bases)
+
+    def restore(self, snapshot: Snapshot, state: ServerState) -> None:
+        """See :class:`Schedule`."""
+        super().restore(snapshot, state)
+        self._sequence, flights = snapshot.flight
+        for version, weights in snapshot.bases.items():
+            self._parcels[version] = self.sender.parcel(replace(state, round=version, weights=weights))
+        for sequence, version, start, client, downlink_bytes, bound, lost in flights:
+            task = Task(
+                client,
+                self.devices.sparsity(client, self.method.sparsity),
+                self.devices.of([client])[0],
+                downlink_bytes,
+            )
+            self._take_off(Flight(sequence, version, start, task, bound, lost))
+
+    def _take_off(self, flight: Flight) -> None:
+        # Updates go to the driver, in the order of which they are folded.
+        flight.task = replace(flight.task, fold_before=-math.inf)
+        self._flights[flight.sequence] = flight
+        if flight.lost:
+            self.clock.schedule(flight.bound, flight.sequence, flight.sequence)
+
+
+class _Step:
+    """One server step in the making."""
+
+    def __init__(
+        self,
+        schedule: Buffered,
+        state: ServerState,
+        chunks: Sequence[EvaluationChunk],
+        meanwhile: Callable[[], None],
+    ) -> None:
+        self._schedule, self._state, self._chunks, self._meanwhile = schedule, state, chunks, meanwhile
+        self._parcel = schedule.sender.parcel(state)
+        schedule._parcels[state.round] = self._parcel
+        self._asked: list[Task] = []
+        self._arrived: list[Flight] = []
+        self._outcome = Outcome(None, [])
+        self._unavailable = self._lost = 0
+
+    def run(self) -> Round:
+        schedule, state = self._schedule, self._state
+        clock, started, prepared = schedule.clock, schedule.clock.now, time.perf_counter()
+        while sum(not self._too_old(flight) for flight in self._arrived) < schedule._size:
+            self._fill()
+            if not schedule._flights:
+                self._wait()
+                continue
+            while not self._next_is_final():
+                self._play()
+            flight = schedule._flights.pop(clock.advance())
+            if flight.lost:
+                self._lost += 1
+            else:
+                self._arrived.append(flight)
+        self._evaluate()
+        outcome = self._total()
+        aloft = {flight.version for flight in schedule._flights.values()}
+        schedule._parcels = {v: parcel for v, parcel in schedule._parcels.items() if v in aloft}
+        staleness = [state.round - flight.version for flight in self._arrived]
+        metrics = {
+            "time/simulated_s": clock.now,
+            "time/round_simulated_s": clock.now - started,
+            "clients/unavailable": self._unavailable,
+            "clients/stragglers": 0,
+            "clients/dropped": self._lost,
+            "clients/late": sum(report.late for report in outcome.reports),
+            "clients/in_flight": len(schedule._flights),
+            "clients/staleness": float(np.mean(staleness)),
+            "clients/staleness_max": max(staleness),
+        }
+        return Round(outcome, schedule.downlink(self._asked, self._parcel), metrics, prepared)
+
+    # ------------------------------------------------------------------------------------ who is asked
+
+    def _fill(self) -> None:
+        """Dispatch clients with the current model until all places are taken, or nobody is to be had."""
+        schedule = self._schedule
+        while len(schedule._flights) < schedule._places:
+            client = self._find()
+            if client is None:
+                return
+            tasks, bounds = schedule.tasks(np.array([client]), self._parcel, schedule.instruct(self._state))
+            schedule.sender.deliver([client], self._parcel)
+            self._asked += tasks
+            sequence, now = schedule._sequence, schedule.clock.now
+            lost = bool(schedule.devices.drop_outs(np.array([client]), sequence)[0])
+            bound = now + float(bounds[0])
+            schedule._take_off(Flight(sequence, self._state.round, now, tasks[0], bound, lost))
+            schedule._sequence += 1
+
+    def _find(self) -> int | None:
+        """A client that is available, on the ground and not yet asked on this version."""
+        schedule, now = self._schedule, self._schedule.clock.now
+        blocked = {flight.task.client for flight in schedule._flights.values()}
+        blocked |= {task.client for task in self._asked}
+        if len(blocked) == schedule.config.partition.clients:
+            return None
+        rng = seeding.generator(schedule.config.seed, "cohort", schedule._sequence, int(now))
+        for _ in range(_DRAWS):
+            for client in schedule.draw(1, self._state.round + 1, rng).tolist():
+                if client in blocked:
+                    continue
+                if schedule.devices.available(np.array([client]), now)[0]:
+                    return int(client)
+                self._unavailable += 1
+        return None
+
+    def _wait(self) -> None:
+        """Nobody is in flight and nobody could be asked: try again later."""
+        if len({task.client for task in self._asked}) == self._schedule.config.partition.clients:
+            raise SamplerError(
+                f"all {len(self._asked)} clients were asked in round {self._state.round + 1} and "
+                f"{len(self._arrived)} answered, of {self._schedule._size} that a server step needs; "
+                "lower schedule.buffer or the tiers' dropout"
+            )
+        self._schedule.clock.now += IDLE_S
+
+    # -------------------------------------------------------------------------------- playing and folding
+
+    def _pending(self) -> list[Flight]:
+        return [f for f in self._schedule._flights.values() if f.report is None and not f.lost]
+
+    def _next_is_final(self) -> bool:
+        """Whether nobody whose arrival is not yet known can precede the next event."""
+        clock = self._schedule.clock
+        return all(clock.next_event() < (flight.bound, flight.sequence) for flight in self._pending())
+
+    def _play(self) -> None:
+        """Play everyone whose arrival is not yet known, version after version."""
+        schedule, pending = self._schedule, self._pending()
+        for version in sorted({flight.version for flight in pending}):
+            flights = [flight for flight in pending if flight.version == version]
+            chunks = self._chunks if version == self._state.round else []
+            reports = {r.client: r for r in self._run(version, [f.task for f in flights], chunks).reports}
+            for flight in flights:
+                report = reports[flight.task.client]
+                flight.report = report
+                # A client that failed and was skipped is back when it could have been.
+                arrival = flight.start + report.visit_s if report.visit_s < math.inf else flight.bound
+                schedule.clock.schedule(arrival, flight.sequence, flight.sequence)
+
+    def _run(self, version: int, tasks: list[Task], chunks: Sequence[EvaluationChunk]) -> Outcome:
+        schedule, parcel = self._schedule, self._schedule._parcels[version]
+        instructions = schedule.instruct(parcel.state)
+        sizes = schedule.sizes(instructions.round)
+        samples = sum(int(sizes[task.client]) for task in tasks)
+        broadcast = schedule.broadcast(parcel, instructions, samples)
+        played = schedule.engine.run(broadcast, tasks, chunks, self._meanwhile)
+        self._meanwhile = lambda: None
+        outcome = self._outcome
+        if chunks:
+            self._chunks, outcome.evaluated, outcome.evaluating = [], played.evaluated, played.evaluating
+        outcome.lost_actors += played.lost_actors
+        for phase, seconds in played.seconds.items():
+            outcome.seconds[phase] = outcome.seconds.get(phase, 0.0) + seconds
+        return played
+
+    def _evaluate(self) -> None:
+        """What no visit of this round has taken along: evaluation, and the book-keeping of the last one."""
+        if self._chunks:
+            self._run(self._state.round, [], self._chunks)
+        self._meanwhile()
+
+    def _too_old(self, flight: Flight) -> bool:
+        limit = self._schedule.config.schedule.max_staleness
+        return limit is not None and self._state.round - flight.version > limit
+
+    def _total(self) -> Outcome:
+        """Fold what has arrived, in the order of arrival."""
+        schedule, state, outcome = self._schedule, self._state, self._outcome
+        layout, exponent = schedule.federation.layout, schedule.config.schedule.staleness_exponent
+        weights = []
+        for flight in self._arrived:
+            assert flight.report is not None
+            share = (1.0 + state.round - flight.version) ** -exponent
+            weights.append(max(1, round(_WEIGHT_UNIT * flight.report.samples * share)))
+        grid = Grid.for_round(self._parcel.exact, sum(weights))
+        total = Total.zero(grid, layout, masked=schedule.method.masked)
+        for flight, weight in zip(self._arrived, weights, strict=True):
+            report = flight.report
+            assert report is not None
+            late, refused = self._too_old(flight), report.refused
+            if not late and report.message is not None:
+                base = schedule._parcels[flight.version]
+                broadcast = schedule.broadcast(base, schedule.instruct(base.state), report.samples)
+                message = wire.decode(report.message, schedule.shape, held=broadcast.mask)
+                refused = fold_update(
+                    total, broadcast, report.client, message, weight, layout, schedule.config
+                )
+                if refused is None and not schedule.method.uploads_differences:
+                    moved = self._moved_since(base.state.weights)
+                    total.shift(moved.numpy(), weight)
+            outcome.reports.append(replace(report, late=late, refused=refused, message=None))
+        outcome.total = total if any(report.accepted for report in outcome.reports) else None
+        return outcome
+
+    def _moved_since(self, base: Tensor) -> Tensor:
+        """What the server has moved the trained parameters by since ``base``, float32[trained]."""
+        trained = self._schedule.federation.layout.trained_size
+        return self._state.weights[:trained] - base[:trained]

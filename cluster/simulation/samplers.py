@@ -1,0 +1,126 @@
+"""Samplers: which clients are asked to train.
+
+A sampler is a function of a generator, the number of clients wanted and the :class:`Candidates`; one of your
+own is what ``sampler.name=module:factory`` returns when it is called with the section's other keys::
+
+    def factory(share=0.5):
+        def draw(rng, count, candidates):
+            return rng.choice(int(share * candidates.clients), size=count, replace=False)
+        return draw
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.configuration.choices import ChoiceError, load_attribute
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Whom a sampler chooses from.
+
+    Attributes:
+        sizes: Samples of every client, int64[clients].
+        available: Which of some clients can be asked now, bool[n] of int64[n].
+        round: Number of the round.
+        simulated_s: Simulated seconds since the run began.
+    """
+
+    sizes: np.ndarray
+    available: Callable[[np.ndarray], np.ndarray]
+    round: int
+    simulated_s: float
+
+    @property
+    def clients(self) -> int:
+        """Size of the population."""
+        return len(self.sizes)
+
+
+#: (generator, clients wanted, candidates) -> distinct clients, int64[at most as many].
+Sampler = Callable[[np.random.Generator, int, Candidates], np.ndarray]
+
+
+class SamplerError(ValueError):
+    """A sampler returned what is no cohort; the message says what."""
+
+
+def uniform(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+    """Uniformly without replacement from all clients; who is not available then does not answer."""
+    return rng.choice(candidates.clients, size=count, replace=False)
+
+
+def by_availability(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+    """Uniformly without replacement from the clients that are available; fewer where there are fewer.
+
+    Of a population of any size only as many are looked at as it takes: a sample grows until it holds enough.
+    """
+    looked_at = count
+    while True:
+        looked_at = min(4 * looked_at, candidates.clients)
+        sample = rng.choice(candidates.clients, size=looked_at, replace=False)
+        found = sample[candidates.available(sample)]
+        if len(found) >= count or looked_at == candidates.clients:
+            return found[:count]
+
+
+def by_size(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+    """One after the other without replacement, with chances in proportion to the clients' samples.
+
+    Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the smallest of Exp(n_i).
+    """
+    keys = rng.standard_exponential(candidates.clients) / candidates.sizes
+    return np.argpartition(keys, count - 1)[:count]
+
+
+SAMPLERS: dict[str, Sampler] = {"uniform": uniform, "availability": by_availability, "size": by_size}
+
+
+def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
+    """The sampler that ``sampler.name`` stands for.
+
+    Raises:
+        ChoiceError: There is no such sampler, or it takes no such options.
+    """
+    if ":" in name:
+        factory = load_attribute("sampler.name", name)
+        try:
+            inspect.signature(factory).bind(**options)
+            made: Sampler = factory(**options)
+            return made
+        except TypeError as error:
+            raise ChoiceError(f"sampler: {name}: {error}") from error
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ChoiceError(
+            f"sampler.name: {name!r} is unknown; {hint}one of {', '.join(SAMPLERS)}, "
+            "or module:factory of your own"
+        )
+    if options:
+        raise ChoiceError(f"sampler.{next(iter(options))}: {name} has no such field; its fields: none")
+    return SAMPLERS[name]
+
+
+def draw(sampler: Sampler, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+    """Ask a sampler for at most ``count`` clients; they are returned in ascending order.
+
+    Raises:
+        SamplerError: It returned a client twice, one outside the population, or too many.
+    """
+    drawn = np.asarray(sampler(rng, min(count, candidates.clients), candidates))
+    cohort = np.unique(drawn)
+    inside = not len(cohort) or (cohort[0] >= 0 and cohort[-1] < candidates.clients)
+    if drawn.ndim != 1 or len(cohort) != len(drawn) or len(drawn) > count or not inside:
+        raise SamplerError(
+            f"sampler.name: expected at most {count} different clients of 0 to {candidates.clients - 1} "
+            f"in round {candidates.round}, found {drawn.tolist()}"
+        )
+    return cohort.astype(np.int64)

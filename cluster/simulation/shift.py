@@ -1,0 +1,88 @@
+"""Distribution shift: who holds which data from which round on, and what the change does to accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cluster.configuration.config import Config
+from cluster.configuration.sections import PartitionSection, ShiftSection
+
+Line = Mapping[str, Any]
+
+
+def period_of(section: ShiftSection, round_number: int) -> int:
+    """How many shifts lie before a round or begin with it."""
+    if section.round is None or round_number < section.round:
+        return 0
+    return 1 + ((round_number - section.round) // section.every if section.every else 0)
+
+
+def first_round_of(section: ShiftSection, period: int) -> int:
+    """The round that a period begins with, 1 for the first."""
+    if section.round is None or period == 0:
+        return 1
+    return section.round + (period - 1) * (section.every or 0)
+
+
+def partition_of(config: Config, period: int) -> PartitionSection:
+    """The partition of a period: what ``shift.partition`` changes, under the next seed for each shift."""
+    section = config.partition
+    if period == 0:
+        return section
+    changed = {**section.model_dump(), **config.shift.partition}
+    changed["seed"] += period - ("seed" in config.shift.partition)
+    return PartitionSection.model_validate(changed)
+
+
+def rows_of(config: Config, period: int, kept: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rows that a period trains on, int64: all of ``kept``, or those of its classes.
+
+    Args:
+        config: The configuration.
+        period: Number of the period, from 0.
+        kept: Rows that may be trained on, int64.
+        labels: Labels of all rows, int64.
+    """
+    if config.shift.classes is None:
+        return kept
+    present = np.unique(labels[kept])
+    places = (np.arange(config.shift.classes) + period * config.shift.classes) % len(present)
+    return kept[np.isin(labels[kept], present[places])]
+
+
+def shift_metrics(config: Config, stored: Mapping[int, Line], line: Line) -> dict[str, Any]:
+    """What the last shift has done to test accuracy by an evaluated round; nothing without shifts.
+
+    Args:
+        config: The configuration.
+        stored: Lines by round; only earlier ones that are evaluated in any run of ``config`` are looked at.
+        line: The round's line.
+    """
+    section, number = config.shift, line["round"]
+    if section.round is None:
+        return {}
+    period = period_of(section, number)
+    metrics: dict[str, Any] = {"shift/period": period}
+    accuracy = line.get("test/accuracy")
+    if period == 0 or accuracy is None:
+        return metrics
+    first = first_round_of(section, period)
+    known = {
+        earlier: stored[earlier]["test/accuracy"]
+        for earlier in sorted(stored)
+        if 1 <= earlier < number
+        and earlier % config.evaluate_every == 0
+        and stored[earlier].get("test/accuracy") is not None
+    } | {number: accuracy}
+    before = next((known[earlier] for earlier in reversed(known) if earlier < first), None)
+    if before is None:
+        return metrics
+    recovered = next((r for r in known if r >= first and known[r] >= before), None)
+    return metrics | {
+        "shift/accuracy_before": before,
+        "shift/accuracy_change": accuracy - before,
+        "shift/recovery_rounds": None if recovered is None else recovered - first + 1,
+    }

@@ -1,0 +1,1 @@
+"""What crosses the network: updates and models as real bytes, and who holds which mask."""

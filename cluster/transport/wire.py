@@ -1,0 +1,370 @@
+"""The wire: an update or a model as the real bytes that cross the network, and back.
+
+A message is a header, an explicit support over the prunable span (the positions kept, whatever their value),
+the kept values, and the dense rest of the flat vector. The support is written in the cheapest layout:
+
+- dense: nothing; every position is kept.
+- shared: nothing; both sides already know the support.
+- relative: one bit for each position the receiver holds; the support must lie within those.
+- bitmap: one bit for each prunable position.
+- runs: lengths of the runs of cut positions as bytes, 255 meaning "255 and go on", through zstandard.
+- planes: the same lengths split into 2 or 4 planes of bytes, low bytes first, through zstandard.
+
+The runs of a random mask are geometric, hence memoryless: the bytes of ``runs`` are independent of each other
+and so are the planes; the Huffman stage of zstandard then comes close to the mask's entropy |P| H2(d). What
+it loses near density 0.001 (one code word is over half of the bytes of ``runs``) ``planes`` wins back.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from cluster.transport.wire_values import (
+    VALUE_FORMATS,
+    Floats,
+    Mask,
+    Positions,
+    Shape,
+    ValueFormat,
+    WireError,
+    read_values,
+    to_bytes,
+    write_values,
+)
+
+# The place in these tuples is the code in the header: append, never reorder.
+_LAYOUTS = ("dense", "shared", "relative", "bitmap", "runs", "planes")
+_LEANING = ("shared", "relative")  # readable only with the support they were written against
+_MAGIC, _VERSION = b"SpFd", 1
+# Level 1 gives fewer bytes than level 3, and faster: these data do not repeat, so a short match that a longer
+# search finds is a coincidence dearer than the Huffman codes it replaces; hence also the long minimum match.
+_ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a receiver reads.
+
+    Attributes:
+        values: float32[size]; positions outside the support are +0.0.
+        support: bool[prunable], or None when every position is kept.
+        positions: Where the support is true, in order, or None with it.
+    """
+
+    values: Floats
+    support: Mask | None
+    positions: Positions | None = None
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    version: int
+    layout: int
+    value_format: int
+    kept: int
+    prunable: int
+    size: int
+    shape_checksum: int
+    held_checksum: int  # of the support that the layout leans on, else 0
+    support_bytes: int
+    message_bytes: int
+
+
+_HEADER = struct.Struct("<4sBBBxIIIIIIQ")
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of all other bytes of the message, right behind the header
+_PAYLOAD = _HEADER.size + _CHECKSUM.size
+
+
+def dense_bytes(shape: Shape) -> int:
+    """Bytes of the whole vector as float32, without a header: the paper's dense cost."""
+    return 4 * shape.size
+
+
+def nonzero_bytes(values: Floats, shape: Shape) -> int:
+    """Bytes as the paper counts them: 4 for each nonzero prunable weight, positions free, the rest dense."""
+    return 4 * (int(np.count_nonzero(values[: shape.prunable])) + shape.size - shape.prunable)
+
+
+def encode(
+    values: Floats,
+    support: Mask | None,
+    shape: Shape,
+    *,
+    held: Mask | None = None,
+    value_format: ValueFormat = "float32",
+) -> bytes:
+    """Write a message in the cheapest layout; the same arguments always give the same bytes.
+
+    Args:
+        values: float32[size]; prunable values outside the support are not sent.
+        support: bool[prunable], positions to keep whatever their value; None keeps all.
+        shape: The spans of the vector.
+        held: bool[prunable] support the receiver already holds, or None; where it equals the support, only
+            values are sent.
+        value_format: How trained parameters are written; float buffers are always float32. float32 is exact;
+            float16 and bfloat16 round to nearest even and saturate instead of overflowing; int8 rounds to
+            multiples of the layer's max|value| / 127. What is not finite stays so (int8: as a NaN layer).
+
+    Raises:
+        ValueError: An argument of wrong shape or type.
+    """
+    _check_array("values", values, np.float32, shape.size)
+    for name, mask in (("support", support), ("held", held)):
+        if mask is not None:
+            _check_array(name, mask, np.bool_, shape.prunable)
+    if value_format not in VALUE_FORMATS:
+        raise ValueError(f"value_format is {value_format!r}, must be one of {', '.join(VALUE_FORMATS)}")
+    if support is not None and support.all():
+        support = None
+
+    if support is None:
+        positions, layout, where = None, "dense", b""
+        trained = values[: shape.trained]
+    else:
+        positions = np.flatnonzero(support)
+        layout, where = _write_support(support, positions, held)
+        trained = np.concatenate([values[positions], values[shape.prunable : shape.trained]])
+    pieces: list[bytes | memoryview] = [where, *write_values(trained, value_format, positions, shape)]
+    pieces.append(to_bytes(values[shape.trained :], "<f4"))
+    header = _HEADER.pack(
+        _MAGIC,
+        _VERSION,
+        _LAYOUTS.index(layout),
+        VALUE_FORMATS.index(value_format),
+        shape.prunable if positions is None else positions.size,
+        shape.prunable,
+        shape.size,
+        shape.checksum,
+        _held_checksum(held) if held is not None and layout in _LEANING else 0,
+        len(where),
+        _PAYLOAD + sum(map(len, pieces)),
+    )
+    checksum = zlib.crc32(header)
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return b"".join([header, _CHECKSUM.pack(checksum), *pieces])
+
+
+def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats | None = None) -> Message:
+    """Read a message; nothing is written to ``out`` before the whole message has been found valid.
+
+    Args:
+        data: The bytes of one message.
+        shape: The spans of the vector, as the sender knew them.
+        held: bool[prunable] support this receiver holds, or None.
+        out: Contiguous float32[size] to fill and return as the values; a new array when None.
+
+    Raises:
+        WireError: Truncated, damaged or trailing bytes, a vector of another shape, or another ``held``.
+        ValueError: ``held`` or ``out`` of wrong shape or type.
+    """
+    if held is not None:
+        _check_array("held", held, np.bool_, shape.prunable)
+    if out is None:
+        out = np.empty(shape.size, np.float32)
+    _check_array("out", out, np.float32, shape.size)
+    header, payload = _open(data)
+    if header.shape_checksum != shape.checksum:
+        raise WireError(
+            f"the message is for {header.size} floats, {header.prunable} of them prunable; this receiver has "
+            f"{shape.size} and {shape.prunable}, or splits them differently into layers and buffers"
+        )
+    where, content = payload[: header.support_bytes], payload[header.support_bytes :]
+    positions = _read_support(header, where, shape, held)
+    trained_size = shape.trained if positions is None else positions.size + shape.trained - shape.prunable
+    value_format = VALUE_FORMATS[header.value_format]
+    trained = read_values(content, value_format, trained_size, positions, shape)
+    buffers = content[len(content) - 4 * (shape.size - shape.trained) :]
+
+    support = None
+    if positions is None:
+        out[: shape.trained] = trained
+    else:
+        support = np.zeros(shape.prunable, np.bool_)
+        support[positions] = True
+        out[: shape.prunable] = 0.0
+        out[positions] = trained[: positions.size]
+        out[shape.prunable : shape.trained] = trained[positions.size :]
+    out[shape.trained :] = np.frombuffer(buffers, "<f4")
+    return Message(out, support, positions)
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """What a message is made of: layout, value format, counts, and bytes of each part.
+
+    Raises:
+        WireError: Truncated or damaged bytes.
+    """
+    header, payload = _open(data)
+    return {
+        "layout": _LAYOUTS[header.layout],
+        "value_format": VALUE_FORMATS[header.value_format],
+        "kept": header.kept,
+        "prunable": header.prunable,
+        "size": header.size,
+        "header_bytes": _PAYLOAD,
+        "support_bytes": header.support_bytes,
+        "value_bytes": len(payload) - header.support_bytes,
+        "message_bytes": header.message_bytes,
+    }
+
+
+def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
+    if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+        expected = f"contiguous {np.dtype(dtype).name}[{size}]"
+        raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
+
+
+def _held_checksum(held: Mask) -> int:
+    return zlib.crc32(np.packbits(held).data)
+
+
+def _open(data: bytes) -> tuple[_Header, memoryview]:
+    """Header and payload of a message whose every byte is as it was sent."""
+    if len(data) < _PAYLOAD:
+        raise WireError(f"{len(data)} bytes are too few for the header of {_PAYLOAD}")
+    header = _Header._make(_HEADER.unpack_from(data))
+    if header.magic != _MAGIC:
+        raise WireError(f"not a message: it begins with {header.magic!r} instead of {_MAGIC!r}")
+    if header.version != _VERSION:
+        raise WireError(f"the message has version {header.version}, this receiver reads version {_VERSION}")
+    if header.message_bytes != len(data):
+        raise WireError(f"the header announces {header.message_bytes} bytes, {len(data)} are here")
+    view = memoryview(data)
+    payload = view[_PAYLOAD:]
+    if zlib.crc32(payload, zlib.crc32(view[: _HEADER.size])) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
+        raise WireError("the checksum does not match: the message was damaged on its way")
+    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS):
+        raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")
+    if header.support_bytes > len(payload):
+        raise WireError(f"a support of {header.support_bytes} bytes in a payload of {len(payload)}")
+    return header, payload
+
+
+def _write_support(support: Mask, positions: Positions, held: Mask | None) -> tuple[str, bytes]:
+    """The cheapest of nothing, bits and zstandard frames, with its layout."""
+    if held is not None and np.array_equal(support, held):
+        return "shared", b""
+    if held is not None and not np.any(support > held):
+        layout, bit_count = "relative", int(np.count_nonzero(held))
+    else:
+        layout, bit_count = "bitmap", support.size
+    bits_size = (bit_count + 7) // 8
+    runs = np.diff(positions, prepend=-1) - 1
+    frames = {"runs": _compress(_escape(runs))}
+    # Without an escape the first plane alone is all that ``runs`` holds, so planes cannot be smaller.
+    if runs.size and (longest := runs.max()) >= 255:
+        wide = runs.astype("<u2" if longest < 2**16 else "<u4")
+        frames["planes"] = _compress(*np.ascontiguousarray(wide.view(np.uint8).reshape(runs.size, -1).T))
+    smallest = min(frames, key=lambda name: len(frames[name]))
+    if len(frames[smallest]) < bits_size:
+        return smallest, frames[smallest]
+    bits = support if held is None or layout == "bitmap" else support[held]
+    return layout, np.packbits(bits).tobytes()
+
+
+def _read_support(header: _Header, where: memoryview, shape: Shape, held: Mask | None) -> Positions | None:
+    """Sorted distinct positions, as many as the header announces; None for all."""
+    layout, kept = _LAYOUTS[header.layout], header.kept
+    if layout == "dense":
+        if where or kept != shape.prunable:
+            raise WireError(f"a dense message keeps {kept} of {shape.prunable} positions")
+        return None
+    if layout in _LEANING:
+        if held is None:
+            raise WireError("the message leans on a support that this receiver does not hold")
+        if header.held_checksum != _held_checksum(held):
+            raise WireError("the message leans on another support than the one this receiver holds")
+    if layout in ("runs", "planes"):
+        # Known before anything is unpacked, so a small message cannot ask for a large allocation.
+        limit = kept + shape.prunable // 255 if layout == "runs" else 4 * kept
+        content = _decompress(where, limit if kept <= shape.prunable else 0)
+        positions = _unescape(content) if layout == "runs" else _join_planes(content, kept)
+    elif layout == "bitmap" or held is None:
+        positions = np.flatnonzero(_unpack_bits(where, shape.prunable))
+    else:
+        positions = np.flatnonzero(held)
+        if layout == "relative":
+            positions = positions[_unpack_bits(where, positions.size)]
+        elif where:
+            raise WireError(f"{len(where)} bytes of support in a message that needs none")
+    if positions.size != kept or (kept and positions[-1] >= shape.prunable):
+        raise WireError(f"the support does not have {kept} positions below {shape.prunable}")
+    return positions
+
+
+def _unpack_bits(packed: memoryview, count: int) -> Mask:
+    if len(packed) != (count + 7) // 8:
+        raise WireError(f"{len(packed)} bytes cannot be {count} bits")
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).view(np.bool_)
+
+
+def _escape(runs: Positions) -> npt.NDArray[np.uint8]:
+    """Lengths as bytes below 255, each behind one 255 for every 255 it exceeds them by."""
+    small = runs.astype(np.uint8)
+    long = np.flatnonzero(runs >= 255)
+    if not long.size:
+        return small
+    small[long] = runs[long] % 255
+    return np.insert(small, np.repeat(long, runs[long] // 255), 255)
+
+
+def _unescape(content: npt.NDArray[np.uint8]) -> Positions:
+    last = content != 255  # these bytes end a run, and the kept position behind it counts one more
+    steps = np.add(content, last, dtype=np.intp)
+    return np.cumsum(steps, out=steps)[last] - 1
+
+
+def _join_planes(content: npt.NDArray[np.uint8], kept: int) -> Positions:
+    width = content.size // kept if kept else 0
+    if width not in (2, 4) or width * kept != content.size:
+        raise WireError(f"{content.size} bytes cannot be 2 or 4 planes of {kept} run lengths")
+    runs = np.ascontiguousarray(content.reshape(width, kept).T).view(f"<u{width}")[:, 0]
+    steps = runs.astype(np.intp) + 1
+    return np.cumsum(steps, out=steps) - 1
+
+
+def _compress(*planes: npt.NDArray[np.uint8]) -> bytes:
+    """One zstandard frame, each plane in blocks of its own (their statistics differ); b"" for no bytes."""
+    total = sum(plane.size for plane in planes)
+    if not total:
+        return b""
+    # A context for each call costs 10 microseconds; one that is kept is not safe among threads.
+    stream = zstandard.ZstdCompressor(compression_params=_ZSTD).compressobj(size=total)
+    pieces = []
+    for plane in planes[:-1]:
+        pieces += [stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    return b"".join([*pieces, stream.compress(planes[-1].data), stream.flush()])
+
+
+def _decompress(frame: memoryview, limit: int) -> npt.NDArray[np.uint8]:
+    if not frame:
+        return np.empty(0, np.uint8)
+    try:
+        size = zstandard.frame_content_size(frame)
+        if not 0 <= size <= limit:
+            raise WireError(f"the support would unpack to {size} bytes, at most {limit} are possible")
+        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WireError(f"the support is not a zstandard frame: {error}") from error
+    return np.frombuffer(content, np.uint8)
+
+
+__all__ = [
+    "Message",
+    "Shape",
+    "ValueFormat",
+    "WireError",
+    "decode",
+    "dense_bytes",
+    "describe",
+    "encode",
+    "nonzero_bytes",
+]

@@ -1,0 +1,160 @@
+"""Promise 1 on real Ray: the same bits whoever computes them, also when an actor or the driver is killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+import cluster
+from cluster.actors.actor_pool import PlacementError
+from cluster.actors.placement import ActorKind, Bundle
+from cluster.actors.ray_engine import RayEngine
+from cluster.actors.ray_session import ClusterError, ray_engine
+from cluster.driver import Driver
+from cluster.federation import Federation
+from cluster.records.run_folder import RunFolder, comparable
+
+# A ResNet-18 of full width (11.2 million weights, BatchNorm) and clients of very unequal sizes: sums of this
+# many terms differ in the last bit somewhere if they are grouped differently.
+OVERRIDES = [
+    "rounds=2",
+    "cohort=6",
+    "checkpoint_every=1",
+    "model.name=resnet18",
+    "partition.name=dirichlet",
+    "partition.clients=60",
+    "partition.alpha=0.3",
+    "local.epochs=1",
+    "algorithm.sparsity=0.95",
+    "tracking.enabled=false",
+]
+
+
+@pytest.fixture(scope="module")
+def local_ray(start_ray):
+    start_ray(4)  # three actors and room for the driver, whatever this machine has
+
+
+def config(*more):
+    return cluster.resolve("quickstart", [*OVERRIDES, *more])
+
+
+def lines(folder):
+    return [comparable(line) for line in RunFolder(folder).rounds()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The inline run that every other run must equal."""
+    folder = tmp_path_factory.mktemp("inline") / "run"
+    cluster.run(config("execution=inline"), folder)
+    return folder
+
+
+def assert_same_run(folder, reference):
+    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert lines(folder) == lines(reference)
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_any_number_of_actors_gives_the_bits_of_inline(local_ray, undisturbed, tmp_path, actors):
+    cluster.run(config(f"actors={actors}"), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_one_actor_a_client(local_ray, tmp_path):
+    small = ["model.name=small_cnn", "cohort=4", "partition.clients=4", "cpus_per_actor=0.25"]
+    cluster.run(config(*small, "actors=4"), tmp_path / "four")
+    cluster.run(config(*small, "execution=inline"), tmp_path / "inline")
+    assert_same_run(tmp_path / "four", tmp_path / "inline")
+
+
+def test_an_actor_killed_while_it_trains_changes_nothing(local_ray, undisturbed, tmp_path):
+    settings = config("actors=2")
+    folder = RunFolder.create(tmp_path / "run", settings)
+    federation = Federation.of(settings)
+    engine = ray_engine(settings, federation)
+    run, killed = engine.run, []
+
+    def run_and_kill(broadcast, tasks, chunks, meanwhile):
+        def kill_soon():
+            # Work has just been handed out and a round takes seconds: the actor is training.
+            threading.Timer(0.5, kill).start()
+            meanwhile()
+
+        def kill():
+            killed.append(engine_pids.pop())
+            os.kill(killed[-1], signal.SIGKILL)
+
+        engine_pids = (
+            [place.pid for place in engine.places()]
+            if broadcast.instructions.round == 2 and not killed
+            else []
+        )
+        return run(broadcast, tasks, chunks, kill_soon if engine_pids else meanwhile)
+
+    engine.run = run_and_kill
+    Driver(folder, federation, engine).run()
+    engine.close()
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0])
+    assert sum(line["time/lost_actors"] for line in folder.rounds()) >= 1
+    assert_same_run(folder.path, undisturbed)
+
+
+def test_the_driver_killed_in_mid_run_resumes_to_the_same_bits(local_ray, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+
+    def kill_the_driver():
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/round-000001*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        # Of this test's own cluster: other runs on the machine are none of its business.
+        for process in psutil.Process().children(recursive=True):
+            if any("ray::DriverActor" in part for part in process.cmdline()):
+                process.kill()
+
+    killer = threading.Thread(target=kill_the_driver)
+    killer.start()
+    with pytest.raises(ClusterError, match="sparsyfed resume"):
+        cluster.run(config("actors=2"), folder)
+    killer.join()
+    assert not (folder / "result.json").exists()
+    cluster.resume(folder, ["actors=1"])
+    assert_same_run(folder, undisturbed)
+    assert json.loads((folder / "result.json").read_text())["complete"]
+
+
+def test_actors_that_cannot_be_placed_name_asked_and_free(local_ray, tmp_path):
+    settings = config("model.name=small_cnn")
+    federation = Federation.of(settings)
+    with pytest.raises(PlacementError, match=r"2 actors with 3 CPU .* free now: .*CPU.*4"):
+        RayEngine(
+            federation.workload(), federation.sizes, [Bundle(ActorKind("", 3), 1)] * 2, placement_timeout=5
+        )
+
+
+def test_a_failing_client_names_itself_and_keeps_its_traceback(local_ray, tmp_path):
+    settings = config("model.name=tests.cluster.actors.test_ray:FailingModel", "actors=1")
+    with pytest.raises(
+        Exception, match=r"client \d+ failed in round 1, stage train.*planted failure"
+    ) as raised:
+        cluster.run(settings, tmp_path / "run")
+    assert "test_ray.py" in str(raised.value)
+
+
+def FailingModel(input_shape, classes):
+    """A user's own model whose training forward raises."""
+    from torch import nn
+
+    class Failing(nn.Sequential):
+        def forward(self, inputs):
+            if self.training:
+                raise ValueError("planted failure")
+            return super().forward(inputs)
+
+    return Failing(nn.Flatten(), nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], classes))

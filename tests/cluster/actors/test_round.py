@@ -1,0 +1,231 @@
+"""Rounds without Ray: who gets what when, and one chunk that kills whichever made-up actor evaluates it."""
+
+import time
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.actors import ray_round
+from cluster.actors.placement import CostModel
+from cluster.actors.ray_calls import Crew
+from cluster.actors.ray_round import Rounds
+from cluster.exchange import ClientError, EvaluationChunk, Task
+
+CENTRAL = [EvaluationChunk("test", start, start + 5) for start in (0, 5)]
+TRAINED = [EvaluationChunk("test", 0, 10, client=client) for client in range(18)]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    method: str
+    chunks: list[EvaluationChunk]
+
+
+class Pool:
+    """Two actors that answer at once; a call is its own reference."""
+
+    kinds = ("", "")
+
+    def __init__(self, deadly):
+        self.deadly, self.down, self.lost_under = deadly, {}, []
+
+    def __len__(self):
+        return len(self.kinds)
+
+    def call(self, actor, method, *arguments):
+        return Call(method, arguments[1] if method == "evaluate" else [])
+
+    def answer(self, call):
+        if call.method == "evaluate" and self.deadly in call.chunks:
+            self.lost_under.append(call.chunks)
+            raise ray.exceptions.ActorDiedError
+        return [(chunk, np.zeros(2, np.int64), 0.0) for chunk in call.chunks]
+
+    def lost(self, actor):
+        return self.down.setdefault(actor, 0.0) == 0.0
+
+    def seconds_without(self, kind=None):
+        return 0.0
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Evaluates the chunks after round 4, one of which is deadly."""
+    monkeypatch.setattr(ray_round, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls[:1], calls[1:]))
+
+    def evaluate(deadly, *, skip):
+        pool = Pool(deadly)
+        monkeypatch.setattr(ray, "get", pool.answer)
+        crew = Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, skip)
+        broadcast = SimpleNamespace(instructions=SimpleNamespace(round=5))
+        rounds = Rounds(crew)
+        rounds.start(broadcast, [], CENTRAL + TRAINED)
+        return pool, {chunk for chunk, _, _ in rounds.finish().evaluated()}
+
+    return evaluate
+
+
+def test_a_clients_evaluation_that_keeps_losing_its_actor_ends_the_run(evaluated):
+    with pytest.raises(
+        ClientError,
+        match="client 5 failed in round 4, stage evaluation: the actor that played it was lost 3 times",
+    ):
+        evaluated(TRAINED[5], skip=False)
+
+
+def test_where_failing_clients_are_skipped_it_alone_is_left_out(evaluated):
+    pool, done = evaluated(TRAINED[5], skip=True)
+    assert done == set(CENTRAL + TRAINED) - {TRAINED[5]}
+    assert len(pool.lost_under[0]) > 1
+    assert pool.lost_under[1:] == [[TRAINED[5]], [TRAINED[5]]]  # alone, from the second time on
+
+
+def test_what_all_need_is_never_left_out(evaluated):
+    with pytest.raises(ClientError, match="rows 5 to 10 of test failed in round 4, stage evaluation"):
+        evaluated(CENTRAL[1], skip=True)
+
+
+class Deadly(Pool):
+    """Actors that every client kills; they are back at once."""
+
+    def __init__(self):
+        super().__init__(deadly=None)
+
+    def answer(self, call):
+        if call.method == "play":
+            raise ray.exceptions.ActorDiedError
+        return None if call.method == "collect" else super().answer(call)
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_a_round_in_which_every_client_is_given_up(monkeypatch):
+    pool = Deadly()
+    monkeypatch.setattr(ray, "get", pool.answer)
+    rounds = Rounds(Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, True))
+    rounds.start(round_(5), tasks(3), [])
+    outcome = rounds.finish()
+    assert outcome.total is None
+    assert [(report.client, report.skipped) for report in outcome.reports] == [(n, True) for n in range(3)]
+
+
+class Played:
+    """A client's report, as far as a round looks at it."""
+
+    def __init__(self, client, seconds=1.0):
+        self.client, self.seconds, self.samples, self.folded = client, seconds, 1, False
+        self.flops_sparse = np.zeros(1)
+
+
+class Scripted(Pool):
+    """Two actors that answer when they are told to."""
+
+    def __init__(self):
+        super().__init__(deadly=None)
+        self.asked, self.may_answer, self.folded = [], [], {0: [], 1: []}
+
+    def call(self, actor, method, *arguments):
+        work = arguments[1] if len(arguments) == 2 else []
+        call = Call(method, work)
+        self.asked.append((actor, method, [getattr(one, "client", one) for one in work]))
+        self.may_answer.append(call)
+        return call
+
+    def answer(self, call):
+        if call.method == "play":
+            return [Played(task.client) for task in call.chunks]
+        return super().answer(call) if call.method == "evaluate" else None
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Two actors, and rounds of clients that cost a second each, as is known."""
+    pool, clock = Scripted(), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", pool.answer)
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: ([c for c in calls if c in pool.may_answer][:1], []))
+    watch = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr(ray_round, "time", watch)
+    costs = CostModel()
+    for actor in (0, 1):
+        costs.learn(actor, [Played(client) for client in range(8)])
+    costs.learn_chunks([EvaluationChunk("test", 0, 5, seconds=1.0)])
+    crew = Crew(pool, np.ones(18, np.int64), costs, lambda client: "", 1000.0, False)
+    return pool, Rounds(crew), clock
+
+
+def tasks(count):
+    return [Task(client, 0.0, None, 0) for client in range(count)]
+
+
+def round_(number):
+    return SimpleNamespace(instructions=SimpleNamespace(round=number))
+
+
+def test_who_will_be_done_first_gets_the_next_client(scripted):
+    pool, rounds, clock = scripted
+    rounds.start(round_(1), tasks(6), [])
+    # A third of the share each, and again: 6 clients for two actors.
+    assert pool.asked == [(0, "play", [0]), (1, "play", [1]), (0, "play", [2]), (1, "play", [3])]
+    clock.now = 0.9
+    rounds._take_in(rounds._queues[1][0])
+    rounds._hand_out()
+    assert pool.asked[4:] == [(1, "play", [4])]  # actor 0, with 1.1 s to go, has no room yet
+
+
+def test_a_client_waits_for_the_actor_that_will_be_done_first(scripted):
+    pool, rounds, clock = scripted
+    rounds.start(round_(1), tasks(5), [])
+    assert pool.asked[-1] == (1, "play", [3])
+    clock.now = 0.2
+    rounds._queues[0][1:], rounds._since[0] = [], 0.2  # actor 0 has begun anew and holds nothing else
+    rounds._calls[rounds._queues[0][0]] = replace(rounds._calls[rounds._queues[0][0]], seconds=10.0)
+    rounds._hand_out()
+    assert len(pool.asked) == 4  # for actor 1, which is done in 2 s and has no room, not for actor 0 in 10 s
+    clock.now = 1.0
+    rounds._take_in(rounds._queues[1][0])
+    rounds._hand_out()
+    assert pool.asked[4] == (1, "play", [4])
+
+
+def test_the_evaluation_goes_on_while_the_next_round_is_played(scripted):
+    pool, rounds, _ = scripted
+    chunks = [EvaluationChunk("test", start, start + 5) for start in range(0, 20, 5)]
+    rounds.start(round_(1), [], chunks)
+    outcome = rounds.finish()  # nobody to play: at once
+    assert [method for _, method, _ in pool.asked] == ["evaluate"] * 4
+    rounds.start(round_(2), tasks(1), CENTRAL)
+    assert len(pool.asked) == 4  # no room yet
+    evaluated = outcome.evaluated()
+    assert {chunk.start for chunk, _, _ in evaluated} == {0, 5, 10, 15}
+    assert outcome.evaluated() is evaluated
+    asked = [method for _, method, _ in pool.asked[4:]]
+    assert asked[0] == "play"
+    assert "evaluate" in asked
+
+
+def test_before_costs_are_known_clients_are_dealt_in_turn(scripted):
+    pool, rounds, _ = scripted
+    rounds._crew.costs.__init__()
+    rounds.start(round_(1), tasks(6), [])
+    assert pool.asked == [(0, "play", [0]), (1, "play", [1]), (0, "play", [2]), (1, "play", [3])]
+
+
+def test_only_the_client_that_ran_when_its_actor_was_lost_is_played_alone(scripted):
+    _, rounds, _ = scripted
+    rounds.start(round_(1), tasks(4), [])
+    rounds._lose(0, "died")
+    assert rounds._losses == {0: 1}  # not client 2, which had not begun
+    assert set(rounds._losses) == {0}
+
+
+def test_calls_of_a_round_that_an_error_ended_are_forgotten(scripted):
+    _, rounds, _ = scripted
+    rounds.start(round_(1), tasks(6), [])
+    rounds.start(round_(1), tasks(6), [])
+    assert [len(queue) for queue in rounds._queues] == [2, 2]
+    assert len(rounds._calls) == 4

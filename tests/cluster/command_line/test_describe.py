@@ -1,0 +1,131 @@
+"""What `sparsyfed describe` says is what the declarations, the data and the encoder say."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from algorithms import hyperparameters, registry
+from cluster.cli import main
+from cluster.clients.client import wire_shape
+from cluster.command_line.describe import method_named
+from cluster.configuration.config import resolve
+from cluster.federation import Federation
+from cluster.transport import wire
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def described(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["describe", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(registry()))
+def test_a_method_is_described_from_its_declaration(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, name)
+    method = registry()[name]
+    assert text.startswith(f"{name}\n")
+    assert f"sparsyfed run algorithm.name={name}" in text
+    assert method.paper.split(",")[0] in text
+    rows = [row.split() for row in text.splitlines()]
+    for parameter in hyperparameters(method):
+        assert any(row[:1] == [parameter.name] for row in rows), parameter.name
+
+
+def test_a_hyperparameter_shows_range_default_and_search(capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, "sparsyfed")
+    (beta,) = [row for row in text.splitlines() if row.split()[:1] == ["beta"]]
+    assert beta.split()[:8] == ["beta", "1.25", "1", "to", "4", "1", "to", "2"]
+    for choice in (
+        "first_batch",
+        "every_batch",
+        "first_batch_conv",
+        "arXiv 2504.05153",
+        "algorithms/sparsyfed.py",
+    ):
+        assert choice in text  # fmt: skip
+
+
+def test_a_method_of_ones_own_and_names_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own_method.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from algorithms import Algorithm, hyperparameter\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Own(Algorithm):\n"
+        "    '''A method of one's own.'''\n"
+        "    gamma: float = hyperparameter(0.01, 'its only knob', low=0.001, high=1.0, log=True)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = described(capsys, "own_method:Own")
+    assert "A method of one's own." in text
+    assert "0.001 to 1, log" in text
+    assert method_named("quickstart") is None
+    assert main(["describe", "own_method:Owm"]) == 2
+    assert "has no attribute 'Owm'; did you mean own_method:Own?" in capsys.readouterr().err
+    assert main(["describe", "spasyfed"]) == 2
+
+
+def test_quickstart_is_described_with_model_partition_bytes_and_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = described(capsys)
+    # small_cnn on 1x8x8: 1*64*9 + 64*128*9 + 512*256 + 256*10 = 576 + 73728 + 131072 + 2560 = 207,936
+    assert "207,936" in text
+    # K = round((1 - 0.9) * 207,936)
+    assert "20,794 of |P|" in text
+    # The last layer multiplies and adds 256 * 10 times: 5,120 FLOPs.
+    (last,) = [row for row in text.splitlines() if row.split()[:2] == ["11", "10x256"]]
+    assert last.split()[-1] == "5"
+    # 1,437 digits over 30 clients: 47 each, 27 left over.
+    assert "47 / 47 / 47 samples" in text
+    assert "given to nobody 27" in text
+    assert "{name: lda, clients: 30, alpha: 0.5" in text
+    assert "beta: 1.25" in text  # a default of the method, not written in the preset
+    assert "two float64[size]" in text
+    # 4 (20,794 + 650) bytes of values, and |P| H2(0.1) = 207,936 * 0.469 bits of positions: 85,776 + 12,190.
+    (upload,) = [row for row in text.splitlines() if "upload of the top K, float32" in row]
+    assert upload.split()[-5:] == ["0.098", "MB", "0.98", "MB", "8.5x"]
+    assert Path("partition-digits-lda0.5.png").read_bytes().startswith(PNG)
+    assert "partition-digits-lda0.5.png" in text
+    assert os.listdir() == ["partition-digits-lda0.5.png"]
+
+
+def test_the_bytes_are_those_of_the_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.name=mlp", "algorithm.name=fedavg", "wire.downlink=float16"]
+    text = described(capsys, *words, "--picture", "new/here.svg")
+    # mlp on 64 pixels: 64*200 + 200 + 200*10 + 10 = 15,010 floats.
+    federation = Federation.of(resolve(None, words))
+    assert federation.layout.size == 15_010
+    assert wire.dense_bytes(wire_shape(federation.layout)) == 60_040
+    rows = {row.split("  ")[0].strip(): row.split() for row in text.splitlines()}
+    assert rows["dense float32 model"][-5:] == ["0.060", "MB", "0.60", "MB", "1.0x"]
+    # Dense values as float16 take half: 30,020 bytes and a header.
+    assert rows["download in round 1, float16"][-5:] == ["0.030", "MB", "0.30", "MB", "2.0x"]
+    assert Path("new/here.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_the_drawn_partition_is_the_partition(capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, "partition.name=shards", "partition.shards_per_client=1", "partition.clients=10")
+    rows = [row for row in text.splitlines() if row[:2] in {f"{digit} " for digit in range(10)}]
+    federation = Federation.of(
+        resolve(None, ["partition.name=shards", "partition.shards_per_client=1", "partition.clients=10"])
+    )
+    histogram = federation.partition.class_histogram(federation.dataset.train.labels, 10)
+    drawn = [[cell != " " for cell in row[2:12].ljust(10)] for row in rows]
+    assert drawn == (histogram.T > 0).tolist()
+
+
+def test_a_config_that_cannot_run_is_refused_before_a_picture_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["describe", "partition.clients=5000", "cohort=1"]) == 2
+    assert "partition.clients = 5000" in capsys.readouterr().err
+    assert os.listdir() == []

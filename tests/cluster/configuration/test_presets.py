@@ -1,0 +1,140 @@
+"""Every preset loads, resolves and runs two rounds on a tiny stand-in of its data set."""
+
+import numpy as np
+import pytest
+
+from cluster.configuration.config import resolve
+from cluster.configuration.trees import load_tree, presets
+from cluster.execution import run
+from cluster.grid import expand
+from tests.cluster import workloads
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+STAND_INS = {
+    "uoft-cs/cifar10": workloads.cifar10,
+    "uoft-cs/cifar100": workloads.cifar100,
+    "zalando-datasets/fashion_mnist": workloads.fashion_mnist,
+    "google/speech_commands": workloads.speech_commands,
+}
+NARROW = {
+    "resnet18": ["model.width=4"],
+    "small_cnn": ["model.channels=[4,6]", "model.hidden=16", "model.groups=2"],
+}
+
+
+def narrowed(name):
+    """Overrides that make a preset small: its model, clients and rounds, never what it is about."""
+    tree = load_tree(name)
+    axes = tree.get("grid", {})
+    clients = "partition.clients=" + ("[2,3,4]" if "partition.clients" in axes else "8")
+    cohort = "cohort=" + ("[1,2,3]" if "cohort" in axes else "2")
+    model = NARROW[tree["model"]["name"]]
+    rest = ["stop_after=2", "local.epochs=1", "execution=inline", "tracking.enabled=false"]
+    rest += ["shift.round=2"] * ("shift" in tree)
+    return ["rounds=2", clients, cohort, *model, *rest]
+
+
+def points(name):
+    """The configurations of a preset, narrowed, by the name of the run."""
+    grid = expand(name, narrowed(name))
+    return {"run": resolve(name, narrowed(name))} if grid is None else grid.runs
+
+
+def plan():
+    """Of every preset the run with most that no chosen run has shown yet, until all has been shown."""
+    shown, chosen = set(), []
+    experiments = [name for name in presets() if "study" not in load_tree(name)]  # studies: tests/tuning
+    for name in experiments:
+        sets = {
+            run: {(config.data.name, key, str(value)) for key, value in config.flat().items()}
+            for run, config in points(name).items()
+        }
+        while True:
+            best = max(sets, key=lambda run: len(sets[run] - shown))
+            if chosen and chosen[-1][0] == name and not sets[best] - shown:
+                break
+            chosen.append((name, best))
+            shown |= sets[best]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder of parquet files of each data set, made when it is first asked for."""
+    made = {}
+
+    def folder(data):
+        if data not in made:
+            made[data] = STAND_INS[data](tmp_path_factory.mktemp("stand-in"))
+        return made[data]
+
+    return folder
+
+
+@pytest.mark.parametrize(("name", "point"), plan(), ids=lambda value: value)
+def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
+    tree = points(name)[point].dump()
+    tree["data"]["cache"] = str(cache)
+    if tree["data"]["name"] in STAND_INS:
+        tree["data"]["path"] = str(folders(tree["data"]["name"]))
+    result = run(resolve(tree), tmp_path / "run")
+    lines = result.rounds
+    assert lines.index.tolist() == [1, 2]
+    assert np.isfinite(lines["train/loss"]).all()
+    assert 0 <= lines["test/accuracy"].iloc[-1] <= 1
+    method = resolve(tree).build_algorithm()
+    if (
+        method.sparsity and not tree["devices"]["tiers"] and method.name != "zerofl"
+    ):  # it sends more than 1 - s
+        assert lines["sparsity/upload"].iloc[-1] == pytest.approx(method.sparsity, abs=1e-3)
+
+
+def test_the_published_setting():
+    """What the authors' runs had in common, in one run of each data set."""
+    for name, rounds, data in (
+        ("paper-cifar10", 700, "uoft-cs/cifar10"),
+        ("paper-cifar100", 700, "uoft-cs/cifar100"),
+        ("paper-speech", 500, "google/speech_commands"),
+    ):
+        config = resolve(name)
+        assert (config.rounds, config.cohort, config.partition.clients) == (rounds, 10, 100)
+        assert (config.partition.name, config.partition.seed, config.data.name) == ("lda", 1337, data)
+        assert config.data.validation == 0  # so that clients have 500 samples
+        local = config.local
+        assert (local.epochs, local.batch_size, local.weight_decay) == (1, 16, 1e-3)
+        # lr(t) = 0.5 (0.01 / 0.5)^(t / T)
+        assert config.learning_rate(1) == pytest.approx(0.5 * 0.02 ** (1 / rounds))
+        assert config.learning_rate(rounds) == pytest.approx(0.01)
+        assert config.model.name == "resnet18"
+
+
+def test_every_table_has_its_grid():
+    for name in ("paper-accuracy", "paper-accuracy-cifar100", "paper-accuracy-speech"):
+        runs = expand(name).runs
+        # Four sparse methods at five sparsities and the dense one, three alphas, three seeds.
+        assert len(runs) == (4 * 5 + 1) * 3 * 3
+        assert {config.partition.alpha for config in runs.values()} == {1000, 1, 0.1}
+        assert {c.algorithm.options.get("sparsity") for c in runs.values()} == {
+            None,
+            0.9,
+            0.95,
+            0.99,
+            0.995,
+            0.999,
+        }
+    assert len({config.digest() for config in expand("paper-ablation").runs.values()}) == 3 * 2 * 2 * 3
+    assert {c.data.name for c in expand("paper-accuracy-speech").runs.values()} == {"google/speech_commands"}
+
+
+def test_methods_differ_in_nothing_but_their_method():
+    runs = expand("paper-methods").runs
+    flat = [{k: v for k, v in c.flat().items() if not k.startswith("algorithm.")} for c in runs.values()]
+    assert all(one == flat[0] for one in flat)
+    assert {config.algorithm.name for config in runs.values()} == {
+        "fedavg",
+        "topk",
+        "zerofl",
+        "flash",
+        "sparsyfed",
+    }

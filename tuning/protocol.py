@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from cluster.compare.statistics import Difference, Interval, expected_best, mean_interval, paired_differences
 from cluster.execution import complete
+from cluster.statistics import Difference, Interval, expected_best, mean_interval, paired_differences
 from tuning.folder import StudyFolder
 from tuning.search import Search, cost_of
 from tuning.study import Contender, Plan

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.compare.statistics import SIGNIFICANCE, Interval
+from cluster.statistics import SIGNIFICANCE, Interval
 from tuning import plots
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, accuracies, differences, intervals

@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from cluster.compare.groups import Group
 from cluster.compare.reading import Run, Series
-from cluster.compare.statistics import mean_interval
 from cluster.compare.table import GIGA, HOUR, MEGA, bytes_to_reach, total_bytes
+from cluster.statistics import mean_interval
 
 #: Blue, vermillion, green, purple, orange, sky blue, black; yellow is lost on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

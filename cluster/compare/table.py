@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.compare.groups import Group, Grouped, group_runs
 from cluster.compare.reading import Run, Series
-from cluster.compare.statistics import (
+from cluster.statistics import (
     SIGNIFICANCE,
     Interval,
     holm,

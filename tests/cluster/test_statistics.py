@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cluster.compare.statistics import (
+from cluster.statistics import (
     expected_best,
     holm,
     mean_interval,

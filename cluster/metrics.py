@@ -100,7 +100,7 @@ def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, np.ndarray, fl
     for part in evaluated:
         if part[0].client is None:
             parts.setdefault((part[0].split, part[0].tier), []).append(part)
-    for (split, tier), chunks in sorted(parts.items(), key=str):
+    for (split, tier), chunks in sorted(parts.items(), key=lambda item: str(item[0])):
         rows = sum(chunk.stop - chunk.start for chunk, _, _ in chunks)
         accuracy = sum(int(np.sum(correct)) for _, correct, _ in chunks) / rows
         if tier is not None:

@@ -23,8 +23,8 @@ _CLIENTS_REMEMBERED = 100_000
 #: Seconds that one call to an actor may take by what was learned, so that a death loses little.
 CALL_S = 20.0
 
-#: Seconds that it takes at least while there is work for it: a call costs a few milliseconds of its own.
-SHORT_CALL_S = 0.1
+#: Seconds that it takes at least while there is work for it: a call costs some milliseconds of its own.
+SHORT_CALL_S = 0.2
 
 
 # ------------------------------------------------------------------------------------------------ actors

@@ -23,8 +23,9 @@ from cluster.clients.transfers import ClientData, Staging, to_input
 from cluster.flops import LayerFlops
 from cluster.workload.datasets import Split
 
-#: Images of one evaluation step. Fixed, so that a logged accuracy never depends on the machine.
-EVALUATION_BATCH = 256
+#: Images of one evaluation step by kind of device. Fixed, so that a logged accuracy never depends on the
+#: machine. On a CPU the activations of more leave its cache: ResNet-18 takes a third longer for 256.
+EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,9 @@ class Trainer:
         self.module.eval()
         correct, loss = np.zeros(0, np.int64), 0.0
         with torch.no_grad():
-            for first in range(start, stop, EVALUATION_BATCH):
-                rows = slice(first, min(first + EVALUATION_BATCH, stop))
+            batch = EVALUATION_BATCH[self.device.type]
+            for first in range(start, stop, batch):
+                rows = slice(first, min(first + batch, stop))
                 labels = torch.from_numpy(np.asarray(split.labels[rows])).to(self.device)
                 logits = self.module(to_input(split.images[rows], self.device))
                 found = labels[logits.argmax(1) == labels].cpu().numpy()

@@ -18,12 +18,12 @@ it loses near density 0.001 (one code word is over half of the bytes of ``runs``
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 import zstandard
 
 from cluster.transport.wire_values import (
@@ -42,7 +42,7 @@ from cluster.transport.wire_values import (
 # The place in these tuples is the code in the header: append, never reorder.
 _LAYOUTS = ("dense", "shared", "relative", "bitmap", "runs", "planes")
 _LEANING = ("shared", "relative")  # readable only with the support they were written against
-_MAGIC, _VERSION = b"SpFd", 1
+_MAGIC, _VERSION = b"SpFd", 2
 # Level 1 gives fewer bytes than level 3, and faster: these data do not repeat, so a short match that a longer
 # search finds is a coincidence dearer than the Huffman codes it replaces; hence also the long minimum match.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
@@ -78,7 +78,7 @@ class _Header(NamedTuple):
 
 
 _HEADER = struct.Struct("<4sBBBxIIIIIIQ")
-_CHECKSUM = struct.Struct("<I")  # CRC-32 of all other bytes of the message, right behind the header
+_CHECKSUM = struct.Struct("<I")  # of all other bytes of the message, right behind the header
 _PAYLOAD = _HEADER.size + _CHECKSUM.size
 
 
@@ -89,7 +89,8 @@ def dense_bytes(shape: Shape) -> int:
 
 def nonzero_bytes(values: Floats, shape: Shape) -> int:
     """Bytes as the paper counts them: 4 for each nonzero prunable weight, positions free, the rest dense."""
-    return 4 * (int(np.count_nonzero(values[: shape.prunable])) + shape.size - shape.prunable)
+    # Comparing first: numpy counts booleans several times as fast as floats.
+    return 4 * (int(np.count_nonzero(values[: shape.prunable] != 0)) + shape.size - shape.prunable)
 
 
 def encode(
@@ -146,10 +147,7 @@ def encode(
         len(where),
         _PAYLOAD + sum(map(len, pieces)),
     )
-    checksum = zlib.crc32(header)
-    for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return b"".join([header, _CHECKSUM.pack(checksum), *pieces])
+    return b"".join([header, _CHECKSUM.pack(_checksum(header, *pieces)), *pieces])
 
 
 def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats | None = None) -> Message:
@@ -222,8 +220,16 @@ def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
         raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
 
 
+def _checksum(*pieces: bytes | memoryview) -> int:
+    """The lower half of XXH3: it reads a message ten times as fast as CRC-32."""
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.intdigest() & 0xFFFFFFFF
+
+
 def _held_checksum(held: Mask) -> int:
-    return zlib.crc32(np.packbits(held).data)
+    return _checksum(np.packbits(held).data)
 
 
 def _open(data: bytes) -> tuple[_Header, memoryview]:
@@ -239,7 +245,7 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
         raise WireError(f"the header announces {header.message_bytes} bytes, {len(data)} are here")
     view = memoryview(data)
     payload = view[_PAYLOAD:]
-    if zlib.crc32(payload, zlib.crc32(view[: _HEADER.size])) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
+    if _checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
     if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS):
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 ValueFormat = Literal["float32", "float16", "bfloat16", "int8"]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -53,8 +53,9 @@ class Shape:
 
     @cached_property
     def checksum(self) -> int:
-        """CRC-32 of all spans: receivers that split the vector differently differ here."""
-        return zlib.crc32(np.array([self.prunable, self.trained, self.size, *self._stops], "<i8").tobytes())
+        """Checksum of all spans: receivers that split the vector differently differ here."""
+        spans = np.array([self.prunable, self.trained, self.size, *self._stops], "<i8")
+        return xxhash.xxh32_intdigest(spans.tobytes())
 
     @cached_property
     def _stops(self) -> npt.NDArray[np.int64]:

@@ -7,18 +7,17 @@ resident with everyone who has read them, and each broadcast lies on other ones.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import psutil
-import ray
 
 import cluster
 from cluster.actors.ray_session import ray_engine
 from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from tests.benchmarks.bench_round import bench_cluster
 from tests.benchmarks.report import Figure
 
 #: Rounds after which memory is read; a run ends at the last one that it reaches.
@@ -31,14 +30,7 @@ def series(last: int) -> dict[str, dict[int, float]]:
         "quickstart",
         [f"rounds={last + 1}", "local.epochs=1", "actors=2", "evaluate_every=10", "tracking.enabled=false"],
     )
-    ray.init(
-        "local",
-        num_cpus=max(2, os.cpu_count() or 2),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=2**29,
-    )
-    try:
+    with bench_cluster():
         federation = Federation.of(config)
         engine = ray_engine(config, federation)
         names = ("driver", "actor 1", "actor 2")
@@ -54,8 +46,6 @@ def series(last: int) -> dict[str, dict[int, float]]:
         with tempfile.TemporaryDirectory() as folder:
             Driver(RunFolder.create(Path(folder) / "run", config), federation, engine, on_line=watch).run()
         engine.close()
-    finally:
-        ray.shutdown()
     return own
 
 

@@ -12,13 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import ray
-
 import cluster
 from cluster.actors.ray_session import ray_engine
 from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from tests.benchmarks.bench_round import bench_cluster
 from tests.benchmarks.peers import workload
 from tests.benchmarks.report import Figure
 
@@ -70,10 +69,7 @@ def figures(name: str, quick: bool) -> list[Figure]:
         }
     )
     peers = _peers()
-    ray.init(
-        "local", num_cpus=_WORKERS, include_dashboard=False, log_to_driver=False, object_store_memory=2**29
-    )
-    try:
+    with bench_cluster():
         federation = Federation.of(config)
         engine = ray_engine(config, federation)
         folder = RunFolder.create(Path(tempfile.mkdtemp()) / "run", config)
@@ -90,8 +86,6 @@ def figures(name: str, quick: bool) -> list[Figure]:
             for peer, command in peers.items():
                 seconds[peer] += _run_peer(command, rounds)
         engine.close()
-    finally:
-        ray.shutdown()
     ours = statistics.median(seconds["sparsyfed"])
     return [
         figure

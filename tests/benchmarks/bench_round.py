@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-import ray
 import torch
 from torch.nn import functional as F
 
 import cluster
-from cluster.actors.ray_session import ray_engine
+from cluster.actors.ray_session import connection, private_cluster, ray_engine
 from cluster.command_line.profile import phases
 from cluster.driver import Driver
 from cluster.federation import Federation
@@ -224,22 +224,17 @@ def _cpu_seconds(processes: list[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
+def bench_cluster() -> AbstractContextManager[None]:
+    """A private cluster as a run starts it, with room for every case."""
+    return connection("local", **private_cluster(2_000_000, os.cpu_count() or 1))
+
+
 def figures(name: str, quick: bool) -> list[Figure]:
     """Every case of one benchmark of ``__main__``."""
     found: list[Figure] = []
-    ray.init(
-        "local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=2**30,
-    )
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for case in cases(name, quick):
-                measured = measure(case, Path(folder), name)
-                print(f"  {case}: ray/bare {measured[0].value:.3f}", flush=True)
-                found += measured
-    finally:
-        ray.shutdown()
+    with bench_cluster(), tempfile.TemporaryDirectory() as folder:
+        for case in cases(name, quick):
+            measured = measure(case, Path(folder), name)
+            print(f"  {case}: ray/bare {measured[0].value:.3f}", flush=True)
+            found += measured
     return found

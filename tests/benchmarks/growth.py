@@ -18,12 +18,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import ray
 from matplotlib import pyplot
 
 from cluster.workload import models
 from tests.benchmarks import bench_memory
-from tests.benchmarks.bench_round import Case, measure
+from tests.benchmarks.bench_round import Case, bench_cluster, measure
 from tests.benchmarks.report import Figure, table
 
 BLUE, GREY, INK = "#2563eb", "#94a3b8", "#1e293b"
@@ -106,14 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     picture, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
     found: list[Figure] = []
-    ray.init(
-        "local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=2**30,
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    with bench_cluster(), tempfile.TemporaryDirectory() as folder:
         for panel, sweep in zip(axes.flat, sweeps(arguments.quick), strict=False):
             costs: dict[str, list[float]] = {"cpu ms": [], "bare cpu ms": []}
             for value, label in zip(sweep.values, sweep.labels, strict=True):
@@ -126,7 +118,6 @@ def main() -> None:
                     )
                 print(f"  {sweep.title} {label}: {measured['cpu ray/bare']:.2f} of the bare loop", flush=True)
             _draw(panel, sweep, costs)
-    ray.shutdown()
     _draw_memory(axes.flat[5], bench_memory.series(200 if arguments.quick else 1000))
     picture.suptitle("CPU milliseconds a client, and memory over the rounds", color=INK)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -32,9 +30,6 @@ from cluster.simulation.shift import period_of
 from cluster.transport import wire
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, Split, open_dataset
-
-#: Rounds after which a host gives free memory back to the system.
-TRIM_EVERY = 10
 
 _logger = logging.getLogger("sparsyfed.client")
 
@@ -83,7 +78,6 @@ class ClientHost:
         if self._device.type == "cuda":
             self._uplink = ThreadPoolExecutor(1, "uplink")
         self._total: Total | None = None
-        self._collected = 0
         self._round = -1
         self._broadcast: Broadcast | None = None
 
@@ -109,9 +103,6 @@ class ClientHost:
 
     def collect(self, round_number: int) -> Total | None:
         """Hand over the round's partial total and forget it; None when this host holds none of that round."""
-        self._collected += 1
-        if self._collected % TRIM_EVERY == 0:
-            give_back_memory()
         total = self._total if self._round == round_number else None
         self._total, self._round, self._broadcast = None, -1, None
         return total
@@ -293,17 +284,6 @@ def _same(first: Broadcast, second: Broadcast) -> bool:
         getattr(first, name) == getattr(second, name)
         for name in ("instructions", "lr", "limit", "samples", "period")
     )
-
-
-def give_back_memory() -> None:
-    """Have the C library return free pages, where it can (glibc): it keeps those between pages in use.
-
-    Local steps allocate tensors of many sizes. Left alone, an actor grows by a quarter in a thousand rounds;
-    a call takes 3 ms.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

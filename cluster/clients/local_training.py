@@ -211,6 +211,8 @@ class Trainer:
             # The upload is w, not theta; the float buffers are already in place.
             values[: layout.trained_size] = self._weights
         density_training = client_half.training_density(self._layer_density(before_cut))
+        # Else the visit holds itself, and all that the method allocated, until the garbage collector comes.
+        del visit.batch_gradient
         activations = np.array(
             [
                 self._pruning[entry.name].kept if entry.name in self._pruning else 1.0

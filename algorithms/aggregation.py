@@ -20,7 +20,7 @@ from algorithms.parameters import ParameterLayout
 #: client has diverged, and its update is refused like a non-finite one.
 GROWTH_LIMIT = 2.0**20
 
-_BLOCK = 1 << 16  # floats a block: the temporaries of one block stay in the cache
+_BLOCK = 1 << 14  # floats a block: the temporaries of one block stay in the cache
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,18 @@
-"""Where and when it happens: driver, actors, devices, wire, data, tracking, command line.
+"""Where and when it happens. Imports algorithms.
 
-Imports algorithms. From Python: ``cluster.run(cluster.resolve("quickstart", ["algorithm.beta=1.3"]))``.
+From Python: ``cluster.run(cluster.resolve("quickstart", ["algorithm.beta=1.3"]))``.
+
+The way of a run is in the files here: ``cli`` -> ``execution`` -> ``driver`` -> ``engine``. What they use:
+
+- ``configuration``: every key, presets, overrides
+- ``command_line``: arguments, help, live progress, ``describe``
+- ``workload``: data sets, partitions, models
+- ``simulation``: devices, the simulated clock, who is asked and whose updates count
+- ``clients``: local training and what surrounds it
+- ``transport``: the wire
+- ``actors``: Ray
+- ``records``: run folder, checkpoints, MLflow
+- ``compare``: runs side by side
 """
 
 from typing import Any

@@ -13,6 +13,15 @@ os.environ.update(
 import pytest
 import torch
 
+# Helpers whose assertions explain themselves like those of a test.
+pytest.register_assert_rewrite(
+    "tests.algorithms.masked",
+    "tests.cluster.actors.three_nodes",
+    "tests.cluster.records.interrupted_runs",
+    "tests.cluster.records.tracked_runs",
+    "tests.tiny_experiment",
+)
+
 # A shell that starts the tests in the background has SIGINT ignored; some of them press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -12,6 +12,8 @@ A method's reference is a subclass of :class:`NaiveFederation` that overrides a 
             mask = self.largest(weights, keep=...)
             return self.masked(weights, mask), mask
 
+    from tests.tiny_experiment import assert_same, run_inline, tiny_federation
+
     config = tiny_federation(tmp_path, algorithm={"name": "topk", "sparsity": 0.8})
     assert_same(run_inline(config, tmp_path / "run"), NaiveTopK(config).run())
 """

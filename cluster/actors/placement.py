@@ -23,7 +23,7 @@ _CLIENTS_REMEMBERED = 100_000
 #: Seconds that one call to an actor may take by what was learned, so that a death loses little.
 CALL_S = 20.0
 
-#: Seconds that it takes at least while there is work for it: a call costs some milliseconds of its own.
+#: Seconds below which it is not made shorter: handing it out and taking it in costs milliseconds of CPU.
 SHORT_CALL_S = 0.2
 
 

@@ -105,10 +105,11 @@ def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> I
 
 
 def private_cluster(model_size: int, actors: int) -> dict[str, Any]:
-    """What ``ray.init`` is told of a cluster for ``actors`` and a model of ``model_size`` floats alone."""
+    """Arguments of ``ray.init`` for a cluster of one run: so many actors, a model of so many floats."""
     # Each actor's partial total (20 bytes a weight) and two broadcasts (8 each), twice, and spare room.
     store = 2**28 + 2 * model_size * (20 * actors + 16)
-    # Nobody reads its events and metrics, which cost CPU all the time.
+    # Without a dashboard nobody reads Ray's events and metrics, which cost CPU all the time. Ray promises
+    # nothing about these settings, which is one more reason to pin it.
     quiet = {"event_stats": False, "task_events_report_interval_ms": 0, "enable_metrics_collection": False}
     return {"include_dashboard": False, "object_store_memory": store, "_system_config": quiet}
 

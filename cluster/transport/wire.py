@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 import zstandard
 
 from cluster.transport.wire_values import (
@@ -34,6 +33,7 @@ from cluster.transport.wire_values import (
     Shape,
     ValueFormat,
     WireError,
+    checksum,
     read_values,
     to_bytes,
     write_values,
@@ -78,7 +78,7 @@ class _Header(NamedTuple):
 
 
 _HEADER = struct.Struct("<4sBBBxIIIIIIQ")
-_CHECKSUM = struct.Struct("<I")  # of all other bytes of the message, right behind the header
+_CHECKSUM = struct.Struct("<I")  # over all other bytes of the message; it stands right behind the header
 _PAYLOAD = _HEADER.size + _CHECKSUM.size
 
 
@@ -147,7 +147,7 @@ def encode(
         len(where),
         _PAYLOAD + sum(map(len, pieces)),
     )
-    return b"".join([header, _CHECKSUM.pack(_checksum(header, *pieces)), *pieces])
+    return b"".join([header, _CHECKSUM.pack(checksum(header, *pieces)), *pieces])
 
 
 def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats | None = None) -> Message:
@@ -220,16 +220,8 @@ def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
         raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
 
 
-def _checksum(*pieces: bytes | memoryview) -> int:
-    """The lower half of XXH3: it reads a message ten times as fast as CRC-32."""
-    digest = xxhash.xxh3_64()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.intdigest() & 0xFFFFFFFF
-
-
 def _held_checksum(held: Mask) -> int:
-    return _checksum(np.packbits(held).data)
+    return checksum(np.packbits(held).data)
 
 
 def _open(data: bytes) -> tuple[_Header, memoryview]:
@@ -245,7 +237,7 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
         raise WireError(f"the header announces {header.message_bytes} bytes, {len(data)} are here")
     view = memoryview(data)
     payload = view[_PAYLOAD:]
-    if _checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
+    if checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
     if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS):
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")

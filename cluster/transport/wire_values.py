@@ -53,13 +53,21 @@ class Shape:
 
     @cached_property
     def checksum(self) -> int:
-        """Checksum of all spans: receivers that split the vector differently differ here."""
+        """Of all spans: receivers that split the vector differently differ here."""
         spans = np.array([self.prunable, self.trained, self.size, *self._stops], "<i8")
-        return xxhash.xxh32_intdigest(spans.tobytes())
+        return checksum(spans.tobytes())
 
     @cached_property
     def _stops(self) -> npt.NDArray[np.int64]:
         return np.array([stop for _, stop in self.layers], np.int64)
+
+
+def checksum(*pieces: bytes | memoryview) -> int:
+    """The lower half of XXH3 over all pieces."""
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.intdigest() & 0xFFFFFFFF
 
 
 def to_bytes(array: np.ndarray, dtype: str) -> memoryview:

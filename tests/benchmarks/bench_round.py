@@ -35,6 +35,7 @@ from cluster.workload import models
 from tests.benchmarks.report import Figure
 
 SAMPLES, BATCH, TEST = 64, 16, 512
+LARGEST = 600_000  # weights of the largest model of any case
 METHODS = ("fedavg", "topk", "sparsyfed", "zerofl", "flash", "feddst", "fixed_mask")
 
 
@@ -152,7 +153,6 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
             "tracking": {"enabled": False},
         }
     )
-    torch.set_num_threads(config.threads)  # as a run does
     federation = Federation.of(config)
     engine = ray_engine(config, federation)
     run_folder = RunFolder.create(Path(tempfile.mkdtemp(dir=folder)) / "run", config)
@@ -225,8 +225,10 @@ def _cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def bench_cluster() -> AbstractContextManager[None]:
-    """A private cluster as a run starts it, with room for every case."""
-    return connection("local", **private_cluster(2_000_000, os.cpu_count() or 1))
+    """A private cluster as a run starts it; this process computes on one thread, as a run's driver does."""
+    torch.set_num_threads(1)
+    actors = max(2, os.cpu_count() or 1)
+    return connection("local", num_cpus=actors, **private_cluster(LARGEST, actors))
 
 
 def figures(name: str, quick: bool) -> list[Figure]:

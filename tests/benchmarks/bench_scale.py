@@ -253,6 +253,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-", dir="/tmp") as folder:
         if not arguments.inline:
             ray.init(
+                "local",
                 num_cpus=ACTORS,
                 resources={"slot": 1000},
                 include_dashboard=False,

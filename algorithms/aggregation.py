@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from algorithms.parameters import ParameterLayout
 
@@ -145,13 +146,13 @@ class Total:
             terms = kept.astype(np.float64)
             terms *= samples
             high, low = self.grid.split(terms)
-            self.high[positions] += high
-            self.low[positions] += low
+            _add_at(self.high, positions, high)
+            _add_at(self.low, positions, low)
             self.votes += support
             edges = np.searchsorted(positions, [0] + [entry.stop for entry in layout.prunable])
             self.layer_counts += samples * np.diff(edges)
             if self.mask_samples is not None:
-                self.mask_samples[positions] += samples
+                _add_at(self.mask_samples, positions, np.full(len(positions), samples))
         self._add(slice(prunable, layout.size), values[prunable:], samples)
         self.samples += samples
         self.clients.append(client)
@@ -213,3 +214,8 @@ class Total:
             high, low = self.grid.split(part, out[: len(part)])
             highs[block] += high
             lows[block] += low
+
+
+def _add_at(sums: np.ndarray, positions: np.ndarray, terms: np.ndarray) -> None:
+    """``sums[positions] += terms`` for distinct positions, in one pass where numpy makes two."""
+    torch.from_numpy(sums).scatter_add_(0, torch.from_numpy(positions), torch.from_numpy(terms))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster import __version__
 from cluster.command_line.arguments import parse
+from cluster.references import UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -26,32 +27,8 @@ if TYPE_CHECKING:
     from cluster.execution import Result
     from cluster.grid import Grid
 
-#: Errors whose message says everything: 2, a mistake that the user can put right; 1, the run itself failed.
-_EXPECTED = {
-    ("cluster.records.checkpoint", "CheckpointError"): 2,
-    ("cluster.configuration.choices", "ChoiceError"): 2,
-    ("cluster.compare.reading", "ComparisonError"): 2,
-    ("cluster.configuration.trees", "ConfigError"): 2,
-    ("cluster.simulation.devices", "DeviceError"): 2,
-    ("cluster.simulation.samplers", "SamplerError"): 2,
-    ("cluster.cli", "NoRepositoryError"): 2,
-    ("cluster.actors.actor_pool", "PlacementError"): 2,
-    ("cluster.clients.gpu", "GpuError"): 2,
-    ("cluster.actors.ray_session", "ClusterError"): 2,
-    ("cluster.records.run_folder", "RunFolderError"): 2,
-    ("cluster.records.shared_storage", "StorageError"): 2,
-    ("cluster.records.tracking_store", "TrackingError"): 2,
-    ("cluster.workload.datasets", "DataError"): 2,
-    ("cluster.workload.models", "ModelError"): 2,
-    ("cluster.workload.partition", "PartitionError"): 2,
-    ("builtins", "PermissionError"): 2,
-    ("cluster.exchange", "ClientError"): 1,
-    ("cluster.driver", "DivergedError"): 1,
-    ("cluster.driver", "ReplayError"): 1,
-}
 
-
-class NoRepositoryError(RuntimeError):
+class NoRepositoryError(UserError):
     """A command needs files of the repository that an installed wheel does not have."""
 
 
@@ -353,11 +330,9 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _status(error: BaseException) -> int | None:
     """Exit code of an expected error; None for any other."""
     root = _root(error)
-    for (module, name), status in _EXPECTED.items():
-        # What has not been imported has not been raised.
-        if module in sys.modules and isinstance(root, getattr(sys.modules[module], name)):
-            return status
-    return None
+    if isinstance(root, UserError):
+        return root.status
+    return 2 if isinstance(root, PermissionError) else None
 
 
 def _root(error: BaseException) -> BaseException:

@@ -32,6 +32,7 @@ from cluster.records.checkpoint import (
     write_atomically,
 )
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.references import UserError
 from cluster.simulation.schedule import Snapshot, make_schedule
 from cluster.simulation.shift import shift_metrics
 from cluster.transport.holders import Holders
@@ -45,12 +46,16 @@ _CHUNK_ROWS = 256
 Line = dict[str, Any]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """Every update was refused in several rounds in a row; the model is as it was before them."""
 
+    status = 1
 
-class ReplayError(RuntimeError):
+
+class ReplayError(UserError):
     """A round computed again differs from its stored line."""
+
+    status = 1
 
 
 class Driver:

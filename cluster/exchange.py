@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.configuration.config import Config
+from cluster.references import UserError
 from cluster.simulation.clock import Device
 from cluster.workload.holdings import Partition
 
@@ -124,5 +125,7 @@ class EvaluationChunk:
     seconds: float = 0.0  # that the evaluation took
 
 
-class ClientError(RuntimeError):
+class ClientError(UserError):
     """A client's code raised; the message carries client, round, stage and the original traceback."""
+
+    status = 1

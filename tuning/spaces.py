@@ -6,7 +6,6 @@ in MLflow alike.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from algorithms import Hyperparameter, hyperparameters
 from cluster.configuration.choices import ChoiceError, checked
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, merge, nested
+from cluster.references import did_you_mean
 
 #: Share of a range next to its end that counts as being on its boundary.
 _EDGE = 0.01
@@ -93,8 +93,8 @@ def own_space(
     for field in searches:
         if field not in declared:
             raise ConfigError(
-                f"{where}.search.{field}: no such field; {_nearest(field, declared)}"
-                f"its fields: {', '.join(declared) or 'none'}"
+                f"{where}.search.{field}: no such field; its fields: {', '.join(declared) or 'none'}"
+                + did_you_mean(field, declared)
             )
     values = vars(config.build_algorithm())
     space: Space = {}
@@ -130,8 +130,8 @@ def shared_space(shared: Mapping[str, Any], config: Config) -> Space:
         where = f"study.shared.{key}"
         if key not in tunable:
             raise ConfigError(
-                f"{where}: not a key that can be tuned for all methods; {_nearest(key, tunable)}"
-                f"known here: {', '.join(tunable)}"
+                f"{where}: not a key that can be tuned for all methods; known here: {', '.join(tunable)}"
+                + did_you_mean(key, tunable)
             )
         value = flat[key]
         distribution = _parse(where, asked, type(value).__name__)
@@ -214,8 +214,3 @@ def _ends(distribution: BaseDistribution) -> Sequence[Any]:
         return distribution.choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     return (distribution.low, distribution.high)
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}? " if near else ""

@@ -17,6 +17,7 @@ from cluster.clients.client import ClientHost
 from cluster.clients.local_training import Broadcast
 from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
 from cluster.federation import prepare_arguments
+from cluster.references import UserError
 from cluster.workload.datasets import prepare
 
 #: Seconds between two questions whether a dead actor is back.
@@ -25,7 +26,7 @@ PROBE_EVERY_S = 0.5
 MakeHost = Callable[[Workload, float], ClientHost]
 
 
-class PlacementError(RuntimeError):
+class PlacementError(UserError):
     """The cluster has no room for the actors that were asked for."""
 
 

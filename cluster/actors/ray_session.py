@@ -18,11 +18,12 @@ from cluster.actors.ray_engine import RayEngine
 from cluster.clients.client import ClientHost
 from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
+from cluster.references import UserError
 from cluster.simulation.devices import Devices
 from cluster.workload.datasets import prepare
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError):
     """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
 
 

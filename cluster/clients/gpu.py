@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from cluster.references import UserError
+
 #: What CUDA itself takes of a GPU for each process, beside what torch counts; between 0.3 and 0.6 GiB.
 CONTEXT_BYTES = 600 * 2**20
 
@@ -19,7 +21,7 @@ GPU_MEMORY_CURE = "raise gpus_per_actor (or devices.tiers.*.gpus), or lower loca
 _GIB = 2**30
 
 
-class GpuError(RuntimeError):
+class GpuError(UserError):
     """A GPU that was asked for is missing or too small; the message says what to set."""
 
 

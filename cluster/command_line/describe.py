@@ -21,11 +21,12 @@ from cluster import seeding
 from cluster.clients.client import wire_shape
 from cluster.clients.transfers import to_input
 from cluster.command_line.progress import local_actors, place, shown
-from cluster.configuration.choices import load_attribute
+from cluster.configuration.choices import ChoiceError
 from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations
 from cluster.records.outputs import benchmark_name
+from cluster.references import load_reference
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
@@ -47,7 +48,7 @@ def method_named(name: str) -> type[Algorithm] | None:
         return registry()[name]
     if ":" not in name or Path(name).exists():
         return None
-    found = load_attribute("describe", name)
+    found = load_reference("describe", name, ChoiceError)
     return found if inspect.isclass(found) and issubclass(found, Algorithm) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from cluster.configuration.config import flatten, validate
 from cluster.configuration.trees import ConfigError
 from cluster.records.run_folder import RunFolder
 from cluster.records.tracking_store import check, connect, first_line
+from cluster.references import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
@@ -53,7 +53,7 @@ ABSENT = frozenset({"", "None", "-"})
 _READERS = 8
 
 
-class ComparisonError(ValueError):
+class ComparisonError(UserError):
     """There is nothing to compare, or the source is not what it is called; the message says what to do."""
 
 
@@ -236,10 +236,9 @@ def _search(client: MlflowClient, uri: str, name: str, rule: str) -> list[Stored
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = [each.name for each in client.search_experiments()]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
         raise ComparisonError(
-            f"{name}: neither a folder nor an experiment in {uri}; {hint}Known there: {', '.join(known)}"
+            f"{name}: neither a folder nor an experiment in {uri}; known there: {', '.join(known)}"
+            + did_you_mean(name, known)
         )
     runs: list[StoredRun] = []
     token = None

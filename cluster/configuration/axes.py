@@ -16,15 +16,14 @@ a sparsity.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from algorithms import hyperparameters, registry
-from cluster.configuration.choices import ChoiceError, load_attribute
 from cluster.configuration.trees import ConfigError, apply_overrides, merge, nested, parse_override
+from cluster.references import did_you_mean, load_reference, nearest
 
 Tree = dict[str, Any]
 
@@ -76,8 +75,8 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
             raise ConfigError(f"{source}: grid: two runs are named {name}")
     known = {field for method in registry() for field in _hyperparameters(method)}
     for axis in unknown - {f"algorithm.{field}" for field in known}:
-        near = difflib.get_close_matches(axis.removeprefix("algorithm."), known, n=1, cutoff=0.5)
-        hint = f"; did you mean algorithm.{near[0]}?" if near else ""
+        near = nearest(axis.removeprefix("algorithm."), known)
+        hint = f"; did you mean algorithm.{near}?" if near else ""
         raise ConfigError(f"{source}: grid.{axis}: no method has this hyperparameter{hint}")
     return found
 
@@ -117,9 +116,8 @@ def _narrowed(source: object, axis: str, values: Any, wanted: Any) -> Any:
     if isinstance(values, Mapping):
         for label in wanted:
             if label not in values:
-                near = difflib.get_close_matches(str(label), values, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise ConfigError(f"{source}: {axis}={label}: {hint}It has {', '.join(values)}")
+                hint = did_you_mean(label, values)
+                raise ConfigError(f"{source}: {axis}={label}: it has {', '.join(values)}{hint}")
         return {label: values[label] for label in wanted}
     sections = {_short(axis, value): value for value in values if isinstance(value, Mapping)}
     return [sections.get(value, value) if isinstance(value, str) else value for value in wanted]
@@ -137,10 +135,8 @@ def _is_hyperparameter(axis: str) -> bool:
 
 
 def _hyperparameters(method: str) -> set[str]:
-    try:
-        known = load_attribute("algorithm.name", method) if ":" in method else registry().get(method)
-    except ChoiceError as error:
-        raise ConfigError(str(error)) from error
+    own = ":" in method
+    known = load_reference("algorithm.name", method, ConfigError) if own else registry().get(method)
     # An unknown name is refused, with its neighbours, when the point is validated.
     return set() if known is None else {parameter.name for parameter in hyperparameters(known)}
 

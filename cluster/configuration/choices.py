@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import sys
 from collections.abc import Mapping
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from algorithms import Hyperparameter, hyperparameters
+from cluster.references import UserError, did_you_mean, load_reference
 
 
-class ChoiceError(ValueError):
+class ChoiceError(UserError):
     """An unknown name or field, or a value outside its declaration; says what is allowed."""
-
-
-def load_attribute(where: str, name: str) -> Any:
-    """Import what ``module:attribute`` names; the working directory is searched too.
-
-    Raises:
-        ChoiceError: The module or attribute does not exist.
-    """
-    module_name, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ChoiceError(f"{where}: cannot import {module_name!r} of {name!r}: {error}") from error
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
-        raise ChoiceError(f"{where}: {module_name!r} has no attribute {attribute!r}{hint}")
-    return getattr(module, attribute)
 
 
 def build_choice(section: str, name: str, options: Mapping[str, Any], known: Mapping[str, type]) -> Any:
@@ -49,13 +26,13 @@ def build_choice(section: str, name: str, options: Mapping[str, Any], known: Map
         ChoiceError: One line for each unknown name or field, wrong type and value out of range.
     """
     if ":" in name:
-        chosen = load_attribute(f"{section}.name", name)
+        chosen = load_reference(f"{section}.name", name, ChoiceError)
     elif name in known:
         chosen = known[name]
     else:
         raise ChoiceError(
-            f"{section}.name: {name!r} is unknown; {_nearest(name, known)}"
-            f"one of {', '.join(known)}, or module:attribute of your own"
+            f"{section}.name: {name!r} is unknown; allowed are {', '.join(known)}, "
+            f"or module:attribute of your own{did_you_mean(name, known)}"
         )
     declared = {parameter.name: parameter for parameter in hyperparameters(chosen)}
     problems, values = [], {}
@@ -63,7 +40,8 @@ def build_choice(section: str, name: str, options: Mapping[str, Any], known: Map
         if key not in declared:
             fields = ", ".join(declared) or "none"
             problems.append(
-                f"{section}.{key}: {name} has no such field; {_nearest(key, declared)}its fields: {fields}"
+                f"{section}.{key}: {name} has no such field; its fields: {fields}"
+                + did_you_mean(key, declared)
             )
             continue
         try:
@@ -94,17 +72,12 @@ def checked(parameter: Hyperparameter, value: Any) -> Any:
     if type(value).__name__ != parameter.kind:
         raise ChoiceError(f"expected {parameter.kind}, found {value!r}")
     if parameter.choices is not None and value not in parameter.choices:
-        near = _nearest(str(value), [str(choice) for choice in parameter.choices])
         raise ChoiceError(
-            f"{value!r} is none of {', '.join(map(str, parameter.choices))}; {near}".rstrip("; ")
+            f"{value!r} is none of {', '.join(map(str, parameter.choices))}"
+            + did_you_mean(value, parameter.choices)
         )
     low, high = parameter.low, parameter.high
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise ChoiceError(f"{value!r} is out of range; allowed: {allowed}")
     return value
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}? " if near else ""

@@ -6,7 +6,6 @@ environment variable changes a result. Every mistake is one line: the key, what 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -38,6 +37,7 @@ from cluster.configuration.sections import (
     WireSection,
 )
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
+from cluster.references import did_you_mean, nearest
 from cluster.simulation.samplers import Sampler, build_sampler
 
 #: Sections whose ``name`` decides what their other keys mean.
@@ -331,16 +331,15 @@ def in_plain_words(error: ValidationError, root: type[Section] = Config, above: 
                 section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
             prefix = where.rpartition(".")[0]
             known = list(section.model_fields)
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}? " if near else ""
-            lines.append(f"{where}: unknown key; {hint}Known here: {', '.join(known)}")
+            near = nearest(problem["loc"][-1], known)
+            hint = f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else ""
+            lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
         elif problem["type"] == "model_type":
             named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
             lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
         elif problem["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-            near = difflib.get_close_matches(str(problem["input"]), allowed, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(problem["input"], allowed)
             lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
         elif problem["type"] == "value_error":
             found = f"{where}: found {problem['input']!r}; " if where else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -12,10 +11,10 @@ from typing import Any
 import yaml
 
 from algorithms import hyperparameters, registry
-from cluster.configuration.choices import ChoiceError, load_attribute
+from cluster.references import UserError, did_you_mean, load_reference
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot run; the message names each key, what was found and what is allowed."""
 
 
@@ -78,9 +77,9 @@ def find(source: str | Path) -> Path:
     known = presets()
     if str(source) in known:
         return known[str(source)]
-    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{source}: neither a file nor a preset.{hint} Presets: {', '.join(known)}")
+    raise ConfigError(
+        f"{source}: neither a file nor a preset; presets: {', '.join(known)}{did_you_mean(source, known)}"
+    )
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +124,8 @@ def _number(value: Any) -> Any:
 def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
     if section == "algorithm":
         # Methods are compared at one sparsity; a dense one has no such field.
-        try:
-            method = load_attribute("algorithm.name", name) if ":" in name else registry().get(name)
-        except ChoiceError as error:
-            raise ConfigError(str(error)) from error
+        own = ":" in name
+        method = load_reference("algorithm.name", name, ConfigError) if own else registry().get(name)
         takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
         return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
     if section in ("model", "server", "sampler", "schedule"):

@@ -17,11 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from algorithms import ServerState
+from cluster.references import UserError
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or of another run; the message says what to do."""
 
 

@@ -18,12 +18,13 @@ from filelock import FileLock, Timeout
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import load_tree
 from cluster.records.checkpoint import write_atomically
+from cluster.references import UserError
 
 #: Keys of a round's line that depend on the machine: a round computed again may differ in them alone.
 _MACHINE_KEYS = ("time/", "timestamp")
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """The folder is no run, or is taken; the message says what to do."""
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from cluster.records.checkpoint import list_rounds
 from cluster.records.run_folder import RunFolder
+from cluster.references import UserError
 
 #: Small files that are written anew with every checkpoint, lines before the checkpoint that covers them.
 _SMALL = ("config.yaml", "tracking.json", "rounds.jsonl")
@@ -25,7 +26,7 @@ _FINAL = ("result.json", "model.safetensors")
 _logger = logging.getLogger("sparsyfed.shared_storage")
 
 
-class StorageError(ValueError):
+class StorageError(UserError):
     """Shared storage cannot be used, or holds no such run; the message says what to do."""
 
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from cluster.references import UserError
+
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
@@ -38,7 +40,7 @@ QUIET_DEFAULTS = {
 _TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 
-class TrackingError(ValueError):
+class TrackingError(UserError):
     """A tracking store or a run's tracking file that cannot be used; says which and what to do."""
 
 

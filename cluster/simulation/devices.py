@@ -18,12 +18,13 @@ import numpy as np
 from cluster import seeding
 from cluster.configuration.config import Config
 from cluster.configuration.sections import AvailabilitySection, TierSection
+from cluster.references import UserError
 from cluster.simulation.clock import Device
 
 _HOUR = 3600.0
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """Devices that cannot take part; the message names the tier or file, what was found and the fix."""
 
 

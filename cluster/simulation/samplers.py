@@ -11,7 +11,6 @@ own is what ``sampler.name=module:factory`` returns when it is called with the s
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.configuration.choices import ChoiceError, load_attribute
+from cluster.configuration.choices import ChoiceError
+from cluster.references import UserError, did_you_mean, load_reference
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Candidates:
 Sampler = Callable[[np.random.Generator, int, Candidates], np.ndarray]
 
 
-class SamplerError(ValueError):
+class SamplerError(UserError):
     """A sampler returned what is no cohort; the message says what."""
 
 
@@ -90,7 +90,7 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
         ChoiceError: There is no such sampler, or it takes no such options.
     """
     if ":" in name:
-        factory = load_attribute("sampler.name", name)
+        factory = load_reference("sampler.name", name, ChoiceError)
         try:
             inspect.signature(factory).bind(**options)
             made: Sampler = factory(**options)
@@ -98,11 +98,9 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
         except TypeError as error:
             raise ChoiceError(f"sampler: {name}: {error}") from error
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
         raise ChoiceError(
-            f"sampler.name: {name!r} is unknown; {hint}one of {', '.join(SAMPLERS)}, "
-            "or module:factory of your own"
+            f"sampler.name: {name!r} is unknown; allowed are {', '.join(SAMPLERS)}, "
+            f"or module:factory of your own{did_you_mean(name, SAMPLERS)}"
         )
     if options:
         raise ChoiceError(f"sampler.{next(iter(options))}: {name} has no such field; its fields: none")

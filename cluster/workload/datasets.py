@@ -10,7 +10,6 @@ calls, and it imports no decoder.
 """
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +26,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from cluster.references import UserError, did_you_mean, load_reference
+
 FORMAT_VERSION = 1  # part of every fingerprint: raise it when the arrays written below change
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """An unusable data set; the message names the key or file, what was found and what is allowed."""
 
 
@@ -259,43 +260,13 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def load_reference(reference: str, key: str, error: type[ValueError]) -> Any:
-    """Import what `module:attribute` names, for a user's own data set or model.
-
-    Args:
-        reference: The dotted module, a colon, and the attribute.
-        key: Configuration key, for the message.
-        error: Class to raise when the module or the attribute is missing. A failure inside the user's module
-            keeps its own traceback.
-    """
-    module_name, _, attribute = reference.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
-            raise
-        raise error(
-            f"{key} = {reference!r}: there is no module {missing.name!r} on the Python path"
-        ) from missing
-    if not hasattr(module, attribute):
-        nearest = did_you_mean(attribute, [name for name in vars(module) if not name.startswith("_")])
-        raise error(f"{key} = {reference!r}: module {module_name!r} has no {attribute!r}{nearest}")
-    return getattr(module, attribute)
-
-
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """A hint to append to a message, empty when nothing resembles the word."""
-    close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _source_digest(reference: str) -> str:
     """Hash of a user module's source, which unlike its modification time is the same on every node."""
     specification = None
     with contextlib.suppress(ModuleNotFoundError, ValueError):
         specification = importlib.util.find_spec(reference.partition(":")[0])
     if specification is None or specification.origin is None or not Path(specification.origin).is_file():
-        load_reference(reference, "data.name", DataError)  # says what is missing
+        load_reference("data.name", reference, DataError)  # says what is missing
         return ""  # a module without a file is identified by its name
     return hashlib.sha256(Path(specification.origin).read_bytes()).hexdigest()
 

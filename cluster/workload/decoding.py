@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster.references import did_you_mean, load_reference
 from cluster.workload import audio
-from cluster.workload.datasets import DataError, did_you_mean, hold_out, load_reference
+from cluster.workload.datasets import DataError, hold_out
 from cluster.workload.tables import (
     Table,
     choose_column,
@@ -47,7 +48,7 @@ def decode_digits(folder: Path) -> dict[str, Any]:
 
 def decode_user(folder: Path, reference: str) -> dict[str, Any]:
     """What a user's function `module:attribute` returns."""
-    return _write_arrays(folder, load_reference(reference, "data.name", DataError)(), reference)
+    return _write_arrays(folder, load_reference("data.name", reference, DataError)(), reference)
 
 
 def _write_arrays(folder: Path, arrays: Any, name: str) -> dict[str, Any]:

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cluster.workload.datasets import did_you_mean, load_reference
+from cluster.references import UserError, did_you_mean, load_reference
 
 # Standard deviation of a standard normal cut at two sigma: dividing by it restores the variance asked for.
 TRUNCATED_NORMAL_DEVIATION = 0.87962566103423978
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """An impossible model; the message names the model or option, what was found and what is allowed."""
 
 
@@ -50,7 +50,7 @@ def build(
             f"model.name = {name!r} is unknown; allowed are {', '.join(sorted(MODELS))} or your own "
             f"'module:attribute'{did_you_mean(name, MODELS)}"
         )
-    builder = load_reference(name, "model.name", ModelError) if own else MODELS[name]
+    builder = load_reference("model.name", name, ModelError) if own else MODELS[name]
     parameters = inspect.signature(builder).parameters
     allowed = [key for key in parameters if key not in ("input_shape", "classes")]
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.workload.datasets import did_you_mean
+from cluster.references import UserError, did_you_mean
 from cluster.workload.holdings import ListedPartition, Partition, SampledPartition
 
 PARTITIONS = ("lda", "iid", "dirichlet", "shards", "natural", "sampled")
@@ -23,7 +23,7 @@ RENORMALISATION = 1e-5  # added by the authors' code to every class still in sto
 CLIENTS_DRAWN = 1000
 
 
-class PartitionError(ValueError):
+class PartitionError(UserError):
     """A partition that cannot be drawn; the message names the key, what was found and what is allowed."""
 
 

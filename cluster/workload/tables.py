@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.workload.datasets import DataError, did_you_mean
+from cluster.references import did_you_mean
+from cluster.workload.datasets import DataError
 
 
 @dataclass(frozen=True)

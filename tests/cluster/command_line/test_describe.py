@@ -69,7 +69,7 @@ def test_a_method_of_ones_own_and_names_that_are_none(
     assert "0.001 to 1, log" in text
     assert method_named("quickstart") is None
     assert main(["describe", "own_method:Owm"]) == 2
-    assert "has no attribute 'Owm'; did you mean own_method:Own?" in capsys.readouterr().err
+    assert "has no 'Owm'; did you mean Own?" in capsys.readouterr().err
     assert main(["describe", "spasyfed"]) == 2
 
 

@@ -129,7 +129,7 @@ def refused(tmp_path, message, **options):
 
 def test_bad_input_names_itself(tmp_path):
     speech_commands(tmp_path / "set", train=3, test=3)
-    refused(tmp_path, "exclude_classes: 'silence' is no class.*mean '_silence_'", exclude_classes=["silence"])
+    refused(tmp_path, "exclude_classes: 'silence' is no class.*mean _silence_", exclude_classes=["silence"])
     refused(tmp_path, "exclude_classes leaves no row", exclude_classes=list(WORDS))
     refused(tmp_path, "no value in row 3", group_column="speaker_id")  # nobody speaks in the silence
     refused(tmp_path, "data.data_dir = 'v2' has no meaning with data.path", data_dir="v2")

@@ -250,9 +250,9 @@ def refused(tmp_path, match, **options):
 def test_wrong_columns_name_the_nearest(tmp_path):
     write_dataset(tmp_path / "set", extra=None)
     refused(
-        tmp_path, "data.label_column = 'lable'.*'image', 'label'.*did you mean 'label'", label_column="lable"
+        tmp_path, "data.label_column = 'lable'.*'image', 'label'.*did you mean label", label_column="lable"
     )
-    refused(tmp_path, "data.image_column = 'imag'.*did you mean 'image'", image_column="imag")
+    refused(tmp_path, "data.image_column = 'imag'.*did you mean image", image_column="imag")
     refused(tmp_path, "data.group_column = 'speaker' is no column", group_column="speaker")
     refused(tmp_path, "image 0 in column 'label'.*holds a value of type int", image_column="label")
 
@@ -312,7 +312,7 @@ def test_options_without_meaning_are_refused(tmp_path):
     refused(tmp_path, "data.label_column = 'x' has no meaning", name="digits", path=None, label_column="x")
     refused(tmp_path, "'digits' has no meaning with data.path", name="digits")
     refused(tmp_path, "data.revision = 'main' has no meaning with data.path", revision="main")
-    refused(tmp_path, "'digit' is no data set.*did you mean 'digits'", name="digit", path=None)
+    refused(tmp_path, "'digit' is no data set.*did you mean digits", name="digit", path=None)
 
 
 def test_a_damaged_folder_says_so(tmp_path):

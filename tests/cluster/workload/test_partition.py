@@ -231,7 +231,7 @@ def test_hold_out_stays_out():
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("ldaa", {}, "'ldaa' is unknown; allowed are lda, iid.*did you mean 'lda'"),
+        ("ldaa", {}, "'ldaa' is unknown; allowed are lda, iid.*did you mean lda"),
         ("lda", {"clients": 11}, "clients = 11 but only 10 training samples.*'sampled' draws with"),
         ("iid", {"clients": 0}, "clients = 0; at least 1"),
         ("iid", {"clients": 4, "available": np.arange(3)}, "only 3 training samples"),

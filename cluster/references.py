@@ -1,0 +1,96 @@
+"""The ground that all rooms stand on: errors that a user can put right, and names of a user's own code.
+
+``module:attribute`` names a method, model, data set, sampler ... of one's own. This file imports nothing of
+the project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+#: The project's own packages; a module of one's own cannot have their names.
+_TAKEN = ("algorithms", "cluster", "tuning")
+
+
+class UserError(ValueError):
+    """An error whose message says everything: shown as one line, without a traceback.
+
+    Attributes:
+        status: Exit status of a command that ends with it: 2 for a mistake that the user can put right, 1
+            where the run itself failed.
+    """
+
+    status: ClassVar[int] = 2
+
+
+def nearest(word: object, known: Iterable[object]) -> str | None:
+    """The known spelling that resembles ``word`` most; None where nothing does."""
+    close = difflib.get_close_matches(str(word), [str(each) for each in known], n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """A hint to end a message with; empty where nothing known resembles ``word``."""
+    close = nearest(word, known)
+    return f"; did you mean {close}?" if close else ""
+
+
+def load_reference(key: str, reference: str, error: type[UserError]) -> Any:
+    """Import what ``module:attribute`` names; the working directory is searched last.
+
+    Args:
+        key: Configuration key, for the message.
+        reference: The dotted module, a colon, and the attribute.
+        error: Class to raise when the module or the attribute is missing. A failure inside the user's module
+            keeps its own traceback.
+    """
+    module_name, _, attribute = reference.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # Last, so that a file named like a library does not hide it.
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
+            raise
+        raise error(
+            f"{key} = {reference!r}: there is no module {missing.name!r} in {here} or on the Python path"
+            + _clash(module_name)
+        ) from missing
+    except (ValueError, TypeError) as wrong:
+        # An empty or relative name; what the module itself raises comes with frames of its own.
+        if wrong.__traceback__ is not None and _raised_by_the_module(wrong):
+            raise
+        raise error(f"{key} = {reference!r}: expected module:attribute, such as my_module:thing") from None
+    if not attribute or not hasattr(module, attribute):
+        names = [name for name in vars(module) if not name.startswith("_")]
+        raise error(
+            f"{key} = {reference!r}: module {module_name!r} has no {attribute!r}"
+            + did_you_mean(attribute, names)
+            + _clash(module_name)
+        )
+    return getattr(module, attribute)
+
+
+def _clash(module_name: str) -> str:
+    """What to do about a module of one's own with the name of one of the project's packages."""
+    package = module_name.partition(".")[0]
+    if package not in _TAKEN:
+        return ""
+    own = any((Path.cwd() / each).exists() for each in (package, f"{package}.py"))
+    return f"; {package} is a package of sparsyfed itself: rename your own" if own else ""
+
+
+def _raised_by_the_module(error: BaseException) -> bool:
+    """Whether the innermost frame is neither this file's nor the import machinery's."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    source = step.tb_frame.f_code.co_filename if step is not None else ""
+    return source not in (__file__, importlib.__file__) and not source.startswith("<frozen importlib")

@@ -1,9 +1,9 @@
 """Accuracy by round that the authors of SparsyFed logged, to be drawn beside curves of our own.
 
 Their CIFAR-10 experiment: ResNet-18, LDA 1, 95 % sparsity, 700 rounds, one run of each method (seed 1337). A
-round's accuracy is that of the global model on the test shards of 10 sampled clients, so single rounds scatter
-by a point or two; each figure here is the mean of the 13 rounds around the one named (of the last 11 at 695;
-round 0 is as logged). Our own figures are of the whole test set: compare levels, not the scatter.
+round's accuracy is that of the global model on the test shards of 10 sampled clients, so single rounds
+scatter by a point or two; each figure here is the mean of the 13 rounds around the one named (of the last 11
+at 695; round 0 is as logged). Our own figures are of the whole test set: compare levels, not the scatter.
 """
 
 from __future__ import annotations

@@ -1,0 +1,259 @@
+"""Rows of finished runs as CSV, and the tables of docs/results.md drawn from them.
+
+    python -m tests.benchmarks.results docs/results/laptop.csv                 # its tables, as Markdown
+    python -m tests.benchmarks.results --collect runs/paper-laptop --rounds 10 20 --preset paper-laptop
+    python -m tests.benchmarks.results --collect runs/mine --label "topk, lr 0.1"
+
+A row is one run after one round. Megabytes and FLOPs are sums up to it, over all clients; ``client_cut``
+(weights that a client received or trained and its final cut took) and ``regrowth`` (weights that are 0 in one
+global model and not in the next) are means from round 2 on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.compare.reading import find_folders
+from cluster.records.run_folder import RunFolder
+from cluster.statistics import mean_interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run after one round; None where it was not measured.
+
+    Attributes:
+        preset: The experiment that the run is of.
+        method: Its method, with what sets it apart from the preset's.
+        seed: Its seed.
+        width: Width of a ResNet; None for other models.
+        round: After which round.
+        accuracy: Central test accuracy, percent.
+        sparsity: Of the global model's prunable weights, percent.
+        mb_up: Megabytes that clients sent.
+        mb_down: Megabytes that they were sent.
+        gflop_dense: Training GFLOPs as if all were dense.
+        gflop_sparse: Ideal sparse training GFLOPs.
+        client_cut: Weights a client and round.
+        regrowth: Weights a round.
+        config: Hash of the run's configuration.
+        code: Hash of the code that computed it.
+    """
+
+    preset: str
+    method: str
+    seed: int
+    width: int | None
+    round: int
+    accuracy: float | None
+    sparsity: float
+    mb_up: float
+    mb_down: float
+    gflop_dense: float
+    gflop_sparse: float
+    client_cut: float | None
+    regrowth: float | None
+    config: str
+    code: str
+
+
+NAMES = tuple(field.name for field in fields(Row))
+_WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
+
+#: Column of the printed table -> which figure, and how it is written.
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "accuracy %": ("accuracy", "{:.1f}".format),
+    "sparsity %": ("sparsity", "{:.1f}".format),
+    "MB up": ("mb_up", "{:,.1f}".format),
+    "MB down": ("mb_down", "{:,.1f}".format),
+    "GFLOP dense": ("gflop_dense", "{:,.0f}".format),
+    "GFLOP sparse": ("gflop_sparse", "{:,.0f}".format),
+    "client cut": ("client_cut", "{:,.0f}".format),
+    "regrowth": ("regrowth", "{:,.0f}".format),
+}
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def rows_of(
+    folders: Iterable[Path], *, rounds: Sequence[int] = (), preset: str = "", label: str | None = None
+) -> list[Row]:
+    """Rows of the finished runs among and below ``folders``.
+
+    Args:
+        folders: Run folders, or folders of them.
+        rounds: After which rounds; by default each run's last.
+        preset: What their experiment is called; by default the name of the folder above a run's.
+        label: What their method is called; by default its name.
+    """
+    rows = []
+    for path in find_folders(folders):
+        folder = RunFolder.open(path)
+        config, result, lines = folder.config(), folder.result(), folder.rounds()
+        if result is None:
+            print(f"left out: {path} is not finished", file=sys.stderr)
+            continue
+        for number in rounds or (lines[-1]["round"],):
+            until = [line for line in lines if line["round"] <= number]
+            if not until or until[-1]["round"] != number:
+                print(f"left out: {path} has no round {number}", file=sys.stderr)
+                continue
+            figures = _figures(until)
+            rows.append(
+                Row(
+                    preset=preset or path.parent.name,
+                    method=label or config.algorithm.name,
+                    seed=config.seed,
+                    width=config.model.options.get("width", 64) if config.model.name == "resnet18" else None,
+                    round=number,
+                    config=result["config_hash"],
+                    code=result["code_hash"],
+                    **figures,
+                )
+            )
+    return sorted(rows, key=lambda row: (row.preset, row.width or 0, row.round, row.method, row.seed))
+
+
+def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of a row, of a run's lines up to it."""
+    last = lines[-1]
+    accuracy = last.get("test/accuracy")
+
+    def mean(of: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+        values = [value for line in lines if line["round"] > 1 and (value := of(line)) is not None]
+        return float(np.mean(values)) if values else None
+
+    return {
+        "accuracy": None if accuracy is None else 100 * accuracy,
+        "sparsity": 100 * last["sparsity/global"],
+        "mb_up": last["comm/uplink_bytes_total"] / 1e6,
+        "mb_down": last["comm/downlink_bytes_total"] / 1e6,
+        "gflop_dense": last["flops/dense_total"] / 1e9,
+        "gflop_sparse": last["flops/sparse_total"] / 1e9,
+        "client_cut": mean(lambda line: line.get("masks/client_cut")),
+        "regrowth": mean(lambda line: line.get("masks/regrowth")),
+    }
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """The rows as they are kept; six digits of a figure."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, NAMES, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = asdict(row).items()
+        writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in cells})
+    return buffer.getvalue()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: It is no such file; the message says where it is wrong.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != NAMES:
+            raise ValueError(f"{path}: the first line has to be {','.join(NAMES)}")
+        rows = []
+        for cells in reader:
+            try:
+                rows.append(Row(**{name: _cell(name, cells[name]) for name in NAMES}))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in _WORDS:
+        return text
+    if text == "":
+        return None
+    return int(text) if name in _WHOLE else float(text)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A Markdown table for each preset, width and round, in the rows' order.
+
+    A cell is the mean over seeds; of accuracy with half of its 95 % interval, where there are several.
+    """
+    parts = []
+    for key in dict.fromkeys((row.preset, row.width, row.round) for row in rows):
+        mine = [row for row in rows if (row.preset, row.width, row.round) == key]
+        preset, width, number = key
+        seeds = sorted({row.seed for row in mine})
+        named = [f"`{preset}`", *([f"width {width}"] if width else []), f"round {number}"]
+        named.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+        shown = [c for c, (name, _) in _COLUMNS.items() if any(getattr(r, name) is not None for r in mine)]
+        lines = [f"| method | {' | '.join(shown)} |", f"|---|{'---:|' * len(shown)}"]
+        for method in dict.fromkeys(row.method for row in mine):
+            of = [row for row in mine if row.method == method]
+            cells = [_written(_COLUMNS[c][0], of, _COLUMNS[c][1]) for c in shown]
+            runs = "" if len(of) == len(seeds) else f" ({len(of)} of {len(seeds)} seeds)"
+            lines.append(f"| {method}{runs} | {' | '.join(cells)} |")
+        codes = ", ".join(dict.fromkeys(row.code for row in mine))
+        parts.append(f"{', '.join(named)}; code {codes}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _written(name: str, rows: Sequence[Row], form: Callable[[float], str]) -> str:
+    values = [value for row in rows if (value := getattr(row, name)) is not None]
+    if not values:
+        return ""
+    mean, low, _ = mean_interval(values)
+    spread = name == "accuracy" and len(values) > 1
+    return f"{form(mean)} ± {form(mean - low)}" if spread else form(mean)
+
+
+# ----------------------------------------------------------------------------------------------- command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    result = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", nargs="?", type=Path, help="print the tables of these rows")
+    source.add_argument("--collect", nargs="+", type=Path, metavar="FOLDER", help="print the rows of runs")
+    result.add_argument(
+        "--rounds", nargs="+", type=int, default=[], help="after which rounds (default: last)"
+    )
+    result.add_argument("--preset", default="", help="what the runs' experiment is called")
+    result.add_argument("--label", help="what the runs' method is called")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print tables or rows; 2 for a file that holds no rows."""
+    options = parser().parse_args(arguments)
+    if options.collect:
+        found = rows_of(options.collect, rounds=options.rounds, preset=options.preset, label=options.label)
+        print(as_csv(found), end="")
+        return 0
+    try:
+        print(tables(read(options.file)))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Every file of ray_configs is what Ray takes, and every command of its README parses."""
+"""Every file of ray_configs is what Ray takes; the commands of its README are tested in test_docs.py."""
 
 import json
 import os
@@ -14,10 +14,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
-from ray.scripts.scripts import cli as ray_command
 
-from cluster.command_line.arguments import parse
-from cluster.configuration.config import RESULT_FREE, resolve
+from cluster.configuration.config import resolve
+from tests.documented_commands import ray_takes, sparsyfed_takes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "ray_configs"
@@ -248,7 +247,7 @@ def test_slurm_starts_one_ray_with_a_token_and_runs_the_command_on_its_head(tmp_
         ray_takes(["start", *side, *options[5:]])
     assert {"--num-cpus=16", "--num-gpus=2"} <= set(options)
     assert entry == ["python", "-m", "cluster", "run", "quickstart", "model.channels=[8, 16]", "address=auto"]
-    assert sparsyfed_takes(entry[3:]).model.options["channels"] == [8, 16]
+    assert resolve(entry[4], entry[5:]).model.options["channels"] == [8, 16]
     assert run_slurm(tmp_path)[3][-2:] == ["run", "address=auto"]
 
 
@@ -302,68 +301,6 @@ def test_quoted_words_survive_any_shell():
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == words
-
-
-# --- the README
-
-
-def ray_takes(words):
-    """Parse the arguments of `ray ...` with Ray's own parser, without running anything."""
-    command = ray_command
-    while hasattr(command, "get_command"):
-        name, *words = words
-        command = command.get_command(None, name)
-        assert command is not None, f"ray has no command {name}"
-    command.make_context(command.name, list(words))
-
-
-def sparsyfed_takes(words):
-    """Parse the arguments of `sparsyfed ...`, and resolve the experiment of those that have one."""
-    arguments = parse(list(words))
-    if arguments.command in ("run", "describe"):
-        return resolve(arguments.source, arguments.overrides)
-    assert arguments.command == "resume"
-    assert {override.partition("=")[0] for override in arguments.overrides} <= RESULT_FREE
-    return arguments
-
-
-def readme_commands():
-    """Every command of the README's code blocks, without comments and variables set in front of it."""
-    for block in re.findall(r"```bash\n(.*?)```", (CONFIGS / "README.md").read_text(), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            # $(...) stays one word.
-            words = shlex.split(re.sub(r"\$\((.*?)\)", lambda m: shlex.quote(m[0]), line), comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            if words:
-                yield words
-
-
-def test_every_command_of_the_readme_parses():
-    seen = set()
-    for words in readme_commands():
-        seen.add(" ".join(words[: 2 if words[0] in ("ray", "sparsyfed") else 1]))
-        for word in words:
-            if word.startswith("ray_configs/"):
-                assert (ROOT / word).is_file(), word
-        behind = words[words.index("--") + 1 :] if "--" in words else []
-        if words[0] == "ray":
-            ray_takes(words[1:])
-        elif words[0] == "sparsyfed":
-            sparsyfed_takes(words[1:])
-        elif words[0] == "sbatch":
-            sparsyfed_takes([*words[words.index("ray_configs/slurm.sh") + 1 :], "address=auto"])
-        else:
-            assert words[0] in ("export", "docker", "kubectl"), words
-        if behind[:3] == ["python", "-m", "cluster"]:
-            sparsyfed_takes(behind[3:])
-        elif behind and behind[0].startswith("$("):
-            script, flag, *rest = shlex.split(behind[0][2:-1])[1:]
-            assert ((ROOT / script).is_file(), flag) == (True, "--quote")
-            sparsyfed_takes(rest)
-        elif behind:
-            sparsyfed_takes(behind)
-    assert {"sparsyfed run", "ray submit", "ray job", "ray up", "ray down", "kubectl", "sbatch"} <= seen
 
 
 def test_shell_scripts_have_no_syntax_errors():

@@ -1,0 +1,110 @@
+"""Every command that a page shows is one that its program takes, and every link leads somewhere."""
+
+import re
+
+import pytest
+
+from tests.benchmarks import results
+from tests.documented_commands import ROOT, commands, take
+
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        ROOT / "ray_configs/README.md",
+        *ROOT.glob("tests/**/*.md"),
+    ]
+)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_parses(page):
+    for words in commands(page):
+        try:
+            take(words)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{name_of(page)}: {' '.join(words)}: {error}") from error
+
+
+def test_the_pages_show_commands_of_every_kind():
+    seen = {tuple(words[:2]) for page in PAGES for words in commands(page)}
+    for command in (
+        "run",
+        "tune",
+        "compare",
+        "resume",
+        "describe",
+        "ui",
+        "bench",
+        "status",
+        "attach",
+        "stop",
+    ):
+        assert ("sparsyfed", command) in seen
+    assert {("ray", "submit"), ("ray", "job"), ("ray", "up"), ("ray", "down"), ("python", "-m")} <= seen
+    assert {"kubectl", "sbatch", "pip"} <= {first for first, *_ in seen}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sparsyfed run quickstart local.lrr=0.1",
+        "sparsyfed run compare-digits method=nobody",
+        "sparsyfed run --outptu x",
+        "sparsyfed describe sparsifed",
+        "sparsyfed tune study-digits study.trails=3",
+        "sparsyfed tune study-nothing",
+        "sparsyfed bench rounds",
+        "sparsyfed resume runs/mine local.lr=1",
+        "python -m tests.benchmarks.growth --quik",
+        "python -m tests.benchmarks.absent",
+        "python -m cluster run rounds=none",
+        "ray job submitt",
+        "ray up ray_configs/absent.yaml",
+        "conda install sparsyfed",
+    ],
+)
+def test_a_wrong_command_is_found(line, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"Text.\n\n```bash\n{line}   # a comment\n```\n")
+    (words,) = commands(page)
+    with pytest.raises((Exception, SystemExit)):
+        take(words)
+
+
+def test_commands_are_found_wherever_a_page_has_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "As `sparsyfed run a=1\nb=2` does, `sparsyfed-0.9-s0` and `sparsyfed 95 %` are none.\n\n"
+        "    sparsyfed describe x   # shows\n    rounds: 3\n\n"
+        "```yaml\nsparsyfed run none\n```\n\n"
+        "```bash\nA=1 sparsyfed ui \\\n    --port 1 && pytest\n```\n"
+    )
+    assert sorted(commands(page)) == sorted(
+        [
+            ["sparsyfed", "run", "a=1", "b=2"],
+            ["sparsyfed", "describe", "x"],
+            ["sparsyfed", "ui", "--port", "1"],
+            ["pytest"],
+        ]
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith(("#", "mailto:")):
+            continue
+        assert (page.parent / target.partition("#")[0]).exists(), f"{name_of(page)}: {target}"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docs/results/*.csv")), ids=name_of)
+def test_kept_rows_make_tables(file):
+    rows = results.read(file)
+    assert all(row.config and row.code for row in rows)
+    assert results.tables(rows).count("| method |") >= 1

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from cluster.grid import Grid
 
 
+#: Dependencies that only some commands need, by the name they are imported under.
+_OPTIONAL = {
+    **{name: name for name in ("ray", "mlflow", "optuna", "datasets", "matplotlib", "pandas", "scipy")},
+    "sklearn": "scikit-learn",
+}
+
+
 class NoRepositoryError(UserError):
     """A command needs files of the repository that an installed wheel does not have."""
 
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _status(error)
         if status is None:
             raise
-        _complain(_root(error))
+        _complain(_in_words(_root(error), arguments.command))
         return status
 
 
@@ -332,7 +339,20 @@ def _status(error: BaseException) -> int | None:
     root = _root(error)
     if isinstance(root, UserError):
         return root.status
-    return 2 if isinstance(root, PermissionError) else None
+    return 2 if isinstance(root, PermissionError) or _missing_package(root) else None
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package that only some commands need and that is not installed here, where that is the error."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    return _OPTIONAL.get(package) if isinstance(error, ModuleNotFoundError) else None
+
+
+def _in_words(error: BaseException, command: str) -> str:
+    package = _missing_package(error)
+    if package is None:
+        return str(error)
+    return f"{command} needs {package}, which is not installed here: pip install {package}"
 
 
 def _root(error: BaseException) -> BaseException:
@@ -342,12 +362,12 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _complain(error: BaseException) -> None:
+def _complain(message: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, markup=False)
     console.print("error:", style="bold red", end=" ")
-    console.print(str(error), soft_wrap=True)
+    console.print(message, soft_wrap=True)
 
 
 def _console() -> Console:

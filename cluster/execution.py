@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import threading
@@ -26,13 +27,23 @@ from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
 from cluster.records import tracking
 from cluster.records.introduction import final_scalars
-from cluster.records.outputs import default_folder, make_tracker, summary_of, with_tracking, write_artifacts
+from cluster.records.outputs import (
+    default_folder,
+    make_tracker,
+    missing_packages,
+    summary_of,
+    with_tracking,
+    write_artifacts,
+)
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.records.shared_storage import SharedStorage, is_uri
+from cluster.references import installed
 from cluster.workload.datasets import open_dataset, prepare
 
 if TYPE_CHECKING:
     import pandas
+
+_logger = logging.getLogger("sparsyfed.run")
 
 #: Seconds that the end of a run waits for a tracking server that is away.
 TRACKING_DEADLINE_S = 30.0
@@ -309,7 +320,15 @@ def stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading
 
 
 def _preflight(config: Config) -> Federation:
-    """Find what is wrong with data, partition, model or tracking before anything starts."""
+    """Find what is wrong with packages, tracking, data, partition or model before anything starts."""
+    if config.execution == "ray" and not installed("ray"):
+        raise ConfigError(
+            "execution: ray, and Ray is not installed here; install it (pip install 'ray[default]'), or set "
+            "execution=inline"
+        )
     if config.tracking.enabled and config.tracking.uri is not None:
         tracking.check(config.tracking.uri)
-    return Federation.of(config)
+    federation = Federation.of(config)
+    if (missing := missing_packages(config)) is not None:
+        _logger.warning(missing)
+    return federation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,14 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     """A hint to end a message with; empty where nothing known resembles ``word``."""
     close = nearest(word, known)
     return f"; did you mean {close}?" if close else ""
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported here; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def load_reference(key: str, reference: str, error: type[UserError]) -> Any:

@@ -15,6 +15,7 @@ from cluster.federation import Federation
 from cluster.records import introduction, tracking
 from cluster.records.plots import curves, population
 from cluster.records.run_folder import RunFolder
+from cluster.references import installed
 from cluster.workload.partition import picture
 
 
@@ -52,7 +53,7 @@ def summary_of(
 
 
 def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
-    """Write tables and pictures; returns every file that MLflow keeps."""
+    """Write tables and, where matplotlib is installed, pictures; returns every file that MLflow keeps."""
     lines = folder.rounds()
     names = [entry.name for entry in federation.layout.prunable]
     layers = [folder.path / f"{what}_per_layer.csv" for what in ("sparsity", "flops")]
@@ -60,6 +61,12 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         rows = [",".join(["round", *names])]
         rows += [",".join(map(str, [line["round"], *line[key]])) for line in lines]
         file.write_text("\n".join(rows) + "\n")
+    clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
+    tables = [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients]
+    return tables + (_pictures(folder, federation, lines) if installed("matplotlib") else [])
+
+
+def _pictures(folder: RunFolder, federation: Federation, lines: list[dict[str, Any]]) -> list[Path]:
     pictures = [folder.path / f"{name}.png" for name in ("partition", "curves", "devices")]
     dataset, config = federation.dataset, federation.config
     title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
@@ -70,8 +77,17 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         pictures.append(folder.path / "partition_shifted.png")
         shifted = f"{title}, from round {config.shift.round} on"
         picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
-    clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
-    return [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients, *pictures]
+    return pictures
+
+
+def missing_packages(config: Config) -> str | None:
+    """What a run leaves out because a package is not installed here, as one line; None for nothing."""
+    parts = []
+    if config.tracking.enabled and not installed("mlflow"):
+        parts.append("mlflow (the run is not tracked)")
+    if not installed("matplotlib"):
+        parts.append("matplotlib (no pictures)")
+    return f"not installed here: {', '.join(parts)}" if parts else None
 
 
 def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:
@@ -124,8 +140,8 @@ def benchmark_name(config: Config) -> str:
 
 
 def with_tracking(config: Config, root: Path) -> Config:
-    """Runs beside each other share one store, unless the configuration names another."""
-    if not config.tracking.enabled or config.tracking.uri is not None:
+    """Runs beside each other share one store, unless the configuration names another or MLflow is missing."""
+    if not config.tracking.enabled or config.tracking.uri is not None or not installed("mlflow"):
         return config
     tree = config.dump()
     tree["tracking"]["uri"] = f"sqlite:///{root / 'mlflow.db'}"

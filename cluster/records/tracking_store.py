@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from cluster.references import UserError
+from cluster.references import UserError, installed
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -52,8 +52,13 @@ def check(uri: str, timeout_s: float = 5.0) -> None:
         timeout_s: Longest wait for a server in seconds.
 
     Raises:
-        TrackingError: Names the uri, what is wrong with it and what would be right.
+        TrackingError: Names the uri, what is wrong with it and what would be right; or MLflow is missing.
     """
+    if not installed("mlflow"):
+        raise TrackingError(
+            f"tracking store {uri}: MLflow is not installed here; install it (pip install mlflow), or set "
+            "tracking.enabled=false"
+        )
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
         if parts.username or parts.password:  # they would end up in files and messages

@@ -35,7 +35,13 @@ DIGITS_SPLIT_SEED = 1337
 
 def decode_digits(folder: Path) -> dict[str, Any]:
     """scikit-learn's handwritten digits, 8x8 pixels of 0..16, in a fixed stratified split."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise DataError(
+            "data.name = 'digits' is a part of scikit-learn, which is not installed here; install it "
+            "(pip install scikit-learn), or give data.path, a folder of parquet files"
+        ) from None
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -168,7 +174,13 @@ def decode_hub(
     splits: tuple[str, str],
 ) -> dict[str, Any]:
     """A Hugging Face hub repository, downloaded into the user's own Hugging Face cache."""
-    import datasets
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(
+            f"data.name = {name!r} is loaded from the Hugging Face hub by the package datasets, which is not "
+            "installed here; install it (pip install datasets), or give data.path, a folder of parquet files"
+        ) from None
 
     at = f" at revision {revision!r}" if revision else ""
     try:

@@ -1,6 +1,6 @@
 """Rows of finished runs as CSV, and the tables of docs/results.md drawn from them.
 
-    python -m tests.benchmarks.results docs/results/laptop.csv                 # its tables, as Markdown
+    python -m tests.benchmarks.results docs/results/laptop.csv --rounds 20     # its tables, as Markdown
     python -m tests.benchmarks.results --collect runs/paper-laptop --rounds 10 20 --preset paper-laptop
     python -m tests.benchmarks.results --collect runs/mine --label "topk, lr 0.1"
 
@@ -233,7 +233,11 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("file", nargs="?", type=Path, help="print the tables of these rows")
     source.add_argument("--collect", nargs="+", type=Path, metavar="FOLDER", help="print the rows of runs")
     result.add_argument(
-        "--rounds", nargs="+", type=int, default=[], help="after which rounds (default: last)"
+        "--rounds",
+        nargs="+",
+        type=int,
+        default=[],
+        help="after which rounds; by default all rows of a file, the last round of a run",
     )
     result.add_argument("--preset", default="", help="what the runs' experiment is called")
     result.add_argument("--label", help="what the runs' method is called")
@@ -248,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(as_csv(found), end="")
         return 0
     try:
-        print(tables(read(options.file)))
+        rows = read(options.file)
+        print(tables([row for row in rows if not options.rounds or row.round in options.rounds]))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

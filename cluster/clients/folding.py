@@ -10,6 +10,7 @@ from cluster.configuration.config import Config
 from cluster.transport import wire
 
 
+@np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
 def fold_update(
     total: Total,
     broadcast: Broadcast,

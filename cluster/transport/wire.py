@@ -13,6 +13,9 @@ the kept values, and the dense rest of the flat vector. The support is written i
 The runs of a random mask are geometric, hence memoryless: the bytes of ``runs`` are independent of each other
 and so are the planes; the Huffman stage of zstandard then comes close to the mask's entropy |P| H2(d). What
 it loses near density 0.001 (one code word is over half of the bytes of ``runs``) ``planes`` wins back.
+
+Every bit of the header and the support is read: a decoder refuses padding that is not zero, a run that does
+not end, a frame of nothing or with anything behind it, and run lengths in wider planes than they need.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ _MAGIC, _VERSION = b"SpFd", 2
 # Level 1 gives fewer bytes than level 3, and faster: these data do not repeat, so a short match that a longer
 # search finds is a coincidence dearer than the Huffman codes it replaces; hence also the long minimum match.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
+# Of a frame's descriptor, its fifth byte: unused and reserved bit, checksum, dictionary id (RFC 8878).
+_FRAME_EXTRAS = 0b11111
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class _Header(NamedTuple):
     version: int
     layout: int
     value_format: int
+    reserved: int  # 0
     kept: int
     prunable: int
     size: int
@@ -77,7 +83,7 @@ class _Header(NamedTuple):
     message_bytes: int
 
 
-_HEADER = struct.Struct("<4sBBBxIIIIIIQ")
+_HEADER = struct.Struct("<4sBBBBIIIIIIQ")
 _CHECKSUM = struct.Struct("<I")  # over all other bytes of the message; it stands right behind the header
 _PAYLOAD = _HEADER.size + _CHECKSUM.size
 
@@ -139,6 +145,7 @@ def encode(
         _VERSION,
         _LAYOUTS.index(layout),
         VALUE_FORMATS.index(value_format),
+        0,
         shape.prunable if positions is None else positions.size,
         shape.prunable,
         shape.size,
@@ -150,6 +157,7 @@ def encode(
     return b"".join([header, _CHECKSUM.pack(checksum(header, *pieces)), *pieces])
 
 
+@np.errstate(invalid="ignore")  # a signalling NaN is read like any other, the fold refuses it
 def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats | None = None) -> Message:
     """Read a message; nothing is written to ``out`` before the whole message has been found valid.
 
@@ -169,7 +177,7 @@ def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats |
         out = np.empty(shape.size, np.float32)
     _check_array("out", out, np.float32, shape.size)
     header, payload = _open(data)
-    if header.shape_checksum != shape.checksum:
+    if (header.prunable, header.size, header.shape_checksum) != (shape.prunable, shape.size, shape.checksum):
         raise WireError(
             f"the message is for {header.size} floats, {header.prunable} of them prunable; this receiver has "
             f"{shape.size} and {shape.prunable}, or splits them differently into layers and buffers"
@@ -239,7 +247,7 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
     payload = view[_PAYLOAD:]
     if checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
-    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS):
+    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS) or header.reserved:
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")
     if header.support_bytes > len(payload):
         raise WireError(f"a support of {header.support_bytes} bytes in a payload of {len(payload)}")
@@ -271,10 +279,14 @@ def _write_support(support: Mask, positions: Positions, held: Mask | None) -> tu
 def _read_support(header: _Header, where: memoryview, shape: Shape, held: Mask | None) -> Positions | None:
     """Sorted distinct positions, as many as the header announces; None for all."""
     layout, kept = _LAYOUTS[header.layout], header.kept
+    if header.held_checksum and layout not in _LEANING:
+        raise WireError(f"a message of layout {layout} leans on no support, and names one")
     if layout == "dense":
         if where or kept != shape.prunable:
             raise WireError(f"a dense message keeps {kept} of {shape.prunable} positions")
         return None
+    if kept >= shape.prunable:
+        raise WireError(f"a message of layout {layout} keeps {kept} of {shape.prunable} positions")
     if layout in _LEANING:
         if held is None:
             raise WireError("the message leans on a support that this receiver does not hold")
@@ -283,7 +295,7 @@ def _read_support(header: _Header, where: memoryview, shape: Shape, held: Mask |
     if layout in ("runs", "planes"):
         # Known before anything is unpacked, so a small message cannot ask for a large allocation.
         limit = kept + shape.prunable // 255 if layout == "runs" else 4 * kept
-        content = _decompress(where, limit if kept <= shape.prunable else 0)
+        content = _decompress(where, limit)
         positions = _unescape(content) if layout == "runs" else _join_planes(content, kept)
     elif layout == "bitmap" or held is None:
         positions = np.flatnonzero(_unpack_bits(where, shape.prunable))
@@ -301,6 +313,8 @@ def _read_support(header: _Header, where: memoryview, shape: Shape, held: Mask |
 def _unpack_bits(packed: memoryview, count: int) -> Mask:
     if len(packed) != (count + 7) // 8:
         raise WireError(f"{len(packed)} bytes cannot be {count} bits")
+    if packed and packed[-1] & (255 >> ((count - 1) % 8 + 1)):
+        raise WireError(f"there are bits behind the {count} of the support")
     return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).view(np.bool_)
 
 
@@ -315,6 +329,8 @@ def _escape(runs: Positions) -> npt.NDArray[np.uint8]:
 
 
 def _unescape(content: npt.NDArray[np.uint8]) -> Positions:
+    if content.size and content[-1] == 255:
+        raise WireError("the last run of the support does not end")
     last = content != 255  # these bytes end a run, and the kept position behind it counts one more
     steps = np.add(content, last, dtype=np.intp)
     return np.cumsum(steps, out=steps)[last] - 1
@@ -325,6 +341,8 @@ def _join_planes(content: npt.NDArray[np.uint8], kept: int) -> Positions:
     if width not in (2, 4) or width * kept != content.size:
         raise WireError(f"{content.size} bytes cannot be 2 or 4 planes of {kept} run lengths")
     runs = np.ascontiguousarray(content.reshape(width, kept).T).view(f"<u{width}")[:, 0]
+    if runs.max() < (255 if width == 2 else 2**16):
+        raise WireError(f"{width} planes of run lengths, the longest of which is {runs.max()}")
     steps = runs.astype(np.intp) + 1
     return np.cumsum(steps, out=steps) - 1
 
@@ -347,8 +365,11 @@ def _decompress(frame: memoryview, limit: int) -> npt.NDArray[np.uint8]:
         return np.empty(0, np.uint8)
     try:
         size = zstandard.frame_content_size(frame)
-        if not 0 <= size <= limit:
-            raise WireError(f"the support would unpack to {size} bytes, at most {limit} are possible")
+        # A frame of 0 bytes would be taken with anything behind it; -1 is a frame that does not tell.
+        if not 0 < size <= limit:
+            raise WireError(f"the support would unpack to {size} bytes, 1 to {limit} are possible")
+        if frame[4] & _FRAME_EXTRAS:
+            raise WireError("the zstandard frame has a dictionary, a checksum or reserved bits")
         content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise WireError(f"the support is not a zstandard frame: {error}") from error

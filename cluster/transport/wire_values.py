@@ -17,6 +17,9 @@ Positions: TypeAlias = npt.NDArray[np.intp]
 
 # The place in this tuple is the code in the header: append, never reorder.
 VALUE_FORMATS: tuple[ValueFormat, ...] = get_args(ValueFormat)
+# No scale is 0 or subnormal (too coarse to divide by), and 127 times the largest is not infinite.
+_SMALLEST_SCALE = np.finfo(np.float32).tiny
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -103,10 +106,7 @@ def write_values(
     if trained.size:
         starts = (np.cumsum(counts) - counts)[filled]
         peaks[filled] = np.maximum.reduceat(np.abs(trained), starts)
-    # No scale is 0 or subnormal (too coarse to divide by), and 127 times the largest is not infinite.
-    limits = np.finfo(np.float32)
-    largest_scale = np.nextafter(limits.max / np.float32(127), np.float32(0))
-    scales = np.clip(peaks / np.float32(127), limits.tiny, largest_scale)
+    scales = np.clip(peaks / np.float32(127), _SMALLEST_SCALE, _LARGEST_SCALE)
     scales[~np.isfinite(peaks)] = np.nan
     steps = np.rint(trained / np.repeat(scales, counts))
     return [to_bytes(scales, "<f4"), to_bytes(np.nan_to_num(steps).clip(-127, 127), "i1")]
@@ -128,7 +128,11 @@ def read_values(
         return (np.frombuffer(content, "<u2", count).astype(np.uint32) << 16).view(np.float32)
     scales = np.frombuffer(content, "<f4", scale_count).astype(np.float32)
     steps = np.frombuffer(content, np.int8, count, offset=4 * scale_count)
-    return steps * np.repeat(scales, _layer_counts(positions, shape))
+    counts = _layer_counts(positions, shape)
+    possible = (scales >= _SMALLEST_SCALE) & (scales <= _LARGEST_SCALE) | np.isnan(scales)
+    if not possible.all() or (scales[counts == 0] != _SMALLEST_SCALE).any() or steps.min(initial=0) == -128:
+        raise WireError("scales or steps of int8 values that no sender writes")
+    return steps * np.repeat(scales, counts)
 
 
 def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint32]:

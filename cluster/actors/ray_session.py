@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,15 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _check_answer(address)
     try:
-        ray.init(
-            address=address,
-            namespace=f"sparsyfed-{os.getpid()}",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            **arguments,
-        )
+        with _on_loopback() if address == "local" else nullcontext():
+            ray.init(
+                address=address,
+                namespace=f"sparsyfed-{os.getpid()}",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                **arguments,
+            )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ClusterError(
             f"address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); "
@@ -152,6 +153,36 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile can be reached from this machine alone and takes no port of another Ray.
+
+    ``ray.init`` replaces a loopback address by a reachable one and gives the dashboard's agent the port that
+    `ray start` gives it, so the parameters are set where ``ray.init`` has put them together. No autoscaler
+    and no tailing of logs either: nobody asks them.
+    """
+    from ray._private import parameter
+
+    made, metrics = parameter.RayParams, os.environ.get("DASHBOARD_METRIC_PORT")
+    own = {
+        "node_ip_address": "127.0.0.1",
+        "dashboard_agent_listen_port": 0,
+        "no_monitor": True,
+        "include_log_monitor": False,
+    }
+    parameter.RayParams = lambda **parameters: made(**parameters | own)
+    os.environ["DASHBOARD_METRIC_PORT"] = (
+        "0"  # any free one; the process has no dashboard but starts all the same
+    )
+    try:
+        yield
+    finally:
+        parameter.RayParams = made
+        del os.environ["DASHBOARD_METRIC_PORT"]
+        if metrics is not None:
+            os.environ["DASHBOARD_METRIC_PORT"] = metrics
 
 
 def _check_answer(address: str, timeout_s: float = 5.0) -> None:

@@ -125,6 +125,9 @@ class Visit:
 class Client:
     """The client half of a method: hooks around plain SGD for one visit. Every default is dense."""
 
+    #: Set by ``begin`` where it cuts the weights received, so that their FLOPs are counted as cut.
+    cuts_received = False
+
     def __init__(self, method: Any, visit: Visit) -> None:
         self.method = method
         self.visit = visit
@@ -157,6 +160,15 @@ class Client:
         """
         return trained
 
+    def gradient_density(self, nonzeros: np.ndarray) -> np.ndarray:
+        """Share of each prunable layer's weight gradient that the method uses, float64[layers], for FLOPs.
+
+        Args:
+            nonzeros: Share of nonzeros of each layer: as received for the first batch, and at the end of
+                local training, before the final cut, for the others.
+        """
+        return np.ones(len(nonzeros))
+
 
 # --------------------------------------------------------------------------------------------- the method
 
@@ -167,6 +179,8 @@ class Algorithm:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    #: Where the defaults differ from what the method's authors run, a sentence each.
+    departures: ClassVar[tuple[str, ...]] = ()
     client: ClassVar[type[Client]] = Client
     #: Whether clients may differ in their target sparsity (device tiers).
     unequal_sparsity: ClassVar[bool] = False
@@ -250,6 +264,15 @@ class Algorithm:
             mask_version=int(version),
             moments=moments,
         )
+
+    def layer_measures(self, state: ServerState, layout: ParameterLayout) -> Mapping[str, list[float]]:
+        """Numbers of the method's own by name, one of each prunable layer; logged as ``<name>/layers``.
+
+        Args:
+            state: The state after the round.
+            layout: The model's layout.
+        """
+        return {}
 
     # ---- both halves
 

@@ -61,14 +61,17 @@ class FedDSTClient(MaskedClient):
 
 @dataclass(frozen=True, kw_only=True)
 class FedDST(FixedMask):
-    """Dynamic sparse training across clients; a_0 = 0 is ``fixed_mask``.
-
-    This follows the paper. The authors' code starts the annealing at a_0 squared (their .5 is .25 here),
-    readjusts in rounds 2, 12, ... and lets growth choose, and reset, positions inside the mask.
-    """
+    """Dynamic sparse training across clients; a_0 = 0 is ``fixed_mask``. This follows the paper."""
 
     name = "feddst"
     paper = "Bibikar et al., AAAI 2022, arXiv 2112.09824"
+    departures = (
+        "The annealing starts at a_0; in the authors' code at its square (their 0.5 is 0.25 here).",
+        "Rounds 15, 30, ... readjust, by readjust_interval; in the authors' code rounds 2, 12, ...",
+        "Growth picks positions outside the live mask; in the authors' code it may pick, and reset, "
+        "others too.",
+        "Plain SGD; the authors use momentum 0.9.",
+    )
     client = FedDSTClient
     asynchronous = False  # masks move
 

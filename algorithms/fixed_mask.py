@@ -21,6 +21,7 @@ from algorithms.masks import (
     density_shares,
     layer_counts,
     layer_sizes,
+    layer_wise_top_k,
     nested_mask,
     random_mask,
     target_count,
@@ -46,6 +47,7 @@ class MaskedClient(Client):
         self._outside: Tensor | None = None
         self._moving = self.moving()
         if self.mask is not None and visit.sparsity > self.method.sparsity:
+            self.cuts_received = True
             magnitudes = visit.prunable.abs()
             self.hold(nested_mask(magnitudes, self.mask, visit.keep, visit.layout.prunable))
 
@@ -79,6 +81,10 @@ class MaskedClient(Client):
             return trained
         layers = self.visit.layout.prunable
         return layer_counts(self.mask, layers) / layer_sizes(layers)
+
+    def gradient_density(self, nonzeros: np.ndarray) -> np.ndarray:
+        """The mask's density: no gradient outside it is used."""
+        return np.ones(len(nonzeros)) if self.mask is None else self.training_density(nonzeros)
 
 
 def inside(mask: Tensor, weights: Tensor) -> Tensor:
@@ -118,6 +124,11 @@ class FixedMask(Algorithm):
         choices=("uniform", "er", "erk"),
         source="section 3",
     )
+    initial_mask: str = hyperparameter(
+        "random",
+        "positions of the initial mask in each layer: `random`, or the largest initial weights (`magnitude`)",
+        choices=("random", "magnitude"),
+    )
 
     @property
     def masked(self) -> bool:
@@ -129,11 +140,14 @@ class FixedMask(Algorithm):
     def initial_state(
         self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator
     ) -> ServerState:
-        """The common initialisation under a random mask of exactly K = round((1 - s) |P|) positions."""
+        """The common initialisation under a mask of exactly K = round((1 - s) |P|) positions."""
         layers = layout.prunable
         keep = target_count(layout.prunable_size, self.sparsity)
         counts = apportion(keep, density_shares(self.layer_density, layers), layer_sizes(layers))
-        mask = random_mask(counts, layers, rng)
+        if self.initial_mask == "random":
+            mask = random_mask(counts, layers, rng)
+        else:
+            mask = layer_wise_top_k(weights[: layout.prunable_size].abs(), counts, layers)
         return ServerState(round=0, weights=inside(mask, weights), mask=mask)
 
     def aggregate(self, state: ServerState, total: Total) -> Tensor:

@@ -18,7 +18,7 @@ from algorithms.fixed_mask import FixedMask, MaskedClient, inside, mean_of_holde
 from algorithms.hyperparameters import hyperparameter
 from algorithms.masks import (
     apportion,
-    cut_to_top_k,
+    cut_globally,
     exchangeable,
     layer_counts,
     layer_sizes,
@@ -79,19 +79,26 @@ class FlashClient(MaskedClient):
 
     def finish(self) -> Tensor | None:
         """Warm-up: the K largest |w|. Later: the masked weights."""
-        return cut_to_top_k(self.visit.prunable, self.visit.keep) if self.mask is None else self.mask
+        visit = self.visit
+        if self.mask is not None:
+            return self.mask
+        return cut_globally(visit.prunable, visit.keep, visit.layout.prunable, guard=self.method.guard_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flash(Algorithm):
     """Sensitivity first, then training inside a mask: fixed (SPDST) or renewed every few rounds (JMWST).
 
-    The mask holds exactly K weights, where the authors' codes round each layer down. A server optimizer acts
-    from round 1 on; the stage before it leaves no moments, as the model starts anew.
+    A server optimizer acts from round 1 on; the stage before it leaves no moments, as the model starts anew.
     """
 
     name = "flash"
     paper = "Babakniya et al., TMLR 2023, arXiv 2208.13092"
+    departures = (
+        "The mask holds exactly K weights; the authors' codes round each layer down.",
+        "Parameters that are 0 in the model received may move; in SparsyFed's re-implementation they stay "
+        "frozen: freeze_zero_parameters.",
+    )
     client = FlashClient
     unequal_sparsity = True
 
@@ -137,6 +144,9 @@ class Flash(Algorithm):
         False,
         "freeze what is exactly 0 in the model received, biases and norm shifts that start at 0 included",
         source="the re-implementation of arXiv 2504.05153",
+    )
+    guard_layers: bool = hyperparameter(
+        False, "a layer that the cut of the warm-up would empty keeps the top of its weights, its share of K"
     )
 
     @property

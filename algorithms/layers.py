@@ -348,8 +348,10 @@ def power(weights: Tensor, beta: float) -> Tensor:
     return weights * weights.abs().pow(beta - 1.0) if beta != 1.0 else weights.clone()
 
 
-def spectral_exponent(weight: Tensor, iterations: int = 20) -> float:
+def spectral_exponent(weight: Tensor, iterations: int = 20, mean_over: str = "entries") -> float:
     """beta = 1 + mean(|W| / sigma(|W|)), sigma the largest singular value of |W| as (out, rest) matrix.
+
+    The mean is over all ``entries`` of W or over its ``nonzeros``.
 
     SparsyFed's hyperparameter-free variant (section 3.1). |W| has no negative entry, so the power iteration
     started from ones cannot be orthogonal to the leading singular vector.
@@ -365,4 +367,9 @@ def spectral_exponent(weight: Tensor, iterations: int = 20) -> float:
         if not math.isfinite(scale) or scale == 0.0:
             break
         vector = vector / scale
-    return 1.0 + float(matrix.mean()) / norm if norm > 0 and math.isfinite(norm) else 1.0
+    if not (norm > 0 and math.isfinite(norm)):
+        return 1.0
+    mean = float(matrix.mean())
+    if mean_over == "nonzeros":
+        mean *= matrix.numel() / int(torch.count_nonzero(matrix))
+    return 1.0 + mean / norm

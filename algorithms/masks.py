@@ -7,7 +7,9 @@ here they only must not raise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ from algorithms.parameters import Entry
 def target_count(size: int, sparsity: float) -> int:
     """K = round((1 - s) |P|), the number of weights kept at sparsity ``sparsity``."""
     return round((1.0 - sparsity) * size)
+
+
+def ceiling_count(size: int, sparsity: float) -> int:
+    """ceil((1 - s) n) in exact decimals, at least 1: in floats 0.05 * 180 is 9.000000000000002."""
+    return max(1, math.ceil((1 - Fraction(repr(round(sparsity, 12)))) * size))
 
 
 def kth_largest(magnitudes: Tensor, k: int) -> float:
@@ -98,6 +105,36 @@ def cut_to_top_k(weights: Tensor, k: int) -> Tensor:
     mask = top_k_mask(torch.from_numpy(np.abs(values)), k)
     np.putmask(values, ~mask.numpy(), 0.0)
     return mask
+
+
+def cut_globally(weights: Tensor, k: int, layers: Sequence[Entry], *, guard: bool) -> Tensor:
+    """Cut all layers to their ``k`` largest |w| by one threshold, in place; cut positions become +0.0.
+
+    Args:
+        weights: float32[prunable].
+        k: Positions to keep.
+        layers: The prunable layers.
+        guard: Leave no layer empty: one that the cut would empty keeps its own top instead, its share of
+            ``k`` and at least one weight, and the other layers share what is left of ``k``.
+
+    Returns:
+        The mask that was kept, bool[prunable]: ``k`` positions, or more where ``k`` is below one a layer.
+    """
+    if not guard:
+        return cut_to_top_k(weights, k)
+    magnitudes, guarded = weights.abs(), np.zeros(len(layers), np.int64)
+    others = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+    while True:
+        mask = layer_wise_top_k(magnitudes, guarded, layers)
+        positions = torch.nonzero(others).reshape(-1)
+        mask[positions] = top_k_mask(magnitudes[positions], max(0, k - int(guarded.sum())))
+        empty = np.flatnonzero(layer_counts(mask, layers) == 0)
+        if not len(empty):
+            weights.masked_fill_(~mask, 0.0)
+            return mask
+        for index in empty.tolist():
+            guarded[index] = max(1, round(k * layers[index].size / len(weights)))
+            others[layers[index].span] = False
 
 
 def drop_below(values: Tensor, threshold: float | Tensor, out: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.algorithm import Algorithm, Client, ServerState
+from algorithms.algorithm import Algorithm, ServerState
 from algorithms.hyperparameters import hyperparameter
 from algorithms.layers import (
     ActivationPruning,
@@ -23,25 +23,26 @@ from algorithms.layers import (
     pruned_layers,
     spectral_exponent,
 )
-from algorithms.masks import cut_to_top_k
 from algorithms.parameters import Entry, ParameterLayout
+from algorithms.topk import TopKClient
 
 
-class SparsyFedClient(Client):
+class SparsyFedClient(TopKClient):
     """Trains w under theta = sign(w) |w|^beta and cuts w to the global top K."""
 
     method: SparsyFed
 
     def begin(self) -> None:
         """Fix the exponents for this visit and forget the last client's thresholds."""
+        super().begin()
         visit = self.visit
         for pruning in pruned_layers(visit.module).values():
             pruning.reset()
         self.powers: Powerpropagation | None = None
+        self.exponents = self.method.exponents(visit.weights, visit.layout)
         if self.method.reparameterised:
             prunable = visit.layout.prunable_size
-            exponents = self.method.exponents(visit.weights, visit.layout)
-            self.powers = Powerpropagation(visit.prunable, visit.model[:prunable], exponents)
+            self.powers = Powerpropagation(visit.prunable, visit.model[:prunable], self.exponents)
 
     def before_forward(self) -> None:
         """Write theta and the other parameters to where the modules read them."""
@@ -56,9 +57,9 @@ class SparsyFedClient(Client):
         if self.powers is not None:
             self.powers.chain(self.visit.prunable_gradient)
 
-    def finish(self) -> Tensor | None:
-        """Keep the K largest |w| over all prunable weights."""
-        return cut_to_top_k(self.visit.prunable, self.visit.keep)
+    def gradient_density(self, nonzeros: np.ndarray) -> np.ndarray:
+        """Share of nonzeros: the gradient at a zero is 0 where the exponent is above 1."""
+        return np.where([beta > 1.0 for _, beta in self.exponents], nonzeros, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,14 @@ class SparsyFed(Algorithm):
     name = "sparsyfed"
     paper = (
         "Guastella et al., ICLR 2025, arXiv 2504.05153; Powerpropagation: Schwarz et al., arXiv 2110.00296"
+    )
+    departures = (
+        "Every layer is re-parameterised; in the authors' ResNet-18 the 1x1 shortcuts stay plain: "
+        "plain_layers.",
+        "All layers reuse the first batch's activation threshold; in the authors' code linear layers draw "
+        "one every batch: threshold=first_batch_conv.",
+        "Activations may become sparser than 99 %; the authors' tables were made with "
+        "min_activation_density=0.01.",
     )
     client = SparsyFedClient
     unequal_sparsity = True
@@ -88,6 +97,12 @@ class SparsyFed(Algorithm):
         choices=("constant", "spectral"),
         source="section 3.1, the hyperparameter-free variant",
     )
+    spectral_mean: str = hyperparameter(
+        "entries",
+        "mean|W| of `spectral`: over all `entries` of a layer, or over its `nonzeros` (larger exponents)",
+        choices=("entries", "nonzeros"),
+        source="the authors' newest code; an earlier version of it",
+    )
     activation_pruning: bool = hyperparameter(
         True, "prune saved activations with the layer's own weight sparsity", source="section 3.2"
     )
@@ -100,7 +115,7 @@ class SparsyFed(Algorithm):
     )
     min_activation_density: float = hyperparameter(
         1e-7,
-        "lower bound of the activation density; .01 in an older version of the authors' code",
+        "lower bound of the activation density; .01 in the authors' code that made the published tables",
         low=0.0,
         high=1.0,
     )
@@ -109,6 +124,13 @@ class SparsyFed(Algorithm):
         "name patterns of layers left un-reparameterised and unpruned, so that their weights can regrow; "
         "the authors' ResNet-18 leaves its 1x1 shortcuts plain",
         source="the authors' code",
+    )
+
+    cut_received: bool = hyperparameter(
+        False, "as for topk: cut the model received to the client's own sparsity", source="the authors' code"
+    )
+    guard_layers: bool = hyperparameter(
+        False, "as for topk: leave no layer empty", source="the authors' code, where it is off"
     )
 
     @property
@@ -127,6 +149,12 @@ class SparsyFed(Algorithm):
             if beta != 1.0:
                 weights[span] = inverse_power(weights[span], beta)
         return ServerState(round=0, weights=weights)
+
+    def layer_measures(self, state: ServerState, layout: ParameterLayout) -> dict[str, list[float]]:
+        """The exponent of each layer, where they are drawn from the weights."""
+        if self.exponent == "constant":
+            return {}
+        return {"exponent": [beta for _, beta in self.exponents(state.weights, layout)]}
 
     # ---- both halves
 
@@ -160,7 +188,7 @@ class SparsyFed(Algorithm):
         if self._is_plain(entry.name.removesuffix(".weight")):
             return 1.0
         if self.exponent == "spectral":
-            return spectral_exponent(weights[entry.span].view(entry.shape))
+            return spectral_exponent(weights[entry.span].view(entry.shape), mean_over=self.spectral_mean)
         return self.beta
 
     def _is_plain(self, layer: str) -> bool:

@@ -1,22 +1,39 @@
-"""Top-K: train dense, send the K weights of largest magnitude."""
+"""Top-K: train dense, send the K weights of largest magnitude.
+
+Its cut to one global threshold is SparsyFed's too.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from algorithms.algorithm import Algorithm, Client
 from algorithms.hyperparameters import hyperparameter
-from algorithms.masks import cut_to_top_k
+from algorithms.masks import cut_globally, cut_to_top_k
 
 
 class TopKClient(Client):
     """Dense training; one global threshold cuts the trained model."""
 
+    method: Any
+
+    def begin(self) -> None:
+        """With ``cut_received``, cut the model to the client's own sparsity before it trains.
+
+        Not in round 1, whose dense model nobody has trained yet.
+        """
+        visit = self.visit
+        if self.method.cut_received and visit.instructions.round > 1:
+            self.cuts_received = True
+            cut_to_top_k(visit.prunable, visit.keep)
+
     def finish(self) -> Tensor | None:
         """Keep the K largest |w| over all prunable weights."""
-        return cut_to_top_k(self.visit.prunable, self.visit.keep)
+        visit = self.visit
+        return cut_globally(visit.prunable, visit.keep, visit.layout.prunable, guard=self.method.guard_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +47,13 @@ class TopK(Algorithm):
     asynchronous = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)
+    cut_received: bool = hyperparameter(
+        False,
+        "cut the model received to the client's own sparsity before training, from round 2 on",
+        source="the authors' code with unequal budgets",
+    )
+    guard_layers: bool = hyperparameter(
+        False,
+        "a layer that the global cut would empty keeps the top of its trained weights, its share of K",
+        source="the authors' code, where it is off",
+    )

@@ -21,7 +21,7 @@ from algorithms.layers import (
     prune_inputs,
     pruned_layers,
 )
-from algorithms.masks import cut_to_top_k, target_count, top_k_mask
+from algorithms.masks import ceiling_count, cut_to_top_k, target_count, top_k_mask
 from algorithms.parameters import Entry, ParameterLayout
 
 
@@ -42,8 +42,7 @@ class ZeroFLClient(Client):
         self.cuts = {
             entry.name: WeightPruning(
                 visit.weights[entry.span],
-                # A layer without any weight would pass nothing on.
-                max(1, target_count(entry.size, sparsity)),
+                ceiling_count(entry.size, sparsity),
                 every_batch=method.draws_every_batch(entry),
             )
             for entry in method.sparse_layers(visit.layout)
@@ -89,6 +88,15 @@ class ZeroFL(Algorithm):
 
     name = "zerofl"
     paper = "Qiu et al., ICLR 2022, arXiv 2208.02507; SWAT: Raihan and Aamodt, NeurIPS 2020"
+    departures = (
+        "mask_ratio is 0.2, one of ZeroFL's own; in SparsyFed's comparison it is 0, so that all methods' "
+        "uploads are equally dense.",
+        "A layer keeps ceil((1 - s) n) weights in exact decimals; the authors' 1 - s is a float, which "
+        "keeps one more where (1 - s) n is a whole number (0.05 * 180 becomes 10).",
+        "All layers reuse the first batch's thresholds; in SparsyFed's comparison linear layers take an "
+        "exact top-k every batch, and the 1x1 shortcuts stay plain: threshold=first_batch_conv, "
+        "plain_layers.",
+    )
     client = ZeroFLClient
     asynchronous = True
 

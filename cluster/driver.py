@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from algorithms import ParameterLayout, ServerState
+from algorithms.masks import intersection_over_union
 from cluster import seeding
 from cluster.clients.client_evaluation import ClientEvaluation
-from cluster.configuration.config import code_digest
+from cluster.configuration.config import Config, code_digest
 from cluster.engine import Engine, Outcome
 from cluster.exchange import ClientError, ClientReport, EvaluationChunk
 from cluster.federation import Federation
@@ -39,6 +42,12 @@ from cluster.transport.holders import Holders
 
 #: Rounds in a row in which every update was refused, or every client failed, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3
+
+#: Rounds between the global models whose supports are compared.
+OVERLAP_ROUNDS = 10
+
+#: Version of the rules by which rounds are computed and measured; see ``outdated``.
+RULES = 2
 
 #: Rows of one evaluation chunk.
 _CHUNK_ROWS = 256
@@ -96,6 +105,7 @@ class Driver:
         self._refused_rounds = self._failed_rounds = 0
         self._waiting: Line | None = None  # the last round's line, until its evaluation is in
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
+        self._supports: dict[int, Tensor] = {}  # packed, of the last round that is a multiple of ten
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
@@ -213,6 +223,9 @@ class Driver:
             outcome.reports,
             downlink,
         )
+        line |= self._overlap(state)
+        measures = self.method.layer_measures(state, self.layout)
+        line |= {f"{name}/layers": values for name, values in measures.items()}
         line["clients/refused_list"] = [[client, reason] for client, reason in sorted(refused.items())]
         for key in ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse"):
             self._totals[key] = self._totals.get(key, 0) + line[key]
@@ -235,6 +248,18 @@ class Driver:
         if state.round % self.config.checkpoint_every == 0:
             self.checkpoint(snapshot)
         self._spent = {"log": measured - started, "checkpoint": time.perf_counter() - measured}
+
+    def _overlap(self, state: ServerState) -> dict[str, float | None]:
+        """IoU of the global model's support with that of ten rounds before, every ten rounds from 20 on."""
+        if state.round < 1 or state.round % OVERLAP_ROUNDS:
+            return {}
+        support = state.weights[: self.layout.prunable_size].numpy() != 0
+        before = self._supports.get(state.round - OVERLAP_ROUNDS)
+        self._supports = {state.round: torch.from_numpy(np.packbits(support))}
+        if before is None:
+            return {}
+        earlier = np.unpackbits(before.numpy(), count=len(support)).astype(bool)
+        return {f"masks/overlap_{OVERLAP_ROUNDS}": intersection_over_union(earlier, support)}
 
     # ---------------------------------------------------------------------------------- its steps
 
@@ -313,10 +338,11 @@ class Driver:
             "refused_rounds": self._refused_rounds,
             "failed_rounds": self._failed_rounds,
             "waiting": self._waiting,
+            "rules": RULES,
         }
         save_checkpoint(
             self.folder.checkpoints,
-            Checkpoint(self.state, driver, self._digest, snapshot.bases),
+            Checkpoint(self.state, driver, self._digest, snapshot.bases, self._supports),
             best_round=best,
         )
         self._on_checkpoint()
@@ -341,6 +367,12 @@ class Driver:
         stored = load_checkpoint(path)
         if stored.digest.split("-")[0] != self._digest.split("-")[0]:
             raise CheckpointError(f"{path} belongs to another configuration (hash {stored.digest})")
+        for reason in outdated(self.config, int(stored.driver.get("rules", 1))):
+            raise CheckpointError(
+                f"{path} was made by an older version, {reason}: start the run anew, or finish it with "
+                "sparsyfed 0.1"
+            )
+        self._supports = dict(stored.masks)
         self._totals = dict(stored.driver["totals"])
         held = Holders.load(stored.driver["held"])
         simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
@@ -351,6 +383,20 @@ class Driver:
             self._failed_rounds = int(stored.driver.get("failed_rounds", 0))
         self._waiting = stored.driver["waiting"]
         return stored.state
+
+
+def outdated(config: Config, rules: int) -> Iterator[str]:
+    """Why a checkpoint made under older ``rules`` cannot be continued; nothing where that is no matter."""
+    if rules >= RULES:
+        return
+    local, last = config.local, config.stop_after or config.rounds
+    if local.lr_final is not None and local.lr_horizon is not None and local.lr_horizon < last:
+        yield "which held the learning rate from local.lr_horizon on"
+    if config.algorithm.name == "zerofl":
+        yield "whose zerofl rounded the weights of a layer where SWAT takes the ceiling"
+    schedule = config.schedule
+    if config.devices.flops == "sparse" and (schedule.deadline is not None or schedule.name == "buffered"):
+        yield "which counted sparse FLOPs, and so who is late, by another rule"
 
 
 def _reasons(refused: Iterable[tuple[int, str]]) -> str:

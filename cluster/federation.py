@@ -51,7 +51,7 @@ class Federation:
             DataError, PartitionError, ModelError, DeviceError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
-        kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition.seed)
+        kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition_seed)
         labels = dataset.train.labels
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
@@ -61,7 +61,7 @@ class Federation:
                     section.name,
                     labels,
                     clients=section.clients,
-                    seed=section.seed,
+                    seed=int(section.seed),
                     alpha=section.alpha,
                     shards_per_client=section.shards_per_client,
                     samples_per_client=section.samples_per_client,

@@ -2,7 +2,9 @@
 
 A multiply-add counts two. A training step costs a layer one forward, one input gradient (not for the first
 layer) and one weight gradient, each of the forward's size. Ideally sparse, forward and input gradient scale
-with the density of the weights and the weight gradient with that of the saved activations.
+with the density of the weights, and the weight gradient with that of the saved activations times the share of
+its entries that the method uses: a mask's density, as RigL, FedDST and FLASH count; SparsyFed's nonzeros, as
+the gradient at a zero is 0; 1 where zeros may regrow.
 """
 
 from __future__ import annotations
@@ -58,10 +60,16 @@ class LayerFlops:
         """Dense-equivalent FLOPs of training on ``samples`` samples."""
         return float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum())
 
-    def sparse(self, samples: int, weight_density: np.ndarray, activation_density: np.ndarray) -> np.ndarray:
+    def sparse(
+        self,
+        samples: int,
+        weight_density: np.ndarray,
+        activation_density: np.ndarray,
+        gradient_density: np.ndarray,
+    ) -> np.ndarray:
         """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
         backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
-        return samples * self.forward * (backward_and_forward + activation_density)
+        return samples * self.forward * (backward_and_forward + activation_density * gradient_density)
 
 
 def count_activations(model: nn.Module, example: Tensor) -> int:

@@ -75,6 +75,10 @@ def round_metrics(
         "masks/client_regrowth": mean([report.regrown for report in accepted]),
         "masks/client_regrowth_share": mean([report.regrown / prunable for report in accepted]),
         "masks/client_deactivation": mean([report.deactivated for report in accepted]),
+        # |(supp w_t u supp w_i) \\ supp cut(w_i)|: what the SparsyFed authors log and call regrowth.
+        "masks/client_cut": mean(
+            [report.regrown_before_cut + report.deactivated - report.regrown for report in accepted]
+        ),
         "masks/consensus": consensus(total.votes, len(accepted)) if total is not None else None,
         "masks/overlap": intersection_over_union(old, new),
         "comm/uplink_bytes": uplink,

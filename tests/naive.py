@@ -256,15 +256,16 @@ class NaiveFederation:
         return self.gradients(weights, visit.images[batch], visit.labels[batch], visit)
 
     def learning_rate(self, round_number: int) -> float:
-        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1."""
+        """lr_final after ``lr_horizon`` rounds of one constant factor each, and falling on after them."""
         local = self.config.local
         if local.lr_final is None:
             return local.lr
         horizon = local.lr_horizon or self.config.rounds
-        return math.exp(
-            math.log(local.lr)
-            + min(1.0, round_number / horizon) * (math.log(local.lr_final) - math.log(local.lr))
-        )
+        factor = math.exp((math.log(local.lr_final) - math.log(local.lr)) / horizon)
+        rate = local.lr
+        for _ in range(round_number):
+            rate *= factor
+        return rate
 
     # ---- the server's arithmetic
 

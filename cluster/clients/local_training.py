@@ -159,7 +159,7 @@ class Trainer:
         self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
         order = seeding.generator(stream[0], "batches", *stream[1:])
         self._load(broadcast)
-        received, density_received = self._received, self._density_received
+        received = self._received
         images, labels = self._data.of(rows)
         samples, batch = len(rows), settings.batch_size
         epochs = instructions.epochs or settings.epochs
@@ -194,6 +194,10 @@ class Trainer:
         if not self.module.training:
             self.module.train()
         client_half.begin()
+        # Clients of a smaller budget begin with a cut of what they received.
+        density_received = self._density_received
+        if client_half.cuts_received:
+            density_received = self._layer_density(nonzero_mask(visit.prunable))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for _ in range(epochs):
             shuffled = torch.from_numpy(order.permutation(samples)).to(self.device)
@@ -213,7 +217,10 @@ class Trainer:
         if self.method.reparameterised:
             # The upload is w, not theta; the float buffers are already in place.
             values[: layout.trained_size] = self._weights
-        density_training = client_half.training_density(self._layer_density(before_cut))
+        density_trained = self._layer_density(before_cut)
+        density_training = client_half.training_density(density_trained)
+        gradient_first = client_half.gradient_density(density_received)
+        gradient_training = client_half.gradient_density(density_trained)
         activations = np.array(
             [
                 self._pruning[entry.name].kept if entry.name in self._pruning else 1.0
@@ -231,8 +238,10 @@ class Trainer:
             regrown=count_beyond(after_cut, received),
             deactivated=count_beyond(received, after_cut),
             flops_dense=self.flops.dense(samples * epochs + extra_samples),
-            flops_sparse=self.flops.sparse(first, density_received, activations)
-            + self.flops.sparse(samples * epochs - first + extra_samples, density_training, activations),
+            flops_sparse=self.flops.sparse(first, density_received, activations, gradient_first)
+            + self.flops.sparse(samples * epochs - first, density_training, activations, gradient_training)
+            # Batches that are asked for beside the steps rank weights outside the mask: all of the gradient.
+            + self.flops.sparse(extra_samples, density_training, activations, np.ones(len(activations))),
         )
 
     def evaluate(

@@ -61,6 +61,10 @@ def describe_method(console: Console, method: type[Algorithm]) -> None:
     if method.paper:
         console.print(Text(f"paper  {method.paper}", "dim"))
     console.print(Text(f"file   {method.__module__.replace('.', '/')}.py", "dim"))
+    if method.departures:
+        console.print("\nBy default this differs from what its authors run:")
+        for departure in method.departures:
+            console.print(f"- {departure}")
     declared = hyperparameters(method)
     if not declared:
         console.print("\nIt has no hyperparameters of its own.")

@@ -65,6 +65,15 @@ RESULT_FREE = frozenset(
 #: The same, inside sections that do change results.
 _PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 
+#: Keys that came after version 0.1 with the default that changes nothing: there they stay out of the hash, so
+#: that older folders can be continued and compared.
+_ADDED = {
+    "algorithm.cut_received": False,
+    "algorithm.guard_layers": False,
+    "algorithm.initial_mask": "random",
+    "algorithm.spectral_mean": "entries",
+}
+
 
 class Config(Section):
     """One experiment."""
@@ -233,13 +242,16 @@ class Config(Section):
         return build_sampler(self.sampler.name, self.sampler.options)
 
     def learning_rate(self, round_number: int) -> float:
-        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, constant from T on; lr0 where lr_final is unset."""
+        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, falling on beyond T; lr0 where lr_final is unset."""
         if self.local.lr_final is None:
             return self.local.lr
         horizon = self.local.lr_horizon or self.rounds
-        return float(
-            self.local.lr * (self.local.lr_final / self.local.lr) ** min(1.0, round_number / horizon)
-        )
+        return float(self.local.lr * (self.local.lr_final / self.local.lr) ** (round_number / horizon))
+
+    @property
+    def partition_seed(self) -> int:
+        """Seed of the partition and of the rows held out: the run's own where ``partition.seed`` says so."""
+        return self.seed if self.partition.seed == "seed" else self.partition.seed
 
     def dump(self) -> dict[str, Any]:
         """Plain nested values, as written to ``config.yaml``."""
@@ -254,7 +266,11 @@ class Config(Section):
 
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
-        relevant = {key: value for key, value in self.flat().items() if changes_results(key)}
+        relevant = {
+            key: value
+            for key, value in self.flat().items()
+            if changes_results(key) and (key not in _ADDED or value != _ADDED[key])
+        }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 

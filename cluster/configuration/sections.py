@@ -80,7 +80,10 @@ class PartitionSection(Section):
     )
     shards_per_client: int = Field(2, ge=1, description="shards of sorted labels a client gets (shards)")
     samples_per_client: int = Field(50, ge=1, description="samples a client draws with replacement (sampled)")
-    seed: int = Field(1337, ge=0, description="seed of the partition, shared by all methods and seeds")
+    seed: Annotated[int, Field(ge=0)] | Literal["seed"] = Field(
+        1337,
+        description="seed of the partition, shared by all runs; `seed`: the run's own draws it too",
+    )
 
     @property
     def skew(self) -> float | None:
@@ -94,8 +97,10 @@ class LocalSection(Section):
     epochs: int = Field(1, ge=1, description="local epochs a round")
     batch_size: int = Field(16, ge=1)
     lr: float = Field(0.1, gt=0.0, description="learning rate of round 1")
-    lr_final: float | None = Field(None, gt=0.0, description="learning rate of the last round; exponential")
-    lr_horizon: int | None = Field(None, ge=1, description="rounds until lr_final; default rounds")
+    lr_final: float | None = Field(
+        None, gt=0.0, description="learning rate at round lr_horizon; exponential, and falling on beyond it"
+    )
+    lr_horizon: int | None = Field(None, ge=1, description="round of lr_final; default rounds")
     weight_decay: float = Field(0.0, ge=0.0)
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
 

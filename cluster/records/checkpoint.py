@@ -35,12 +35,14 @@ class Checkpoint:
         driver: The driver's own bookkeeping, plain JSON values.
         digest: Hash of configuration and code that made it.
         bases: Older weights that clients in flight started from, by version.
+        masks: Supports of earlier global models by round, packed bits, uint8[ceil(prunable / 8)].
     """
 
     state: ServerState
     driver: dict[str, Any]
     digest: str
     bases: Mapping[int, Tensor] = field(default_factory=dict)
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | None) -> Path:
@@ -59,6 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
     tensors |= {f"moment.{index}": moment for index, moment in enumerate(state.moments)}
     tensors |= {f"array.{name}": array for name, array in state.arrays.items()}
     tensors |= {f"base.{version}": weights for version, weights in checkpoint.bases.items()}
+    tensors |= {f"support.{number}": support for number, support in checkpoint.masks.items()}
     meta = {
         "round": state.round,
         "mask_version": state.mask_version,
@@ -109,7 +112,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         arrays={n.removeprefix("array."): t for n, t in tensors.items() if n.startswith("array.")},
     )
     bases = {int(n.removeprefix("base.")): t for n, t in tensors.items() if n.startswith("base.")}
-    return Checkpoint(state, meta["driver"], meta["digest"], bases)
+    masks = {int(n.removeprefix("support.")): t for n, t in tensors.items() if n.startswith("support.")}
+    return Checkpoint(state, meta["driver"], meta["digest"], bases, masks)
 
 
 def latest(folder: Path) -> Path | None:

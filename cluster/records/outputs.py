@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,10 @@ from cluster.records.plots import curves, population
 from cluster.records.run_folder import RunFolder
 from cluster.references import installed
 from cluster.workload.partition import picture
+
+#: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
+#: flops/sparse: the weight gradient costs only the share of its entries that a method uses.
+MEASURES = {"flops/sparse": 2}
 
 
 def summary_of(
@@ -47,6 +52,7 @@ def summary_of(
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
+        "measures": MEASURES,
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -56,11 +62,12 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
     """Write tables and, where matplotlib is installed, pictures; returns every file that MLflow keeps."""
     lines = folder.rounds()
     names = [entry.name for entry in federation.layout.prunable]
-    layers = [folder.path / f"{what}_per_layer.csv" for what in ("sparsity", "flops")]
-    for file, key in zip(layers, ("sparsity/layers", "flops/layers"), strict=True):
+    layers = []
+    for what in (key.removesuffix("/layers") for key in lines[-1] if key.endswith("/layers")):
+        layers.append(folder.path / f"{what}_per_layer.csv")
         rows = [",".join(["round", *names])]
-        rows += [",".join(map(str, [line["round"], *line[key]])) for line in lines]
-        file.write_text("\n".join(rows) + "\n")
+        rows += [",".join(map(str, [line["round"], *line[f"{what}/layers"]])) for line in lines]
+        layers[-1].write_text("\n".join(rows) + "\n")
     clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
     tables = [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients]
     return tables + (_pictures(folder, federation, lines) if installed("matplotlib") else [])
@@ -103,6 +110,7 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
+        "measures": json.dumps(MEASURES),
         "git_sha": _git_sha(),
         "kind": "run",
         **section.tags,

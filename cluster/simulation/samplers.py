@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from algorithms.masks import apportion
 from cluster.configuration.choices import ChoiceError
 from cluster.references import UserError, did_you_mean, load_reference
 
@@ -31,12 +32,14 @@ class Candidates:
         available: Which of some clients can be asked now, bool[n] of int64[n].
         round: Number of the round.
         simulated_s: Simulated seconds since the run began.
+        tiers: Number of every client's device tier, int8[clients].
     """
 
     sizes: np.ndarray
     available: Callable[[np.ndarray], np.ndarray]
     round: int
     simulated_s: float
+    tiers: np.ndarray
 
     @property
     def clients(self) -> int:
@@ -80,7 +83,28 @@ def by_size(rng: np.random.Generator, count: int, candidates: Candidates) -> np.
     return np.argpartition(keys, count - 1)[:count]
 
 
-SAMPLERS: dict[str, Sampler] = {"uniform": uniform, "availability": by_availability, "size": by_size}
+def stratified(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+    """So many of each device tier as is its share of the population, uniformly without replacement within it.
+
+    Whole numbers by largest remainder: 10 of tiers of 34, 33 and 33 clients are 4, 3 and 3.
+    """
+    members = np.bincount(candidates.tiers)
+    drawn = apportion(count, members, members)
+    return np.concatenate(
+        [
+            rng.choice(np.flatnonzero(candidates.tiers == tier), size=number, replace=False)
+            for tier, number in enumerate(drawn)
+            if number
+        ]
+    )
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "uniform": uniform,
+    "availability": by_availability,
+    "size": by_size,
+    "stratified": stratified,
+}
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

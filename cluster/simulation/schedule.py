@@ -136,6 +136,7 @@ class Schedule(ABC):
             lambda clients: self.devices.available(clients, self.clock.now),
             round_number,
             self.clock.now,
+            self.devices.tiers,
         )
         return draw(self._sampler, rng, count, candidates)
 

@@ -28,13 +28,14 @@ def first_round_of(section: ShiftSection, period: int) -> int:
 
 
 def partition_of(config: Config, period: int) -> PartitionSection:
-    """The partition of a period: what ``shift.partition`` changes, under the next seed for each shift."""
-    section = config.partition
+    """A period's partition, its seed a number: what ``shift.partition`` changes, the next seed each shift."""
+    section, seed = config.partition, config.partition_seed
     if period == 0:
-        return section
-    changed = {**section.model_dump(), **config.shift.partition}
-    changed["seed"] += period - ("seed" in config.shift.partition)
-    return PartitionSection.model_validate(changed)
+        return section.model_copy(update={"seed": seed})
+    changed = PartitionSection.model_validate({**section.model_dump(), **config.shift.partition})
+    if "seed" in config.shift.partition:
+        seed = (config.seed if changed.seed == "seed" else changed.seed) - 1
+    return changed.model_copy(update={"seed": seed + period})
 
 
 def rows_of(config: Config, period: int, kept: np.ndarray, labels: np.ndarray) -> np.ndarray:

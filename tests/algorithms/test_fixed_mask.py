@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from algorithms import ServerState
+from algorithms import ParameterLayout, ServerState
 from algorithms.fixed_mask import FixedMask
 from cluster.transport import wire
 from tests.algorithms.masked import NaiveMasked, bools, play
@@ -88,16 +89,17 @@ def test_flops_count_the_mask_and_not_the_nonzeros():
     # Six of eight weights are in the mask, and x has a zero: its column never leaves 0, and is computed.
     mask = "1110 1110"
     sent, _ = play(FixedMask(sparsity=0.25), state_of([[0.0] * 4] * 2, mask), [([1.0, 0.0, 1.0, 1.0], 0, 4)])
-    # One batch of four is the first forward (w_t all zero): 4 samples * 16 FLOPs * (0 + 1 weight gradient).
-    assert sent[0].flops_sparse.tolist() == [64.0]
+    # One batch of four is the first forward (w_t all zero): 4 samples * 16 FLOPs * (0 + 6/8 of
+    # the weight gradient).
+    assert sent[0].flops_sparse.tolist() == [48.0]
     sent, _ = play(
         FixedMask(sparsity=0.25),
         state_of([[0.0] * 4] * 2, mask),
         [([1.0, 0.0, 1.0, 1.0], 0, 4)],
         batch_size=2,
     )
-    # Two samples as before, then two at density 6/8: 32 + 2 * 16 * (.75 + 1) = 88.
-    assert sent[0].flops_sparse.tolist() == [88.0]
+    # Two samples as before, then two at density 6/8: 24 + 2 * 16 * (.75 + .75) = 72.
+    assert sent[0].flops_sparse.tolist() == [72.0]
 
 
 # -------------------------------------------------------------------------------------- whole federations
@@ -198,3 +200,14 @@ def test_who_holds_the_mask_gets_values_alone_and_who_is_stale_gets_it_again(tmp
         header = wire.describe(wire.encode(run.state.weights.numpy(), None, shape))["header_bytes"]
         assert bills[-1] == 4 * (header + 4 * (137 + shape.size - 684))  # K = round(.2 * 684)
         assert run.lines[-1]["comm/uplink_bytes"] == bills[-1]
+
+
+def test_an_initial_mask_by_magnitude():
+    # Uniform density 1/2 of two layers of 4: the two largest |w| of each, whatever the other layer holds.
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    layout = ParameterLayout.of(model)
+    weights = torch.tensor([0.1, -0.4, 0.3, 0.2, 5.0, -7.0, 6.0, 8.0])
+    method = FixedMask(sparsity=0.5, layer_density="uniform", initial_mask="magnitude")
+    state = method.initial_state(weights, layout, np.random.default_rng(0))
+    assert state.weights.tolist() == torch.tensor([0, -0.4, 0.3, 0, 0, -7.0, 0, 8.0]).tolist()
+    assert state.mask.tolist() == [False, True, True, False, False, True, False, True]

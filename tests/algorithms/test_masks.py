@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.masks import (
+    ceiling_count,
     consensus,
+    cut_globally,
     cut_to_top_k,
     intersection_over_union,
     kth_largest,
     target_count,
     top_k_mask,
 )
+from algorithms.parameters import Entry
 
 # Few distinct values, so that ties are the rule.
 TIED = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0, 3.0]), min_size=1, max_size=40)
@@ -135,3 +138,55 @@ def test_intersection_over_union():
     assert intersection_over_union(first, second) == pytest.approx(1 / 3)
     assert intersection_over_union(first, first) == 1.0
     assert intersection_over_union(~first & first, ~second & second) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "sparsity", "count"),
+    [
+        (180, 0.95, 9),  # in floats (1 - .95) * 180 is 9.000000000000007
+        (100, 0.07, 93),
+        (10, 0.55, 5),  # 4.5
+        (21, 0.5, 11),  # 10.5, where rounding to even takes 10
+        (7, 0.9999, 1),
+        (7, 0.0, 7),
+        (4, 0.9 - 0.2, 2),  # 0.7000000000000001: 1.2
+    ],
+)
+def test_the_ceiling_of_a_layers_share_is_exact(size, sparsity, count):
+    assert ceiling_count(size, sparsity) == count
+
+
+def layers(*sizes):
+    edges = [0, *itertools.accumulate(sizes)]
+    return [Entry(f"{i}.weight", (n,), edges[i], edges[i + 1]) for i, n in enumerate(sizes)]
+
+
+def test_a_guarded_layer_keeps_its_share_of_k():
+    weights = torch.tensor([9.0, -8.0, 7.0, 6.0, 5.0, 4.0, 0.3, -0.4, 0.1, 0.2])
+    # K = 5 of ten: the first layer's 9 to 5. The second layer of 4 would be empty: round(5 * 4 / 10) = 2 stay
+    # of it, and three of the first.
+    mask = cut_globally(weights, 5, layers(6, 4), guard=True)
+    assert weights.tolist() == torch.tensor([9.0, -8, 7, 0, 0, 0, 0.3, -0.4, 0, 0]).tolist()
+    assert mask.tolist() == [w != 0 for w in weights.tolist()]
+
+
+def test_guarding_one_layer_may_empty_the_next():
+    # K = 2 of 6: 5 and 4 of the first; the last two layers get max(1, round(2 / 3)) = 1 each, and nothing is
+    # left of K for the first, which keeps its share of one too: a weight a layer, more than K.
+    weights = torch.tensor([5.0, 4.0, 1.0, 2.0, 0.1, 0.2])
+    cut_globally(weights, 2, layers(2, 2, 2), guard=True)
+    assert weights.tolist() == torch.tensor([5.0, 0, 0, 2.0, 0, 0.2]).tolist()
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, -1.0, 2.0]), min_size=6, max_size=12), st.data())
+def test_a_guard_leaves_no_layer_empty_and_is_a_plain_cut_elsewhere(values, data):
+    weights, k = torch.tensor(values), data.draw(st.integers(1, len(values)))
+    parts = layers(3, len(values) - 3)
+    plain, guarded = weights.clone(), weights.clone()
+    global_mask = cut_globally(plain, k, parts, guard=False)
+    mask = cut_globally(guarded, k, parts, guard=True)
+    assert all(mask[part.span].any() for part in parts)
+    assert int(mask.sum()) == max(k, len(parts))
+    if all(global_mask[part.span].any() for part in parts):
+        assert torch.equal(mask, global_mask)
+        assert torch.equal(plain, guarded)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from algorithms import ParameterLayout
+from algorithms.layers import spectral_exponent
 from algorithms.sparsyfed import SparsyFed
 from tests.algorithms.by_hand import one_round
 from tests.naive import NaiveFederation
@@ -29,7 +31,8 @@ class NaiveSparsyFed(NaiveFederation):
         if self.options.exponent == "constant":
             return self.options.beta
         matrix = weight.detach().double().abs().flatten(1)
-        return 1.0 + float(matrix.mean() / torch.linalg.svdvals(matrix).max())
+        counted = matrix[matrix > 0] if self.options.spectral_mean == "nonzeros" else matrix
+        return 1.0 + float(counted.mean() / torch.linalg.svdvals(matrix).max())
 
     def initial(self, weights):
         raised = dict(weights)
@@ -257,3 +260,43 @@ def test_a_client_leaves_nothing_behind_for_the_next(tmp_path):
         if round_number == 1:
             other = all_of_them.uploads[1, client][0]
             assert all(torch.equal(value, other[name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize(("mean_over", "beta"), [("entries", 1 + 0.75 / 2), ("nonzeros", 1 + 1.5 / 2)])
+def test_a_spectral_exponent_by_hand(mean_over, beta):
+    # |W| = diag(2, 1): sigma 2, mean 3/4 over four entries, 3/2 over two nonzeros.
+    weight = torch.tensor([[-2.0, 0.0], [0.0, 1.0]])
+    assert spectral_exponent(weight, mean_over=mean_over) == pytest.approx(beta)
+
+
+def test_spectral_exponents_over_nonzeros_equal_the_naive_reference_and_are_logged(tmp_path):
+    algorithm = {"name": "sparsyfed", "sparsity": 0.8, "exponent": "spectral", "spectral_mean": "nonzeros"}
+    config = tiny_federation(tmp_path, algorithm=algorithm)
+    run, reference = run_inline(config, tmp_path / "run"), NaiveSparsyFed(config)
+    assert_same(run, reference.run())
+    for line, weights in zip(run.lines, reference.history[1:], strict=True):
+        expected = [reference.exponent(name, weights[name]) for name in reference.prunable]
+        assert line["exponent/layers"] == pytest.approx(expected, rel=2e-3)  # 20 power iterations
+
+
+def test_the_gradient_of_zeros_costs_nothing_where_they_cannot_regrow(tmp_path):
+    """One client, one batch: FLOPs of round 2 from the densities received, layer by layer."""
+    for beta, plain, spared in ((1.25, (), [1, 1, 1, 1]), (1.0, (), [0] * 4), (1.25, ("0",), [0, 1, 1, 1])):
+        config = tiny_federation(
+            tmp_path,
+            cohort=1,
+            algorithm={
+                "name": "sparsyfed", "sparsity": 0.8, "beta": beta, "plain_layers": list(plain),
+                "activation_pruning": False,
+            },
+            model={"name": "tests.tiny_experiment:tiny_model"},
+            partition={"clients": 1},
+            local={"batch_size": 120, "lr": 1e-30},
+        )  # fmt: skip
+        run = run_inline(config, tmp_path / f"run-{beta}-{len(plain)}")
+        layout, w = run.driver.layout, run.states[1].weights
+        density = np.array([len(w[e.span].nonzero()) / e.size for e in layout.prunable])
+        forward, first = run.driver.federation.flops.forward, np.array([0, 1, 1, 1])
+        gradient = np.where(spared, density, 1.0)
+        expected = 120 * forward * ((1 + first) * density + gradient)
+        np.testing.assert_allclose(run.lines[1]["flops/layers"], expected)

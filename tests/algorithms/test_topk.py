@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from algorithms.masks import cut_to_top_k
 from algorithms.topk import TopK
+from cluster.simulation.devices import Devices
 from tests.algorithms.by_hand import one_round
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_identical, assert_same, run_inline, tiny_federation
 
 
 class NaiveTopK(NaiveFederation):
-    """Dense training; one global cut, by sorting."""
+    """Dense training; one global cut, by sorting; with ``cut_received`` the received model is cut as well."""
+
+    def begin(self, weights, visit):
+        if self.options.cut_received and visit.round > 1:
+            mask = self.largest(weights, self.kept_count(self.options.sparsity))
+            for name, kept in mask.items():
+                weights[name].masked_fill_(~kept, 0.0)
 
     def upload(self, weights, received, visit):
         mask = self.largest(weights, self.kept_count(self.options.sparsity))
@@ -46,8 +56,9 @@ def test_ties_are_broken_by_the_lower_index():
         {"local": {"epochs": 2, "lr_final": 0.05, "weight_decay": 0.01}},
         {"model": {"name": "tests.tiny_experiment:tiny_model"}},
         {"algorithm": {"name": "topk", "sparsity": 0.95}, "server": {"name": "fedavg", "momentum": 0.9}},
+        {"algorithm": {"name": "topk", "sparsity": 0.8, "cut_received": True}, "rounds": 3},
     ],
-    ids=["plain", "schedule", "batch norm", "momentum"],
+    ids=["plain", "schedule", "batch norm", "momentum", "cut received"],
 )
 def test_equals_the_naive_reference(tmp_path, overrides):
     config = tiny_federation(tmp_path, **{"algorithm": {"name": "topk", "sparsity": 0.8}, **overrides})
@@ -67,3 +78,59 @@ def test_at_sparsity_0_it_is_fedavg_bit_for_bit(tmp_path):
     fedavg = run_inline(tiny_federation(tmp_path), tmp_path / "f")
     assert_identical(topk, fedavg)
     assert all(torch.equal(a.weights, b.weights) for a, b in zip(topk.states, fedavg.states, strict=True))
+
+
+def test_a_tier_cuts_what_it_received_to_its_own_budget(tmp_path):
+    """With steps of no length a client sends what it made of the model: the top of its own budget."""
+    tiers = {"wide": {"share": 0.5, "sparsity": 0.5}, "narrow": {"share": 0.5, "sparsity": 0.9}}
+    config = tiny_federation(
+        tmp_path,
+        cohort=6,
+        algorithm={"name": "topk", "sparsity": 0.5, "cut_received": True},
+        devices={"tiers": tiers},
+        local={"lr": 1e-30, "batch_size": 120},
+    )
+    run = run_inline(config, tmp_path / "run")
+    received = run.states[1].weights[: run.driver.layout.prunable_size]
+    devices = Devices(config)
+    for client in range(6):
+        sparsity = devices.sparsity(client, 0.5)
+        expected = cut_to_top_k(received.clone(), round((1 - sparsity) * len(received)))
+        found = torch.cat([m.flatten() for m in run.uploads[2, client][1].values()])
+        assert torch.equal(found, expected)
+    # The first step is billed at the density after the cut, not at that of what was received.
+    layers, flops = run.driver.layout.prunable, run.driver.federation.flops
+
+    def dense_steps(client):
+        kept = torch.cat([m.flatten() for m in run.uploads[2, client][1].values()])
+        density = np.array([int(kept[e.span].sum()) / e.size for e in layers])
+        ones = np.ones(len(layers))
+        return flops.sparse(int(run.driver.federation.sizes[client]), density, ones, ones).sum()
+
+    assert run.lines[1]["flops/sparse"] == pytest.approx(sum(map(dense_steps, range(6))))
+
+
+def test_the_guard_keeps_a_layer_of_small_weights(tmp_path):
+    """The last layer's fan-in is the largest: one threshold empties it, unless it is guarded."""
+    emptied = {}
+    for guard in (False, True):
+        config = tiny_federation(
+            tmp_path,
+            rounds=1,
+            algorithm={"name": "topk", "sparsity": 0.95, "guard_layers": guard},
+            model={"name": "tests.algorithms.test_topk:widening"},
+            local={"lr": 1e-30},
+        )
+        run = run_inline(config, tmp_path / f"run-{guard}")
+        emptied[guard] = run.lines[-1]["sparsity/layers"][-1] == 1.0
+        assert all(sum(int(m.sum()) for m in masks.values()) == 84 for _, masks in run.uploads.values())
+    assert emptied == {False: True, True: False}
+
+
+def widening(*, input_shape, classes):
+    """1,600 weights of size .1 and 75 of size .01: K is 84 at 95 %."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 25), nn.ReLU(), nn.Linear(25, classes))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(0.1, 0.2, 1600).view(25, 64))
+        model[3].weight.fill_(0.01)
+    return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,8 @@ class NaiveZeroFL(NaiveFederation):
             if name in limits and self.reuses_threshold(name):
                 values.copy_(torch.where(values.abs() < limits[name], torch.zeros(()), values))
                 continue
-            count = max(1, round(self.training_density() * values.numel()))
+            # SWAT's ceiling, of decimals: in floats .05 * 180 is a hair above 9.
+            count = math.ceil(round(self.training_density(), 9) * values.numel() - 1e-6)
             kept = self.largest({name: values}, count, [name])[name]
             values.copy_(torch.where(kept, values, torch.zeros(())))
             limits[name] = min(abs(v) for v in values[kept].tolist())

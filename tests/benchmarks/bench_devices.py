@@ -54,7 +54,9 @@ def main() -> None:
     print(f"their drop-outs: {milliseconds(lambda: devices.drop_outs(drawn, 3)):.2f} ms")
     sizes = np.broadcast_to(np.int64(50), clients)
     # Noon: one device in five is there.
-    candidates = Candidates(sizes, lambda some: devices.available(some, 12 * 3600.0), 1, 12 * 3600.0)
+    candidates = Candidates(
+        sizes, lambda some: devices.available(some, 12 * 3600.0), 1, 12 * 3600.0, devices.tiers
+    )
     for name, sampler in SAMPLERS.items():
         took = milliseconds(lambda s=sampler: draw(s, seeding.generator(0, "cohort"), cohort, candidates))  # type: ignore[misc]
         print(f"a cohort drawn by {name}: {took:.2f} ms")

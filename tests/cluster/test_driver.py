@@ -12,6 +12,7 @@ import cluster
 from algorithms.topk import TopKClient
 from cluster import driver as driver_module
 from cluster.clients.client import wire_shape
+from cluster.configuration.config import resolve
 from cluster.driver import Driver
 from cluster.engine import InlineEngine
 from cluster.federation import Federation
@@ -346,3 +347,18 @@ def test_both_ways_lossy_still_learns(cache, tmp_path, value_format):
     config = tiny_federation(cache, rounds=4, wire=both, algorithm={"name": "sparsyfed", "sparsity": 0.5})
     run = run_inline(config, tmp_path / "run")
     assert run.lines[-1]["test/loss"] < run.lines[0]["test/loss"]
+
+
+def test_the_support_is_compared_with_that_of_ten_rounds_before(cache, tmp_path):
+    config = tiny_federation(cache, rounds=21, cohort=2, algorithm=TOPK, evaluate_every=21)
+    run = run_inline(config, tmp_path / "run")
+    assert [line["round"] for line in run.lines if "masks/overlap_10" in line] == [20]
+    size = run.driver.layout.prunable_size
+    ten, twenty = (set(run.states[r].weights[:size].nonzero().flatten().tolist()) for r in (10, 20))
+    assert run.lines[19]["masks/overlap_10"] == pytest.approx(len(ten & twenty) / len(ten | twenty))
+    # A run that went on from round 15 has kept the support of round 10.
+    half = resolve(config.dump() | {"stop_after": 15})
+    folder = RunFolder.create(tmp_path / "half", half)
+    Driver(folder, Federation.of(half), InlineEngine(Federation.of(half).workload())).run()
+    Driver(folder, Federation.of(config), InlineEngine(Federation.of(config).workload())).run()
+    assert folder.rounds()[19]["masks/overlap_10"] == run.lines[19]["masks/overlap_10"]

@@ -46,13 +46,15 @@ def test_dense_training():
 def test_sparse_training():
     flops = count(small(), torch.zeros(2, 1, 8, 8))
     weights, activations = np.array([0.5, 0.25, 1.0]), np.array([1.0, 0.5, 0.1])
-    # conv 1: 4608 * (1 * 0.5 + 1.0) = 6912
-    # conv 2: 3456 * (2 * 0.25 + 0.5) = 3456
-    # linear: 1920 * (2 * 1.0 + 0.1) = 4032
-    np.testing.assert_allclose(flops.sparse(1, weights, activations), [6912, 3456, 4032])
-    np.testing.assert_allclose(flops.sparse(3, weights, activations), [3 * 6912, 3 * 3456, 3 * 4032])
+    gradients = np.array([0.5, 1.0, 0.2])
+    # conv 1: 4608 * (1 * 0.5 + 1.0 * 0.5) = 4608
+    # conv 2: 3456 * (2 * 0.25 + 0.5 * 1.0) = 3456
+    # linear: 1920 * (2 * 1.0 + 0.1 * 0.2) = 3878.4
+    expected = np.array([4608, 3456, 3878.4])
+    np.testing.assert_allclose(flops.sparse(1, weights, activations, gradients), expected)
+    np.testing.assert_allclose(flops.sparse(3, weights, activations, gradients), 3 * expected)
     ones = np.ones(3)
-    assert flops.sparse(4, ones, ones).sum() == flops.dense(4)
+    assert flops.sparse(4, ones, ones, ones).sum() == flops.dense(4)
 
 
 def test_dilation_padding_and_bias_change_nothing_but_the_outputs():

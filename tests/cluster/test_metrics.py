@@ -56,6 +56,8 @@ def test_masks_by_hand():
     assert metrics["masks/overlap"] == pytest.approx(1 / 5)
     assert metrics["sparsity/global"] == pytest.approx(0.5)
     assert metrics["sparsity/layers"] == [0.25, 1.0]
+    # Each client's cut took 3 regrown weights less the 1 that stayed, and 2 that it had received.
+    assert metrics["masks/client_cut"] == 3 - 1 + 2
     # Votes 2 1 1: one pair agrees on one of two positions: 1 / (1 * 2).
     assert metrics["masks/consensus"] == pytest.approx(0.5)
 

@@ -9,6 +9,8 @@ from algorithms import registry
 from cluster.configuration import config as config_module
 from cluster.configuration.config import Config, changes_results, resolve, validate
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, presets
+from cluster.federation import Federation
+from cluster.simulation.shift import partition_of
 
 
 def message(overrides, source="quickstart"):
@@ -341,10 +343,10 @@ def test_the_learning_rate_falls_exponentially():
     assert found == pytest.approx([0.15811388, 0.05, 0.015811388, 0.005], rel=1e-7)
 
 
-def test_the_horizon_ends_the_fall():
-    # T = 2: 0.5 * 0.01^(1/2) = 0.05 in round 1, 0.005 in round 2 and from then on.
+def test_the_fall_goes_on_beyond_the_horizon():
+    # T = 2: a factor of 0.01^(1/2) = 0.1 a round, 0.005 in round 2 and falling on.
     found = rates([1, 2, 3, 4], "local.lr=0.5", "local.lr_final=0.005", "local.lr_horizon=2")
-    assert found == pytest.approx([0.05, 0.005, 0.005, 0.005])
+    assert found == pytest.approx([0.05, 0.005, 0.0005, 0.00005])
 
 
 def test_the_paper_schedule():
@@ -360,3 +362,25 @@ def test_where_a_run_is_computed_does_not_make_it_another_run():
     assert all(
         changes_results(key) for key in ("seed", "devices.tiers.weak.share", "devices.tiers.weak.compute")
     )
+
+
+def test_the_partition_may_follow_the_runs_seed(cache):
+    own = [resolve("quickstart", ["partition.seed=seed", f"seed={seed}"]) for seed in (4, 5)]
+    fixed = [resolve("quickstart", [f"seed={seed}"]) for seed in (4, 5)]
+    assert [config.partition_seed for config in own + fixed] == [4, 5, 1337, 1337]
+    assert [partition_of(config, 0).seed for config in own] == [4, 5]
+    digests = [Federation.of(config).partition.digest() for config in own + fixed]
+    assert digests[0] != digests[1]
+    assert digests[2] == digests[3]
+    named = resolve("quickstart", ["partition.seed=4"])
+    assert Federation.of(named).partition.digest() == digests[0]
+    assert "partition.seed" in message(["partition.seed=sead"])
+
+
+def test_hashes_of_version_0_1_still_hold():
+    """Keys that came later stay out of the hash at their defaults, so that old folders can be continued."""
+    assert resolve("quickstart").digest() == "990db58c5bec"
+    assert resolve("quickstart", ["algorithm.name=topk"]).digest() == "a38a8f0cc074"
+    assert resolve("quickstart", ["algorithm.name=fixed_mask"]).digest() == "ecaf42c868b5"
+    changed = resolve("quickstart", ["algorithm.name=topk", "algorithm.guard_layers=true"])
+    assert changed.digest() != "a38a8f0cc074"

@@ -103,10 +103,69 @@ def test_the_published_setting():
         assert config.data.validation == 0  # so that clients have 500 samples
         local = config.local
         assert (local.epochs, local.batch_size, local.weight_decay) == (1, 16, 1e-3)
-        # lr(t) = 0.5 (0.01 / 0.5)^(t / T)
-        assert config.learning_rate(1) == pytest.approx(0.5 * 0.02 ** (1 / rounds))
-        assert config.learning_rate(rounds) == pytest.approx(0.01)
         assert config.model.name == "resnet18"
+        assert config.build_algorithm().min_activation_density == 0.01
+
+
+def test_the_published_learning_rates():
+    for name in ("paper-cifar10", "paper-cifar100"):
+        config = resolve(name)
+        assert (config.local.lr, config.local.lr_final, config.local.lr_horizon) == (0.5, 0.01, 500)
+        # .01 in round 500, and .5 * .02^1.4 in round 700.
+        assert config.learning_rate(500) == pytest.approx(0.01)
+        assert config.learning_rate(700) == pytest.approx(0.00209, abs=1e-5)
+    starts = {
+        config.algorithm.name: (config.local.lr, config.local.lr_final, config.data.test_split)
+        for config in expand("paper-accuracy-speech").runs.values()
+    }
+    assert starts == {
+        name: (0.1 if name == "sparsyfed" else 0.5, 0.001, "validation")
+        for name in ("fedavg", "topk", "zerofl", "flash", "sparsyfed")
+    }
+
+
+def test_zerofl_sends_as_much_as_the_others():
+    for name in ("paper-methods", "paper-laptop", "paper-accuracy"):
+        found = [c for c in expand(name).runs.values() if c.algorithm.name == "zerofl"]
+        assert {c.build_algorithm().mask_ratio for c in found} == {0.0}
+        assert {c.build_algorithm().threshold for c in found} == {"first_batch_conv"}
+    for name in ("compare-digits", "compare-fashion-mnist"):
+        ratios = [
+            c.build_algorithm().mask_ratio for c in expand(name).runs.values() if "zerofl" in c.algorithm.name
+        ]
+        assert set(ratios) == {0.0, 0.2}
+
+
+def test_unequal_budgets_cut_what_they_receive():
+    for label, config in expand("paper-tiers").runs.items():
+        unequal = "unequal" in label
+        assert config.build_algorithm().cut_received == unequal
+        assert config.sampler.name == ("stratified" if unequal else "uniform")
+
+
+def test_the_search_of_beta_and_of_exponents():
+    betas = {config.build_algorithm().beta for config in expand("paper-beta").runs.values()}
+    assert betas == {1.0, 1.001, 1.125, 1.25, 1.375, 2.0, 2.75, 4.0}
+    assert {(c.rounds, c.partition.alpha) for c in expand("paper-beta").runs.values()} == {(500, 1.0)}
+    exponents = {
+        (c.build_algorithm().exponent, c.build_algorithm().spectral_mean)
+        for c in expand("paper-ablation").runs.values()
+    }
+    assert exponents == {("constant", "entries"), ("spectral", "entries"), ("spectral", "nonzeros")}
+
+
+def test_the_laptops_runs():
+    runs = expand("paper-laptop").runs
+    assert len(runs) == 5 * 3
+    one = runs["sparsyfed-seed2"]
+    assert (one.rounds, one.cohort, one.model.options["width"], one.model.options["norm"]) == (
+        20,
+        5,
+        8,
+        "batch",
+    )
+    assert (one.partition.alpha, one.partition_seed, one.local.lr_horizon) == (1, 2, 500)
+    assert {c.partition_seed for c in runs.values()} == {0, 1, 2}
 
 
 def test_every_table_has_its_grid():
@@ -123,7 +182,7 @@ def test_every_table_has_its_grid():
             0.995,
             0.999,
         }
-    assert len({config.digest() for config in expand("paper-ablation").runs.values()}) == 3 * 2 * 2 * 3
+    assert len({config.digest() for config in expand("paper-ablation").runs.values()}) == 4 * 2 * 2 * 3
     assert {c.data.name for c in expand("paper-accuracy-speech").runs.values()} == {"google/speech_commands"}
 
 

@@ -9,7 +9,7 @@ import cluster
 from cluster.configuration.trees import ConfigError
 from cluster.driver import Driver, ReplayError
 from cluster.federation import Federation
-from cluster.records.checkpoint import CheckpointError, latest, list_rounds
+from cluster.records.checkpoint import CheckpointError, latest, list_rounds, load_checkpoint, save_checkpoint
 from cluster.records.run_folder import RunFolder, RunFolderError, comparable
 from tests.cluster.records.interrupted_runs import assert_same_run, drive, federated
 
@@ -65,7 +65,10 @@ def test_what_cannot_change_a_result_may_be_overridden(interrupted):
         (["algorithm.sparsity=0.7"], "algorithm.sparsity"),
         (["local.lr=0.2", "actors=3"], "local.lr"),
         (["rounds=6"], "rounds"),
-        (["algorithm.name=fedavg"], "algorithm.name, algorithm.sparsity"),
+        (
+            ["algorithm.name=fedavg"],
+            "algorithm.cut_received, algorithm.guard_layers, algorithm.name, algorithm.sparsity",
+        ),
         (["partition.alpha=2", "cohort=3"], "cohort, partition.alpha"),
     ],
 )
@@ -136,3 +139,34 @@ def test_a_refusal_is_compared_by_client_not_by_its_words():
     lines = [{"clients/refused_list": [[3, f"lost after {seconds} s"]]} for seconds in (1, 2)]
     assert comparable(lines[0]) == comparable(lines[1])
     assert comparable(lines[0]) != comparable({"clients/refused_list": [[4, "lost after 1 s"]]})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"local": {"lr_final": 0.01, "lr_horizon": 3}}, "held the learning rate from local.lr_horizon on"),
+        ({"local": {"lr_final": 0.01, "lr_horizon": 5}}, None),
+        ({"algorithm": {"name": "zerofl", "sparsity": 0.8}}, "SWAT takes the ceiling"),
+        ({"devices": {"flops": "sparse"}, "schedule": {"deadline": 1e9}}, "counted sparse FLOPs"),
+        ({"devices": {"flops": "sparse"}}, None),
+        ({"algorithm": {"name": "fedavg"}}, None),
+    ],
+)
+def test_a_checkpoint_of_older_rules_goes_on_where_they_make_no_difference(
+    cache, tmp_path, overrides, reason
+):
+    config = federated(cache, **({"algorithm": {"name": "topk", "sparsity": 0.8}} | overrides))
+    assert config.rounds == 5
+    folder = RunFolder.create(tmp_path / "run", config)
+    drive(folder, Federation.of(config), killed_at=3)
+    path = latest(folder.checkpoints)
+    stored = load_checkpoint(path)
+    del stored.driver["rules"]  # as version 0.1 wrote it
+    save_checkpoint(folder.checkpoints, stored, best_round=None)
+    if reason is None:
+        assert cluster.resume(folder.path).summary["rounds"] == 5
+    else:
+        with pytest.raises(
+            CheckpointError, match=f"made by an older version, wh.*{reason}.*start the run anew"
+        ):
+            cluster.resume(folder.path)

@@ -1,5 +1,7 @@
 """Samplers: distinct clients, those that may be asked, with the chances that are promised."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,11 +9,21 @@ from hypothesis import strategies as st
 
 import cluster
 from cluster.configuration.trees import ConfigError
-from cluster.simulation.samplers import SAMPLERS, Candidates, SamplerError, by_availability, by_size, draw
+from cluster.simulation.samplers import (
+    SAMPLERS,
+    Candidates,
+    SamplerError,
+    by_availability,
+    by_size,
+    draw,
+    stratified,
+)
 
 
 def candidates(sizes, available=lambda clients: np.ones(len(clients), bool)):
-    return Candidates(np.asarray(sizes), available, round=7, simulated_s=0.0)
+    return Candidates(
+        np.asarray(sizes), available, round=7, simulated_s=0.0, tiers=np.zeros(len(sizes), np.int8)
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -62,6 +74,19 @@ def test_by_size_the_first_is_drawn_in_proportion():
         counts[by_size(np.random.default_rng(seed), 1, candidates([1, 2, 3]))] += 1
     # Chances 1/6, 2/6, 3/6: 1,000, 2,000 and 3,000 with standard deviations below 39.
     assert np.abs(counts - [1000, 2000, 3000]).max() < 200
+
+
+def test_stratified_draws_so_many_of_each_tier():
+    tiers = np.random.default_rng(1).permutation(np.repeat(np.arange(3, dtype=np.int8), [34, 33, 33]))
+    population = replace(candidates([1] * 100), tiers=tiers)
+    seen = np.zeros(100, int)
+    for seed in range(300):
+        cohort = draw(stratified, np.random.default_rng(seed), 10, population)
+        # 3.4, 3.3 and 3.3: the largest remainder is the first tier's.
+        assert np.bincount(tiers[cohort]).tolist() == [4, 3, 3]
+        seen[cohort] += 1
+    assert seen.min() > 0
+    assert len(draw(stratified, np.random.default_rng(0), 100, population)) == 100
 
 
 def own(last=2):

@@ -166,20 +166,20 @@ def _on_loopback() -> Iterator[None]:
     from ray._private import parameter
 
     made, metrics = parameter.RayParams, os.environ.get("DASHBOARD_METRIC_PORT")
-    own = {
+    own: dict[str, Any] = {
         "node_ip_address": "127.0.0.1",
         "dashboard_agent_listen_port": 0,
         "no_monitor": True,
         "include_log_monitor": False,
     }
-    parameter.RayParams = lambda **parameters: made(**parameters | own)
+    parameter.RayParams = lambda **given: made(**given | own)  # type: ignore[assignment, misc]
     os.environ["DASHBOARD_METRIC_PORT"] = (
         "0"  # any free one; the process has no dashboard but starts all the same
     )
     try:
         yield
     finally:
-        parameter.RayParams = made
+        parameter.RayParams = made  # type: ignore[misc]
         del os.environ["DASHBOARD_METRIC_PORT"]
         if metrics is not None:
             os.environ["DASHBOARD_METRIC_PORT"] = metrics

@@ -172,11 +172,11 @@ def table(results: Mapping[str, Result]) -> list[list[str]]:
 def write_table(results: Mapping[str, Result], folder: Path) -> None:
     """Write ``table.csv`` and ``table.md``."""
     rows = table(results)
-    with open(folder / "table.csv", "w", newline="") as file:
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------- side by side

@@ -86,7 +86,7 @@ class StudyFolder:
 
     def mark(self) -> str:
         """The mark under which a storage knows this folder."""
-        return self._mark.read_text()
+        return self._mark.read_text(encoding="utf-8")
 
     @property
     def _mark(self) -> Path:

@@ -55,10 +55,12 @@ class Table:
     def write(self, folder: Path) -> list[Path]:
         """Write the three files."""
         paths = [folder / f"{self.name}.{kind}" for kind in ("md", "csv", "tex")]
-        paths[0].write_text(self.markdown() + "\n" + "".join(f"\n{note}\n" for note in self.notes))
-        with open(paths[1], "w", newline="") as file:
+        paths[0].write_text(
+            self.markdown() + "\n" + "".join(f"\n{note}\n" for note in self.notes), encoding="utf-8"
+        )
+        with open(paths[1], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.header, *self.rows])
-        paths[2].write_text(self.latex())
+        paths[2].write_text(self.latex(), encoding="utf-8")
         return paths
 
 
@@ -70,7 +72,7 @@ def write_report(plan: Plan, folder: StudyFolder, results: Mapping[str, MethodRe
     paths = [path for table in tables for path in table.write(folder.report)]
     pictures = plots.draw_all(plan, results, folder.report)
     page = folder.report / "report.md"
-    page.write_text(_page(plan, results, tables[:3], pictures))
+    page.write_text(_page(plan, results, tables[:3], pictures), encoding="utf-8")
     return [page, *paths, *(path for path, _ in pictures)]
 
 

@@ -60,7 +60,7 @@ class DriverActor:
         except BaseException as error:
             self._error, self._state = error, "failed"
             if self._detached:  # perhaps nobody is there to be told
-                (self._path / "error.txt").write_text(traceback.format_exc())
+                (self._path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         with self._changed:
             self._changed.notify_all()
         if self._detached:

@@ -71,7 +71,7 @@ def _choices_text() -> str:
     from cluster.simulation.samplers import SAMPLERS
     from cluster.workload.models import MODELS
 
-    comments = {name: path.read_text().partition("\n")[0] for name, path in presets().items()}
+    comments = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in presets().items()}
     groups: tuple[tuple[str, Mapping[str, str]], ...] = (
         ("presets", {n: c.lstrip("# ") if c.startswith("#") else "" for n, c in comments.items()}),
         ("algorithm.name", {name: _first_line(method) for name, method in registry().items()}),

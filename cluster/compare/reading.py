@@ -180,7 +180,7 @@ def client_accuracies(path: Path) -> np.ndarray:
     """Column ``accuracy`` (or ``accuracy_global``) of a table of clients; empty where there is none."""
     if not path.is_file():
         return np.empty(0)
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     texts = [row.get("accuracy") or row.get("accuracy_global") for row in rows]
     return np.array([float(text) for text in texts if text], np.float64)
@@ -188,7 +188,7 @@ def client_accuracies(path: Path) -> np.ndarray:
 
 def _params_of(path: Path) -> dict[str, str]:
     # The parser in C: of a thousand runs, YAML would otherwise take longer than all else together.
-    tree = yaml.load((path / "config.yaml").read_text(), Loader=yaml.CSafeLoader)
+    tree = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     if not isinstance(tree, dict):
         raise ValueError("config.yaml holds no keys and values")
     try:
@@ -201,7 +201,7 @@ def _params_of(path: Path) -> dict[str, str]:
 def _layer_names(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return next(csv.reader(file), [])[1:]
 
 
@@ -290,7 +290,7 @@ def _artifact(client: MlflowClient, run: StoredRun, name: str) -> Path | None:
 
 
 def _last_row(path: Path) -> dict[str, float]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     return (
         {name: float(text) for name, text in zip(rows[0][1:], rows[-1][1:], strict=True)} if rows[1:] else {}

@@ -104,7 +104,7 @@ class RunFolder:
         """The stored lines, without a last one that is still being written or was torn by a crash."""
         if not self.rounds_file.exists():
             return []
-        whole, _, _ = self.rounds_file.read_text().rpartition("\n")
+        whole, _, _ = self.rounds_file.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
     def heal(self) -> None:
@@ -115,18 +115,18 @@ class RunFolder:
 
     def append_round(self, line: dict[str, Any]) -> None:
         """Append one round's line."""
-        with open(self.rounds_file, "a") as file:
+        with open(self.rounds_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sync_rounds(self) -> None:
         """Have the lines on the disk, so that they survive the machine."""
-        with open(self.rounds_file, "a") as file:
+        with open(self.rounds_file, "a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
     def result(self) -> dict[str, Any] | None:
         """The final result, or None while the run is not complete."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Keep the final result."""

@@ -155,7 +155,7 @@ class Trace:
             DeviceError: There is no such file, or a line is no interval.
         """
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if not {"client", "start", "end"} <= set(reader.fieldnames or ()):
                     raise DeviceError(

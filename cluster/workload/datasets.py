@@ -82,7 +82,7 @@ def open_dataset(folder: Path) -> Dataset:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         group_names = meta["group_names"]
         train_groups = None if group_names is None else np.load(folder / "train-groups.npy")
     except (OSError, ValueError, KeyError) as error:
@@ -219,7 +219,7 @@ def prepare(
                 partial.mkdir()
                 try:
                     meta = {"name": name, "fingerprint": fingerprint, **decode(partial)}
-                    (partial / "meta.json").write_text(json.dumps(meta))
+                    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
                     shutil.rmtree(folder, ignore_errors=True)  # damaged: it has no meta.json
                     os.rename(partial, folder)
                 finally:

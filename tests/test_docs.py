@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from cluster.configuration.trees import presets
+from cluster.grid import expand
 from tests.benchmarks import results
 from tests.documented_commands import ROOT, commands, take
 
@@ -101,6 +103,19 @@ def test_every_link_leads_somewhere(page):
         if "://" in target or target.startswith(("#", "mailto:")):
             continue
         assert (page.parent / target.partition("#")[0]).exists(), f"{name_of(page)}: {target}"
+
+
+def test_the_table_of_presets_says_how_many_runs_each_has():
+    rows = re.findall(r"^\| (`paper-.*?) \| (\d+)", (ROOT / "docs/experiments.md").read_text(), re.MULTILINE)
+    told = {}
+    for names, count in rows:
+        first, *more = re.findall(r"`([^`]+)`", names)
+        for name in (first, *(first + one if one.startswith("-") else one for one in more)):
+            told[name] = int(count)
+    assert told.keys() == {name for name in presets() if name.startswith("paper-")}
+    for name, count in told.items():
+        grid = expand(name)
+        assert (1 if grid is None else len(grid.runs)) == count, name
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("docs/results/*.csv")), ids=name_of)

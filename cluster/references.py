@@ -29,6 +29,10 @@ class UserError(ValueError):
     status: ClassVar[int] = 2
 
 
+class DataError(UserError):
+    """An unusable data set; the message names the key or file, what was found and what is allowed."""
+
+
 def nearest(word: object, known: Iterable[object]) -> str | None:
     """The known spelling that resembles ``word`` most; None where nothing does."""
     close = difflib.get_close_matches(str(word), [str(each) for each in known], n=1, cutoff=0.5)

@@ -20,6 +20,7 @@ from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
 from cluster.references import UserError
 from cluster.simulation.devices import Devices
+from cluster.references import DataError
 from cluster.workload.datasets import prepare
 
 
@@ -46,7 +47,7 @@ def ray_engine(config: Config, federation: Federation, make_host: MakeHost = Cli
         tier = tiers[devices.tiers[client]]
         return tier if tier in own else ""
 
-    _decode_on_every_node(config)
+    _decode_on_every_node(config, federation.dataset.folder)
     return RayEngine(
         federation.workload(),
         federation.sizes,
@@ -207,8 +208,12 @@ def _check_answer(address: str, timeout_s: float = 5.0) -> None:
         ) from None
 
 
-def _decode_on_every_node(config: Config) -> None:
-    """Each other node that may hold actors decodes the data set once, into its own cache, before that."""
+def _decode_on_every_node(config: Config, expected: Path) -> None:
+    """Each other node that may hold actors decodes the data set once, into its own cache, before that.
+
+    Raises:
+        DataError: A node has other data than this one.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -223,7 +228,7 @@ def _decode_on_every_node(config: Config) -> None:
         and any(asked <= node["Labels"].items() for asked in labels)
     ]
     arguments = prepare_arguments(config)
-    ray.get(
+    folders = ray.get(
         [
             decode.options(
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
@@ -231,6 +236,13 @@ def _decode_on_every_node(config: Config) -> None:
             for node in others
         ]
     )
+    for node, folder in zip(others, folders, strict=True):
+        if folder != expected:
+            raise DataError(
+                f"{'data.path' if config.data.path else 'data.name'} = "
+                f"{config.data.path or config.data.name!r} holds other data on node {node} than here: "
+                f"{folder.name} there, {expected.name} here"
+            )
 
 
 def _job_ships_code() -> bool:

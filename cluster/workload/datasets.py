@@ -9,30 +9,22 @@ calls, and it imports no decoder.
     dataset = open_dataset(folder)          # dataset.train.images: uint8 [1437, 1, 8, 8]
 """
 
-import contextlib
 import hashlib
-import importlib
-import importlib.util
 import json
-import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 
-from cluster.references import UserError, did_you_mean, load_reference
+from cluster.references import DataError, did_you_mean
+from cluster.workload import cache
+from cluster.workload.shards import parquet_files
 
-FORMAT_VERSION = 1  # part of every fingerprint: raise it when the arrays written below change
-
-
-class DataError(UserError):
-    """An unusable data set; the message names the key or file, what was found and what is allowed."""
+FORMAT_VERSION = 2  # part of every fingerprint: raise it when the arrays written below change
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,38 +73,29 @@ def open_dataset(folder: Path) -> Dataset:
         DataError: The folder is not one that `prepare` completed, or was damaged since.
     """
     folder = Path(folder)
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        group_names = meta["group_names"]
-        train_groups = None if group_names is None else np.load(folder / "train-groups.npy")
-    except (OSError, ValueError, KeyError) as error:
-        raise _incomplete(folder, error) from error
+    meta = cache.read_meta(folder)
+    groups = None if meta["group_names"] is None else _open(folder, "train-groups")
     return Dataset(
         name=meta["name"],
-        train=_open_split(folder, "train", train_groups),
+        train=_open_split(folder, "train", groups),
         classes=tuple(meta["classes"]),
-        group_names=None if group_names is None else tuple(group_names),
+        group_names=None if groups is None else tuple(meta["group_names"]),
         fingerprint=meta["fingerprint"],
         folder=folder,
     )
 
 
 def _open_split(folder: Path, split: str, groups: np.ndarray | None) -> Split:
+    # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
+    images = _open(folder, f"{split}-images", mmap_mode="r").view(np.ndarray)
+    return Split(images, _open(folder, f"{split}-labels"), groups)
+
+
+def _open(folder: Path, name: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     try:
-        return Split(
-            # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
-            images=np.load(folder / f"{split}-images.npy", mmap_mode="r").view(np.ndarray),
-            labels=np.load(folder / f"{split}-labels.npy"),
-            groups=groups,
-        )
+        return np.load(folder / f"{name}.npy", mmap_mode=mmap_mode)
     except (OSError, ValueError) as error:
-        raise _incomplete(folder, error) from error
-
-
-def _incomplete(folder: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{folder} is not a complete prepared data set ({error}): delete it and prepare it again"
-    )
+        raise cache.incomplete(folder, error) from error
 
 
 def prepare(
@@ -133,18 +116,17 @@ def prepare(
     """Decode a data set into arrays once per node and return their folder.
 
     The folder is `cache_dir/<name>-<fingerprint>`. The fingerprint is computed before decoding, from what was
-    asked (name, columns, splits, revision) and from what identifies the content cheaply: sizes and
-    modification times of local files, the source text of a user's module. A hub repository is identified by
-    its name and `revision` alone, so that a prepared one needs no network: pin `revision`, or delete the
-    folder, where the repository may change. Processes that ask at the same time wait for one of them; an
-    interrupted decode leaves nothing that is used.
+    asked (name, columns, splits, revision) and from the content: a hash of every local file, or of the arrays
+    that a user's function returns, which is called every time. A hub repository is identified by its name and
+    `revision` alone, so that a prepared one needs no network: pin `revision`, or delete the folder, where the
+    repository may change. Processes that ask at the same time wait for one of them; an interrupted decode
+    leaves nothing that is used, and a folder that was damaged since is decoded again.
 
     Args:
         name: `digits`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function without
             arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8 [N, H,
             W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes` and
-            `train_groups`. With `path` it is
-            only a name.
+            `train_groups`. With `path` it is only a name.
         path: Folder with `<split>-*.parquet`, `<split>.parquet` or `<split>/*.parquet`, directly or in its
             subfolder `data`.
         image_column: Column of encoded images or WAV clips; inferred from the features or the usual names.
@@ -177,54 +159,47 @@ def prepare(
             raise DataError(
                 f"data.{key} = {value!r} has no meaning with data.path = {path!r}: leave one of them out"
             )
-    files: list[list[Path]] = []
+    cache_dir = Path(cache_dir)
+
+    def ensure(content: Any, decode: Callable[[Path], dict[str, Any]]) -> Path:
+        text = json.dumps({**asked, "content": content}, sort_keys=True)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        folder = cache_dir / f"{_file_name(name)}-{fingerprint}"
+        cache.ensure(folder, lambda part: {"name": name, "fingerprint": fingerprint, **decode(part)})
+        return folder
+
+    if generated:
+        from cluster.workload.arrays import Arrays
+
+        if name == "digits":
+            return ensure(None, lambda folder: Arrays.digits().write(folder))
+        # One process of a node at a time holds the arrays, whose hash is only known when they are there.
+        with cache.locked(cache_dir / _file_name(name)):
+            arrays = Arrays.returned_by(name)
+            return ensure(arrays.digest(), arrays.write)
+
+    from cluster.workload import decoding
+
+    wanted = decoding.Wanted(columns, features, exclude_classes)
     if path is not None:
-        files = [_parquet_files(Path(path), split) for split in (train_split, test_split)]
-        asked["files"] = [
-            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in part] for part in files
-        ]
-    elif ":" in name:
-        asked["source"] = _source_digest(name)
-    elif name != "digits" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        files = [parquet_files(Path(path), split) for split in (train_split, test_split)]
+        try:
+            content = [[(file.name, cache.digest(file, cache_dir)) for file in part] for part in files]
+        except OSError as error:
+            raise DataError(f"data.path: {error.filename} cannot be read: {error.strerror}") from error
+        return ensure(content, lambda folder: decoding.decode_parquet(folder, wanted, files=files))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DataError(
             f"data.name = {name!r} is no data set: use 'digits', a hub repository 'owner/name', your own "
             f"'module:attribute', or give data.path, a folder of parquet files"
             f"{did_you_mean(name, ['digits'])}"
         )
+    hub = decoding.Hub(name, revision, data_dir, (train_split, test_split))
+    return ensure(None, lambda folder: decoding.decode_hub(folder, wanted, hub))
 
-    def decode(folder: Path) -> dict[str, Any]:
-        from cluster.workload import decoding
 
-        wanted = decoding.Wanted(columns, features, exclude_classes)
-        if path is not None:
-            return decoding.decode_parquet(folder, wanted, files=files)
-        if name == "digits":
-            return decoding.decode_digits(folder)
-        if generated:
-            return decoding.decode_user(folder, name)
-        splits = (train_split, test_split)
-        return decoding.decode_hub(
-            folder, wanted, name=name, revision=revision, data_dir=data_dir, splits=splits
-        )
-
-    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', name)}-{fingerprint}"
-    if not (folder / "meta.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / "meta.json").exists():
-                # Under the lock a partial folder can only be what a killed process left.
-                partial = folder.with_name(f".{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    meta = {"name": name, "fingerprint": fingerprint, **decode(partial)}
-                    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-                    shutil.rmtree(folder, ignore_errors=True)  # damaged: it has no meta.json
-                    os.rename(partial, folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    return folder
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -258,33 +233,3 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     for code, quota in enumerate(quotas):
         held[generator.permutation(np.flatnonzero(codes == code))[:quota]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def _source_digest(reference: str) -> str:
-    """Hash of a user module's source, which unlike its modification time is the same on every node."""
-    specification = None
-    with contextlib.suppress(ModuleNotFoundError, ValueError):
-        specification = importlib.util.find_spec(reference.partition(":")[0])
-    if specification is None or specification.origin is None or not Path(specification.origin).is_file():
-        load_reference("data.name", reference, DataError)  # says what is missing
-        return ""  # a module without a file is identified by its name
-    return hashlib.sha256(Path(specification.origin).read_bytes()).hexdigest()
-
-
-def _parquet_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a split, in the order of their names."""
-    if not folder.is_dir():
-        raise DataError(
-            f"data.path = '{folder}' is no folder on this node; absolute path: {folder.absolute()}"
-        )
-    for place in (folder, folder / "data"):
-        patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
-        files = [file for pattern in patterns for file in place.glob(pattern)]
-        if files:
-            return sorted(files)
-    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
-    raise DataError(
-        f"data.path = '{folder}' has no '{split}-*.parquet', '{split}.parquet' or '{split}/*.parquet', nor "
-        f"has its subfolder data; parquet files found: {found[:10] or 'none'} (data.train_split and "
-        f"data.test_split name the splits)"
-    )

@@ -1,10 +1,10 @@
 """Decoding a data set into the arrays that `cluster.workload.datasets` maps; runs once per node.
 
-Four sources, one result: `<split>-images.npy`, `<split>-labels.npy` and, with groups, `train-groups.npy` in a
+Two sources, one result: `<split>-images.npy`, `<split>-labels.npy` and, with groups, `train-groups.npy` in a
 folder. Every function here returns the names (`classes`, `group_names`) that belong beside them in
-`meta.json`. Tables are decoded one image or clip after the other into a memory map: a data set never has
-to fit in memory, and threads only lose (PIL's small images hold the interpreter lock: two threads take 1.5 to
-1.8 times as long as one).
+`meta.json`. What is arrays already, `arrays.py` writes in the same form. Tables are decoded one image or clip
+after the other into a memory map: a data set never has to fit in memory, and threads only lose (PIL's small
+images hold the interpreter lock: two threads take 1.5 to 1.8 times as long as one).
 """
 
 import io
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cluster.references import did_you_mean, load_reference
-from cluster.workload import audio
-from cluster.workload.datasets import DataError, hold_out
+from cluster.references import DataError, did_you_mean
+from cluster.workload import audio, cache
+from cluster.workload.arrays import refuse_not_finite
+from cluster.workload.labels import LabelCodes, group_codes
 from cluster.workload.tables import (
     Table,
     choose_column,
@@ -29,115 +30,6 @@ from cluster.workload.tables import (
 
 USUAL_IMAGE_COLUMNS = ("image", "img", "audio")
 USUAL_LABEL_COLUMNS = ("label", "labels", "fine_label")
-DIGITS_TEST_SAMPLES = 360  # a fifth of the 1,797 digits
-DIGITS_SPLIT_SEED = 1337
-
-
-def decode_digits(folder: Path) -> dict[str, Any]:
-    """scikit-learn's handwritten digits, 8x8 pixels of 0..16, in a fixed stratified split."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        raise DataError(
-            "data.name = 'digits' is a part of scikit-learn, which is not installed here; install it "
-            "(pip install scikit-learn), or give data.path, a folder of parquet files"
-        ) from None
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    labels = digits.target.astype(np.int64)
-    train, test = hold_out(labels, DIGITS_TEST_SAMPLES / labels.size, DIGITS_SPLIT_SEED)
-    arrays = {"train_images": images[train], "train_labels": labels[train]}
-    arrays |= {"test_images": images[test], "test_labels": labels[test]}
-    return _write_arrays(folder, arrays, "digits")
-
-
-def decode_user(folder: Path, reference: str) -> dict[str, Any]:
-    """What a user's function `module:attribute` returns."""
-    return _write_arrays(folder, load_reference("data.name", reference, DataError)(), reference)
-
-
-def _write_arrays(folder: Path, arrays: Any, name: str) -> dict[str, Any]:
-    """Check and write a dictionary of arrays as described in `prepare`; returns the names for meta.json."""
-    required = {"train_images", "train_labels", "test_images", "test_labels"}
-    allowed = required | {"classes", "train_groups"}
-    found = set(arrays) if isinstance(arrays, Mapping) else {type(arrays).__name__}
-    if not required <= found <= allowed:
-        raise DataError(
-            f"data.name = {name!r} must return a dictionary with {sorted(required)} and optionally "
-            f"'classes', 'train_groups'; found {sorted(map(str, found))}"
-        )
-    classes = None if arrays.get("classes") is None else [str(one) for one in arrays["classes"]]
-    shape: tuple[int, ...] | None = None
-    for split in ("train", "test"):
-        images = np.asarray(arrays[f"{split}_images"])
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
-            raise DataError(
-                f"{split}_images of {name!r} is {images.dtype} {list(images.shape)}; allowed is uint8 or "
-                f"float32 [N, H, W] or [N, H, W, C] with 1 to 4 channels last"
-            )
-        if images.shape[0] == 0 or (shape is not None and images.shape[1:] != shape):
-            raise DataError(
-                f"{split}_images of {name!r} has shape {list(images.shape)}; expected at least one image, "
-                f"and the same [H, W, C] in both splits (train: {list(shape or images.shape[1:])})"
-            )
-        shape = images.shape[1:]
-        values = np.asarray(arrays[f"{split}_labels"])
-        if values.shape != images.shape[:1] or values.dtype.kind not in "iu":
-            raise DataError(
-                f"{split}_labels of {name!r} is {values.dtype} {list(values.shape)}; allowed are integers "
-                f"[{images.shape[0]}], one for each image"
-            )
-        labels, classes = _encode(values.tolist(), classes, f"{split}_labels of {name!r}")
-        np.save(folder / f"{split}-images.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        np.save(folder / f"{split}-labels.npy", labels)
-    groups = arrays.get("train_groups")
-    if groups is not None and len(groups) != len(arrays["train_labels"]):
-        raise DataError(
-            f"train_groups of {name!r} has {len(groups)} entries for {len(arrays['train_labels'])} images"
-        )
-    return {
-        "classes": classes,
-        "group_names": None if groups is None else _write_groups(folder, np.asarray(groups).tolist(), name),
-    }
-
-
-def _encode(values: list[Any], classes: list[str] | None, place: str) -> tuple[np.ndarray, list[str]]:
-    """Integer or text labels as int64 codes into `classes`, which the training split decides if None."""
-    for row, value in enumerate(values):
-        if not isinstance(value, (int, str)) or isinstance(value, str) != isinstance(values[0], str):
-            raise DataError(f"{place}: row {row} holds {value!r}; allowed are integers or texts, never both")
-    if isinstance(values[0], str):
-        classes = sorted(set(values)) if classes is None else classes
-        unknown = set(values) - set(classes)
-        if unknown:
-            raise DataError(
-                f"{place} holds {sorted(unknown)[:5]}, which the training split does not: {classes}"
-            )
-        code = {label: index for index, label in enumerate(classes)}
-        values = [code[value] for value in values]
-    labels = np.array(values, dtype=np.int64)
-    classes = [str(index) for index in range(labels.max() + 1)] if classes is None else classes
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(
-            f"{place} lie in {labels.min()}..{labels.max()}; allowed are 0..{len(classes) - 1}, "
-            f"because there are {len(classes)} classes"
-        )
-    return labels, classes
-
-
-def _write_groups(folder: Path, values: list[Any], place: str) -> list[str]:
-    """Write the training groups as int64 codes and return their names in the order of the codes."""
-    if None in values:
-        raise DataError(
-            f"the groups of {place} have no value in row {values.index(None)}; every sample needs one"
-        )
-    names = sorted(set(values))
-    code = {value: index for index, value in enumerate(names)}
-    np.save(folder / "train-groups.npy", np.array([code[value] for value in values], dtype=np.int64))
-    return [str(value) for value in names]
 
 
 class _ColourFound(Exception):
@@ -164,40 +56,42 @@ def decode_parquet(folder: Path, wanted: Wanted, *, files: list[list[Path]]) -> 
     return _decode_tables(folder, wanted, *map(parquet_table, files))
 
 
-def decode_hub(
-    folder: Path,
-    wanted: Wanted,
-    *,
-    name: str,
-    revision: str | None,
-    data_dir: str | None,
-    splits: tuple[str, str],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Hub:
+    """Where in the Hugging Face hub a data set lies; see `cluster.workload.datasets.prepare`."""
+
+    name: str
+    revision: str | None
+    data_dir: str | None
+    splits: tuple[str, str]
+
+
+def decode_hub(folder: Path, wanted: Wanted, hub: Hub) -> dict[str, Any]:
     """A Hugging Face hub repository, downloaded into the user's own Hugging Face cache."""
     try:
         import datasets
     except ModuleNotFoundError:
         raise DataError(
-            f"data.name = {name!r} is loaded from the Hugging Face hub by the package datasets, which is not "
+            f"data.name = {hub.name!r} is loaded from the Hugging Face hub by the package datasets, which is not "
             "installed here; install it (pip install datasets), or give data.path, a folder of parquet files"
         ) from None
 
-    at = f" at revision {revision!r}" if revision else ""
+    name, at = hub.name, f" at revision {hub.revision!r}" if hub.revision else ""
     try:
-        loaded = datasets.load_dataset(name, revision=revision, data_dir=data_dir)
+        loaded = datasets.load_dataset(name, revision=hub.revision, data_dir=hub.data_dir)
     except Exception as error:  # the library raises a dozen unrelated types, of other libraries too
         raise DataError(
             f"data.name = {name!r}{at} could not be loaded from the Hugging Face hub "
             f"({type(error).__name__}: {error}). Check the name and the network (HF_HUB_OFFLINE=1 allows "
             f"only what is cached), or give data.path, a folder of its parquet files"
         ) from error
-    for key, split in zip(("train_split", "test_split"), splits, strict=True):
+    for key, split in zip(("train_split", "test_split"), hub.splits, strict=True):
         if split not in loaded:
             raise DataError(
                 f"data.{key} = {split!r} is no split of {name!r}{at}; allowed are {sorted(loaded)}"
                 f"{did_you_mean(split, loaded)}"
             )
-    return _decode_tables(folder, wanted, *(hub_table(name, split, loaded[split]) for split in splits))
+    return _decode_tables(folder, wanted, *(hub_table(name, split, loaded[split]) for split in hub.splits))
 
 
 def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> dict[str, Any]:
@@ -210,15 +104,17 @@ def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> d
     )
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         choose_column(test, key, column, [], ())
-    feature = train.features.get(label_column, {})
-    classes = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     tables, labels = {"train": train, "test": test}, {}
+    meaning: LabelCodes | None = None
     for split, table in tables.items():
         if table.rows == 0:
             raise DataError(f"{table.place} has no rows")
         place = f"labels in column {label_column!r} of {table.place}"
-        labels[split], classes = _encode(list(table.column(label_column)), classes, place)
-    assert classes is not None, "the training split decides the classes"
+        stored, declared = table.labels(label_column)
+        meaning = meaning or LabelCodes.of(stored, declared, place)
+        labels[split] = meaning.encode(stored, place)
+    assert meaning is not None, "the training split decides the classes"
+    classes = meaning.classes
     if wanted.exclude_classes:
         codes = _excluded(wanted.exclude_classes, classes, train.place)
         for split, table in tables.items():
@@ -229,17 +125,18 @@ def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> d
             labels[split] = labels[split][kept] - np.searchsorted(codes, labels[split][kept])
         classes = [name for code, name in enumerate(classes) if code not in codes]
     for split in tables:
-        np.save(folder / f"{split}-labels.npy", labels[split])
-    group_names = None
+        cache.save(folder / f"{split}-labels.npy", labels[split])
+    group_names: list[str] | None = None
     if columns["group_column"] is not None:
         group_column = choose_column(train, "group_column", columns["group_column"], [], ())
         groups = list(tables["train"].column(group_column))
-        group_names = _write_groups(folder, groups, f"{train.place}, {group_column!r}")
-    names = {"classes": classes, "group_names": group_names}
+        values, group_names = group_codes(groups, f"{train.place}, {group_column!r}")
+        cache.save(folder / "train-groups.npy", values)
+    names: dict[str, Any] = {"classes": classes, "group_names": group_names}
     first = next(tables["train"].column(image_column))
     content = first.get("bytes") if isinstance(first, dict) else first
-    declared = train.features.get(image_column, {}).get("_type")
-    if declared == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
+    kind = train.features.get(image_column, {}).get("_type")
+    if kind == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
         return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel")
     if wanted.features is not None:
         raise DataError(
@@ -280,9 +177,7 @@ def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, featur
     written = {}
     for split, table in tables.items():
         path = folder / f"{split}-images.npy"
-        written[split] = clips = np.lib.format.open_memmap(
-            path, mode="w+", dtype=np.float32, shape=(table.rows, 1, *shape)
-        )
+        written[split] = clips = cache.new_array(path, np.float32, (table.rows, 1, *shape))
         for row, cell in enumerate(table.column(column)):
             place = f"clip {row} in column {column!r} of {table.place}"
             content = _content(cell, place, "WAV files")
@@ -291,6 +186,7 @@ def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, featur
                 clips[row, 0] = transform(*audio.read_wav(content))
             except (OSError, audio.AudioError) as error:
                 raise DataError(f"{place} {error}") from error
+            refuse_not_finite(clips[row : row + 1], place, row)
     mean, deviation = audio.moments(written["train"]) if normalised else (0.0, 1.0)
     for clips in written.values():
         if normalised:
@@ -356,7 +252,7 @@ def _decode_images(
             )
         if pixels is None:
             shape = (table.rows, channels, size[1], size[0])
-            pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+            pixels = cache.new_array(path, np.uint8, shape)
         mode = "L" if channels == 1 else "RGB"
         decoded = np.asarray(image if image.mode == mode else image.convert(mode))
         pixels[row] = decoded if channels == 1 else decoded.transpose(2, 0, 1)

@@ -2,42 +2,97 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.references import did_you_mean
-from cluster.workload.datasets import DataError
+from cluster.references import DataError, did_you_mean
+from cluster.workload.labels import LabelCodes, names_of
 
 
 @dataclass(frozen=True)
-class Table:
-    """One split in Arrow's form: where it is from, its schema, its row count, and its rows batch by batch."""
+class Part:
+    """Consecutive rows that share a schema: one parquet file, or all of a split of the hub."""
 
     place: str
     schema: Any
     rows: int
     batches: Callable[[str], Iterator[Any]]  # column name -> consecutive arrays of that column
-    kept: np.ndarray | None = None  # bool [all rows]; None keeps every row
-
-    def column(self, name: str) -> Iterator[Any]:
-        """The values of a column as Python objects, in order, a batch in memory at a time."""
-        values = itertools.chain.from_iterable(batch.to_pylist() for batch in self.batches(name))
-        return values if self.kept is None else itertools.compress(values, self.kept)
-
-    def only(self, kept: np.ndarray) -> "Table":
-        """The rows for which `kept`, bool [rows], is true."""
-        return replace(self, kept=kept, rows=int(kept.sum()))
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
         """Hugging Face's feature of every column, as stored in the schema; empty for plain parquet files."""
-        stored = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = stored.get("info", {}).get("features", {})
+        try:
+            stored = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = dict(stored.get("info", {}).get("features", {}))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{self.place}: the metadata 'huggingface' cannot be read: {error}") from error
         return {name: feature if isinstance(feature, dict) else {} for name, feature in features.items()}
+
+    def names(self, column: str) -> list[str] | None:
+        """Names of the classes whose codes a column holds; None where it holds texts or plain integers."""
+        feature = self.features.get(column, {})
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        return None if names is None else [str(name) for name in names]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split in Arrow's form: its parts, and which of all rows are kept (bool; None keeps every row)."""
+
+    parts: Sequence[Part]
+    kept: np.ndarray | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is from."""
+        return self.parts[0].place
+
+    @property
+    def schema(self) -> Any:
+        """Arrow's schema of the first part."""
+        return self.parts[0].schema
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        """See :class:`Part`; of the first."""
+        return self.parts[0].features
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that are kept."""
+        return sum(part.rows for part in self.parts) if self.kept is None else int(self.kept.sum())
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column as Python objects, in order, a batch in memory at a time."""
+        values = itertools.chain.from_iterable(
+            batch.to_pylist() for part in self.parts for batch in part.batches(name)
+        )
+        return values if self.kept is None else itertools.compress(values, self.kept)
+
+    def labels(self, column: str) -> tuple[list[Any], list[str]]:
+        """The labels of all rows, codes of named classes as their names; and those names in order.
+
+        Every part has its own names: files may list the same classes in another order.
+        """
+        values: list[Any] = []
+        declared: dict[str, None] = {}
+        for part in self.parts:
+            stored = [value for batch in part.batches(column) for value in batch.to_pylist()]
+            names = part.names(column)
+            if names is not None:
+                place = f"labels in column {column!r} of {part.place}"
+                stored = names_of(stored, LabelCodes.named(names, place).classes, place)
+                declared |= dict.fromkeys(names)
+            values += stored
+        return values, list(declared)
+
+    def only(self, kept: np.ndarray) -> "Table":
+        """The rows for which `kept`, bool [rows], is true."""
+        return replace(self, kept=kept)
 
 
 def hub_table(name: str, split: str, dataset: Any) -> Table:
@@ -48,30 +103,34 @@ def hub_table(name: str, split: str, dataset: Any) -> Table:
         for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=512):
             yield table[column]
 
-    return Table(f"split {split!r} of {name!r}", dataset.features.arrow_schema, len(dataset), batches)
+    schema = dataset.features.arrow_schema
+    return Table([Part(f"split {split!r} of {name!r}", schema, len(dataset), batches)])
 
 
 def parquet_table(files: list[Path]) -> Table:
     """Parquet files that together are one split."""
+    return Table([_parquet_part(file, files[0]) for file in files])
+
+
+def _parquet_part(file: Path, first: Path) -> Part:
     import pyarrow
     import pyarrow.parquet
 
-    parts = []
-    for file in files:
-        try:
-            parts.append(pyarrow.parquet.ParquetFile(file))
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{file} is not a readable parquet file: {error}") from error
+    try:
+        content = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable parquet file: {error}") from error
 
     def batches(column: str) -> Iterator[Any]:
-        for file, part in zip(files, parts, strict=True):
-            if column not in part.schema_arrow.names:
-                raise DataError(f"{file} has no column {column!r}, which {files[0].name} has")
-            for batch in part.iter_batches(batch_size=512, columns=[column]):
+        if column not in content.schema_arrow.names:
+            raise DataError(f"{file} has no column {column!r}, which {first.name} has")
+        try:
+            for batch in content.iter_batches(batch_size=512, columns=[column]):
                 yield batch.column(column)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file}: column {column!r} cannot be read: {error}") from error
 
-    rows = sum(part.metadata.num_rows for part in parts)
-    return Table(str(files[0]), parts[0].schema_arrow, rows, batches)
+    return Part(str(file), content.schema_arrow, content.metadata.num_rows, batches)
 
 
 def image_candidates(table: Table) -> list[str]:

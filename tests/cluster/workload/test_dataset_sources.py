@@ -90,6 +90,7 @@ def user_module(tmp_path, monkeypatch):
         body = ", ".join(f"'{key}': {value}" for key, value in (defaults | arrays).items() if value)
         (tmp_path / "my_pictures.py").write_text(
             f"import numpy as np\ndef load():\n    return {{{body}}}\ndef nothing():\n    return 7\n"
+            "def none():\n    pass\ndef asks(more):\n    pass\nDATA = {}\n"
         )
         sys.modules.pop("my_pictures", None)
 
@@ -118,7 +119,7 @@ def test_user_function_is_a_data_set(tmp_path, user_module):
     [
         (
             {"train_images": "np.zeros((3, 4, 3))"},
-            r"train_images .* is float64 \[3, 4, 3, 1\]; allowed is uint8",
+            r"train_images .* is float64 \[3, 4, 3\]; allowed is uint8",
         ),
         ({"train_images": "np.zeros((3, 3, 9, 9), np.uint8)"}, "channels last"),
         ({"test_images": "np.zeros((1, 4, 4), np.uint8)"}, "the same .H, W, C. in both splits"),
@@ -129,6 +130,24 @@ def test_user_function_is_a_data_set(tmp_path, user_module):
         ({"test_labels": ""}, "must return a dictionary with.*'test_labels'"),
         ({"tset": "3"}, "found.*'tset'"),
         ({"train_groups": "[1, 2]"}, "train_groups .* has 2 entries for 3 images"),
+        ({"train_groups": "[[1], [2], [3]]"}, r"train_groups .* has shape \[3, 1\]; allowed is \[3\]"),
+        ({"train_groups": "[1., float('nan'), 2.]"}, "no value in row 1"),
+        ({"train_images": "[np.zeros((4, 3)), np.zeros((4, 4)), 1]"}, "train_images .* is no array: "),
+        ({"train_images": "np.zeros((3, 4, 3), object)"}, "train_images .* is object"),
+        ({"train_images": "np.zeros((3, 4, 3), np.uint16)"}, "train_images .* is uint16"),
+        ({"train_images": "np.zeros((3, 4, 3), bool)"}, "train_images .* is bool"),
+        ({"train_images": "np.zeros((3, 4, 3), np.float32)"}, "uint8, train_images is float32; expected one"),
+        ({"test_images": "np.zeros((0, 4, 3), np.uint8)"}, "at least one image"),
+        ({"test_images": "np.zeros((1, 0, 3), np.uint8)"}, "at least one pixel"),
+        ({"train_labels": "[[0], [1, 2], 3]"}, "train_labels .* is no array"),
+        ({"train_labels": "np.array([0, 'a', None], object)"}, "train_labels .* is object"),
+        ({"train_labels": "np.array([True, False, True])"}, "train_labels .* is bool"),
+        ({"train_labels": "np.array([0, -1, 1])"}, r"lie in -1\.\.1; allowed are codes from 0 on"),
+        ({"train_labels": "np.array([2**64 - 1, 0, 0], np.uint64)"}, r"holds \[1\], which the training"),
+        ({"classes": "'ab'"}, "classes of .* is 'str'; allowed is a list of names"),
+        ({"classes": "['a', 'a']"}, "class names hold .'a'. more than once"),
+        ({"classes": "['a']"}, r"lie in 0\.\.1; allowed are 0\.\.0"),
+        ({"train_labels": "", "train_lables": "1"}, "found.*train_lables.*did you mean train_labels"),
     ],
 )
 def test_user_arrays_that_cannot_be_used(tmp_path, user_module, arrays, match):
@@ -137,12 +156,30 @@ def test_user_arrays_that_cannot_be_used(tmp_path, user_module, arrays, match):
         prepare(name="my_pictures:load", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("row", [0, 1023, 1024, 1029])
+def test_pixels_that_are_no_numbers_are_refused_with_their_row(tmp_path, user_module, value, row):
+    labels = "np.arange(1030) % 2"
+    images = "np.zeros((1030, 2, 2), np.float32)"
+    broken = (
+        f"np.where(np.arange(4120).reshape(1030, 2, 2) == {4 * row + 3}, np.float32('{value}'), {images})"
+    )
+    user_module(train_images=images, train_labels=labels, test_images=broken, test_labels=labels)
+    with pytest.raises(
+        DataError, match=rf"test_images of 'my_pictures:load': row {row} holds {value}; every"
+    ):
+        prepare(name="my_pictures:load", cache_dir=tmp_path / "cache")
+
+
 def test_user_references_that_lead_nowhere(tmp_path, user_module):
     user_module()
     for name, match in (
         ("my_picture:load", "there is no module 'my_picture'"),
         ("my_pictures:laod", "has no 'laod'; did you mean load"),
-        ("my_pictures:nothing", "must return a dictionary"),
+        ("my_pictures:nothing", "must return a dictionary .* found 'int'"),
+        ("my_pictures:none", "must return a dictionary .* found None"),
+        ("my_pictures:DATA", "is 'dict'; allowed is a function without arguments"),
+        ("my_pictures:asks", r"is 'asks'; allowed is a function without arguments \(missing .* 'more'"),
     ):
         with pytest.raises(DataError, match=match):
             prepare(name=name, cache_dir=tmp_path / "cache")

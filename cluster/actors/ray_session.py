@@ -18,9 +18,8 @@ from cluster.actors.ray_engine import RayEngine
 from cluster.clients.client import ClientHost
 from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
-from cluster.references import UserError
+from cluster.references import DataError, UserError
 from cluster.simulation.devices import Devices
-from cluster.references import DataError
 from cluster.workload.datasets import prepare
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,7 @@ class RunDisplay:
         self._started = self._arrived = time.monotonic()
         self._lines: list[Line] = []
         self._accuracy: float | None = None
-        self._printed_at, self._unprinted = 0.0, False
+        self._printed_at, self._unprinted = 0.0, 0
         self._spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
         self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=5, transient=True)
 
@@ -78,7 +79,7 @@ class RunDisplay:
             if self._lines:
                 self._console.print(self._table())
         elif self._unprinted:
-            self._print(self._plain(self._lines[-1]))
+            self._print_lines()
 
     def on_line(self, line: Line) -> None:
         """Take in one round's line."""
@@ -89,10 +90,9 @@ class RunDisplay:
         if self._console.is_terminal:
             return  # redrawn five times a second by its own thread
         due = self._last <= _EVERY_LINE_UP_TO or self._arrived - self._printed_at >= _LINE_INTERVAL_S
-        self._unprinted = not (due or line["round"] == self._last)
-        if not self._unprinted:
-            self._printed_at = self._arrived
-            self._print(self._plain(line))
+        self._unprinted += 1
+        if due or line["round"] == self._last:
+            self._print_lines()
 
     def remaining_s(self) -> float | None:
         """Seconds until the last round is in; None before the first one is.
@@ -113,8 +113,12 @@ class RunDisplay:
         if not self._lines:
             return self._waiting(f"{self._start}, computing round {self._done + 1}")
         if self._done >= self._last:
-            return Group(self._table(), self._waiting("writing model and pictures, delivering to MLflow"))
-        return Group(self._table(), self._status())
+            status: RenderableType = self._waiting("writing model and pictures, delivering to MLflow")
+        else:
+            status = self._status()
+        refused = refusals(self._lines)
+        warnings = [Text(refused, style="yellow", no_wrap=True, overflow="ellipsis")] if refused else []
+        return Group(self._table(), *warnings, status)
 
     def _waiting(self, text: str) -> RenderableType:
         self._spinner.update(text=f"{text}  {duration(time.monotonic() - self._started)}")
@@ -156,6 +160,12 @@ class RunDisplay:
         return grid
 
     # ----------------------------------------------------------------------------------------- elsewhere
+
+    def _print_lines(self) -> None:
+        """Print the last round, with the updates refused since the round that was printed before."""
+        refused = refusals(self._lines[-self._unprinted :])
+        self._print(self._plain(self._lines[-1]) + ("  " + refused if refused else ""))
+        self._printed_at, self._unprinted = self._arrived, 0
 
     def _plain(self, line: Line) -> str:
         width = len(str(self._last))
@@ -263,11 +273,25 @@ def conclude(console: Console, result: Result) -> None:
         ratio = f"{full / spent:.1f}x" if spent else "-"
         costs.add_row(name, amount(spent, unit), amount(full, unit), ratio)
     console.print(costs)
-    warning = emptied(lines[-1]["sparsity/layers"])
-    if warning:
-        console.print(warning, style="yellow", soft_wrap=True)
+    for warning in (refusals(lines), emptied(lines[-1]["sparsity/layers"])):
+        if warning:
+            console.print(warning, style="yellow", soft_wrap=True)
     for key, value in _next_steps(config, result):
         console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)
+
+
+def refusals(lines: Sequence[Line]) -> str:
+    """How many updates were refused in these rounds, and why those of most; empty where none was."""
+    refused = [each for line in lines for each in line.get("clients/refused_list", ())]
+    if not refused:
+        return ""
+    reason = Counter(str(reason) for _, reason in refused).most_common(1)[0][0]
+    clients = sorted({client for client, _ in refused})
+    named = ", ".join(map(str, clients[:5])) + ", ..." * (len(clients) > 5)
+    return (
+        f"{len(refused)} update{'s' * (len(refused) > 1)} refused: {reason.partition(chr(10))[0]} "
+        f"(client{'s' * (len(clients) > 1)} {named})"
+    )
 
 
 def emptied(sparsities: Sequence[float]) -> str:

@@ -58,6 +58,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "pdf.fonttype": 42,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a dollar in a label is a dollar
 }
 
 #: A line with its uncertainty: x, mean, low, high; the bounds are NaN where there is one seed.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from cluster.workload.partition import picture
 #: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
 #: flops/sparse: the weight gradient costs only the share of its entries that a method uses.
 MEASURES = {"flops/sparse": 2}
+
+_logger = logging.getLogger("sparsyfed.outputs")
 
 
 def summary_of(
@@ -74,17 +78,32 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
 
 
 def _pictures(folder: RunFolder, federation: Federation, lines: list[dict[str, Any]]) -> list[Path]:
-    pictures = [folder.path / f"{name}.png" for name in ("partition", "curves", "devices")]
+    """Draw what can be drawn: a picture that fails is left out and named, and never ends a computed run."""
     dataset, config = federation.dataset, federation.config
+    labels, classes = dataset.train.labels, dataset.classes
     title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
-    picture(federation.partition, dataset.train.labels, dataset.classes, pictures[0], title=title)
-    curves(lines, pictures[1], title=f"{config.algorithm.name}, seed {config.seed}")
-    population(federation, pictures[2])
+    method = f"{config.algorithm.name}, seed {config.seed}"
+    draw: dict[str, Callable[[Path], None]] = {
+        "partition": lambda path: picture(federation.partition, labels, classes, path, title=title),
+        "curves": lambda path: curves(lines, path, title=method),
+        "devices": lambda path: population(federation, path),
+    }
     if federation.shifted:
-        pictures.append(folder.path / "partition_shifted.png")
-        shifted = f"{title}, from round {config.shift.round} on"
-        picture(federation.shifted[0], dataset.train.labels, dataset.classes, pictures[-1], title=shifted)
-    return pictures
+        after = f"{title}, from round {config.shift.round} on"
+        draw["partition_shifted"] = lambda path: picture(
+            federation.shifted[0], labels, classes, path, title=after
+        )
+    drawn = []
+    for name, function in draw.items():
+        path = folder.path / f"{name}.png"
+        try:
+            function(path)
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            _logger.warning("%s is not drawn: %s", path, " ".join(f"{type(error).__name__}: {error}".split()))
+        else:
+            drawn.append(path)
+    return drawn
 
 
 def missing_packages(config: Config) -> str | None:

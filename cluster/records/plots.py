@@ -75,7 +75,7 @@ def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         if place.get_legend_handles_labels()[0]:
             place.legend(frameon=False, fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -113,7 +113,8 @@ def population(federation: Federation, path: Path) -> None:
         visits.hist(seconds[mine], bins=bins, alpha=0.55, color=colour)
         days.plot(hours, 100 * awake[:, mine].mean(axis=1), color=colour, linewidth=1.8)
     kinds.set(xscale="log", yscale="log", xlabel="compute (GFLOP/s)", ylabel="downlink (Mbit/s)")
-    kinds.legend(frameon=False, fontsize=9)
+    for name in kinds.legend(frameon=False, fontsize=9).get_texts():
+        name.set_parse_math(False)
     visits.set(xscale="log", xlabel="seconds of a visit with a dense model", ylabel="devices")
     days.set(xlabel="hour of the simulated day", ylabel="available (%)", xlim=(0, 24), ylim=(0, 103))
     days.set_xticks(range(0, 25, 6))

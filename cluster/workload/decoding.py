@@ -72,8 +72,9 @@ def decode_hub(folder: Path, wanted: Wanted, hub: Hub) -> dict[str, Any]:
         import datasets
     except ModuleNotFoundError:
         raise DataError(
-            f"data.name = {hub.name!r} is loaded from the Hugging Face hub by the package datasets, which is not "
-            "installed here; install it (pip install datasets), or give data.path, a folder of parquet files"
+            f"data.name = {hub.name!r} is loaded from the Hugging Face hub by the package datasets, which is "
+            "not installed here; install it (pip install datasets), or give data.path, a folder of parquet "
+            "files"
         ) from None
 
     name, at = hub.name, f" at revision {hub.revision!r}" if hub.revision else ""

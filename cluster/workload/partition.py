@@ -8,6 +8,7 @@ the node's memory-mapped arrays.
     dataset.train.images[parts.client(7)]
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def picture(
     held = np.median((histogram > 0).sum(axis=1))
     samples = int(partition.sizes.sum())
     counts = f"{partition.clients:,} clients, {samples:,} samples, classes a client: {held:g} (median)"
-    bars.set_title(title or counts)
+    bars.set_title(title or counts, parse_math=False)
     edges = (np.arange(drawn.size + 1) - 0.5) * step
     bars.stairs(sizes, edges, fill=True, color="0.35")
     bars.set_ylabel("samples")
@@ -262,8 +263,12 @@ def picture(
     cells.set_ylabel("class")
     cells.locator_params(axis="x", integer=True)
     if len(classes) <= 30:
-        cells.set_yticks(range(len(classes)), labels=[str(name)[:24] for name in classes])
+        shown = [" ".join(str(name).split())[:24] for name in classes]
+        cells.set_yticks(range(len(classes)), labels=shown, parse_math=False)
     for axes in (bars, cells):
         axes.spines[["top", "right"]].set_visible(False)
     figure.colorbar(image, ax=[bars, cells], label="share of the client's samples", pad=0.01)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        # A letter that the font lacks, such as an emoji, is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path)

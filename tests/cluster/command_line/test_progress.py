@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import cluster
-from cluster.command_line.progress import RunDisplay, amount, duration, emptied
+from cluster.command_line.progress import RunDisplay, amount, duration, emptied, refusals
 
 
 def line(number: int, seconds: float = 4.0, accuracy: float | None = 0.5) -> dict[str, object]:
@@ -56,6 +56,35 @@ def test_a_terminal_gets_a_status_line_and_the_last_rounds() -> None:
     # 40 - 12 - 1 rounds of 4 s.
     assert "eta 1:48" in text
     assert text.count("90.0%") == 7  # six rounds and the status line
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def refusing(number, *refused):
+    return line(number) | {"clients/refused_list": [list(each) for each in refused]}
+
+
+def test_refused_updates_are_said_with_their_reason() -> None:
+    assert refusals([line(1), refusing(2)]) == ""
+    assert refusals([refusing(1, (7, "not finite"))]) == "1 update refused: not finite (client 7)"
+    more = refusing(2, (7, "not finite"), (3, "too far\nby a trace"))
+    assert refusals([refusing(1, (7, "not finite")), more]) == "3 updates refused: not finite (clients 3, 7)"
+    many = refusing(1, *((client, "far\ntrace") for client in range(9)))
+    assert refusals([many]) == "9 updates refused: far (clients 0, 1, 2, 3, 4, ...)"
+
+
+def test_refused_updates_show_while_a_run_works() -> None:
+    shown = io.StringIO()
+    with RunDisplay(Console(file=shown), cluster.resolve(None, ["rounds=500"])) as display:
+        for number in range(1, 4):  # only the first and the last of these are printed
+            display.on_line(refusing(number, (number, "not finite")) if number < 3 else line(number))
+    printed = [text.partition("  1 update")[2] for text in shown.getvalue().splitlines()]
+    assert printed == ["", " refused: not finite (client 1)", " refused: not finite (client 2)"]
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    display = RunDisplay(terminal, cluster.resolve(None, ["rounds=40"]))
+    display.on_line(refusing(1, (7, "not finite " * 20)))
+    terminal.print(display._picture())
+    text = terminal.file.getvalue()
+    assert "1 update refused: not finite" in text
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -281,3 +281,26 @@ def test_picture_is_drawn_at_both_extremes(tmp_path, clients, classes):
     with Image.open(path) as image:
         assert image.width > 800
         assert np.asarray(image.convert("L")).std() > 10  # something is on it
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    names = [
+        r"$\celsius$",
+        "$a$ and $",
+        "a_b^c",
+        "\\",
+        r"\$",
+        "cat\ndog\tcow",
+        "😀 日本",
+        "",
+        "%s {x} <b>&",
+        "x" * 300,
+    ]
+    labels = balanced(40, len(names))
+    parts = partition("iid", labels, clients=4, seed=1)
+    for suffix in ("png", "svg"):
+        picture(parts, labels, names, tmp_path / f"partition.{suffix}", title=names[0])
+    drawn = (tmp_path / "partition.svg").read_text()
+    assert drawn.count(r"<!-- $\celsius$ -->") == 2  # as a title and as a class
+    assert "<!-- cat dog cow -->" in drawn

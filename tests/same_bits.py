@@ -89,10 +89,12 @@ def machine() -> str:
     """What bits depend on beside the code: torch, the instruction set, and the CPU that its libraries see."""
     import torch
 
-    described = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__.partition('+')[0]}, {capability}, {cpu[1] if cpu else platform.processor()}"
+    file = Path("/proc/cpuinfo")
+    described = file.read_text(encoding="utf-8") if file.exists() else ""
+    # The name of a virtual machine's CPU hides its generation.
+    kind = re.findall(r"^(vendor_id|cpu family|model)\s*:\s*(.+)$", described, re.MULTILINE)[:3]
+    cpu = " ".join(value for _, value in kind) or platform.processor()
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {cpu}"
 
 
 def _of(tree: Path, names: list[str]) -> dict[str, str]:

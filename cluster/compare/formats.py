@@ -5,36 +5,51 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.compare.contest import POINTS, Contest, Verdict
 from cluster.compare.groups import Group
 from cluster.compare.plots import mean_curve, metric
 from cluster.compare.reading import METRICS
-from cluster.compare.table import Cell, Column, Comparison, Mark, Table
+from cluster.compare.table import Cell, Column, Comparison, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: How marks look where there is no bold type.
-SIGNS: dict[Mark, str] = {"best": " *", "tied": " †", "": ""}
+#: How verdicts look where there is no bold type.
+SIGNS: dict[Verdict, str] = {"best": " *", "tied": " †", "worse": " ↓", "": ""}
 
-#: What the marks mean, without their signs.
-MEANINGS: dict[Mark, str] = {
-    "best": "significantly better than all it competes with",
+#: What the verdicts mean, without their signs.
+MEANINGS: dict[Verdict, str] = {
+    "best": "the best: all it competes with are worse",
     "tied": "not distinguishable from the best mean",
+    "worse": "worse than the best",
 }
+
+#: Verdicts in CSV files.
+WORDS: dict[Verdict, str] = {"best": "best", "tied": "not distinguishable", "worse": "worse", "": ""}
+
+#: Sign of a figure that was measured by an older rule than others of its column, and what it means.
+OUTDATED, OUTDATED_MEANING = " ≠", "measured by an older or unknown rule: not to be compared with the others"
+
+#: The test in one line.
+TEST = (
+    "Verdicts: multiple comparisons with the best, seeds as blocks, 5 % for all groups of a contest together"
+)
 
 #: How the figures came about, below every table.
 METHOD_NOTE = (
-    "Mean ± half of the 95 % interval (Student's t) over seeds. Groups compete on the same data, partition "
-    "and model at the same target sparsity and number of rounds. Each is tested against the best mean by a "
-    "t test, paired over shared seeds (Welch's where none are shared), with Holm's correction, at the 5 % "
-    "level; one seed distinguishes nothing and has no interval. An interval that rounds to 0 is not shown."
+    "Mean ± half of the 95 % interval (Student's t) over seeds; an interval that rounds to 0 is not shown. "
+    "Groups compete on the same data, partition and model at the same target sparsity and number of rounds. "
+    f"{TEST}: while the lowest mean lies below the highest by more than Scheffé's bound, with the error "
+    "pooled over those left and degrees of freedom that suffice for unequal variances, it is worse and out. "
+    "Only seeds that all of them have count; a single seed gives no verdict. Intervals are of one mean each: "
+    "those of two groups may overlap although their differences, seed by seed, tell them apart."
 )
-
 
 #: Columns that fit a terminal, and rows that anyone reads there.
 _ON_A_TERMINAL = frozenset(
@@ -46,31 +61,32 @@ _ON_A_TERMINAL = frozenset(
         "downlink_mb",
         "mb_to_target",
         "regrowth",
+        "client_cut",
         "consensus",
     }
 )
-_MOST_ROWS, _LABEL_WIDTH = 40, 24
+_MOST_ROWS, _LABEL_WIDTH, _MOST_CONTESTS = 40, 24, 6
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print the table's main columns, the meaning of its marks, and which runs were left out."""
+    """Print the table's main columns, its verdicts and what they rest on, and which runs were left out."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as Drawn
 
-    table = comparison.table
-    kept = [i for i, column in enumerate(table.columns) if column.key in _ON_A_TERMINAL]
+    columns = comparison.table.columns
+    table = comparison.table.only([i for i in range(len(columns)) if columns[i].key in _ON_A_TERMINAL])
     drawn = Drawn(title=comparison.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("group", min_width=min(_LABEL_WIDTH, max(len(group.label) for group in table.groups)))
-    for place in kept:
-        drawn.add_column(table.columns[place].header, justify="right")
+    for column in table.columns:
+        drawn.add_column(column.header, justify="right")
     rows = text_rows(table, plus_minus="±")
     for row in rows[1 : 1 + _MOST_ROWS]:
-        drawn.add_row(row[0], *(row[2 + place].replace(" *", "*").replace(" †", "†") for place in kept))
+        drawn.add_row(row[0], *(re.sub(r" ([*†↓≠])", r"\1", cell) for cell in row[2:]))
     console.print(drawn)
     if len(table.groups) > _MOST_ROWS:
         console.print(f"and {len(table.groups) - _MOST_ROWS} more groups in table.csv")
-    for line in legend(table):
-        console.print(line)
+    for line in [*legend(table), *([f"{TEST}."] if table.verdicts else []), *findings(table)]:
+        console.print(line, soft_wrap=True)
     reasons = [f"left out: {run.name}, {reason}" for run, reason in comparison.grouped.left_out]
     for line in reasons[:_MOST_ROWS]:
         console.print(line)
@@ -91,12 +107,12 @@ def cell_text(cell: Cell, column: Column, seeds: int, plus_minus: str = " ± ") 
 
 
 def text_rows(table: Table, plus_minus: str = " ± ") -> list[list[str]]:
-    """Header and one row a group; marks as signs."""
+    """Header and one row a group; verdicts as signs."""
     rows = [["group", "seeds", *(column.header for column in table.columns)]]
     for group, cells in zip(table.groups, table.cells, strict=True):
         seeds = len(group.runs)
         texts = [
-            cell_text(cell, column, seeds, plus_minus) + SIGNS[cell.mark]
+            cell_text(cell, column, seeds, plus_minus) + SIGNS[cell.verdict] + OUTDATED * cell.outdated
             for cell, column in zip(cells, table.columns, strict=True)
         ]
         rows.append([group.label, str(seeds), *texts])
@@ -104,8 +120,41 @@ def text_rows(table: Table, plus_minus: str = " ± ") -> list[list[str]]:
 
 
 def legend(table: Table) -> list[str]:
-    """One line a mark that the table has."""
-    return [f"{SIGNS[mark].strip()} {MEANINGS[mark]}" for mark in MEANINGS if mark in table.marks]
+    """One line a sign that the table has."""
+    lines = [
+        f"{SIGNS[verdict].strip()} {MEANINGS[verdict]}" for verdict in MEANINGS if verdict in table.verdicts
+    ]
+    if any(cell.outdated for row in table.cells for cell in row):
+        lines.append(f"{OUTDATED.strip()} {OUTDATED_MEANING}")
+    return lines
+
+
+def findings(table: Table) -> list[str]:
+    """What the verdicts on accuracy rest on, a line a contest, and which measures differ in their rules."""
+    contests = table.contests
+    lines = [_finding(table, contest) for contest in contests[:_MOST_CONTESTS]]
+    if len(contests) > _MOST_CONTESTS:
+        lines.append(f"and {len(contests) - _MOST_CONTESTS} more contests of accuracy")
+    return lines + table.differing_rules
+
+
+def _finding(table: Table, contest: Contest) -> str:
+    labels = [table.groups[place].label for place in contest.places]
+    who = "Accuracy" if len(table.contests) == 1 else "Accuracy of " + _some(labels)
+    if math.isnan(contest.error):
+        shared = f"{contest.seeds} common seed" + ("s" if contest.seeds != 1 else "")
+        return f"{who}: no verdict, which takes two seeds that all {len(labels)} groups have; found {shared}"
+    over = f"the {contest.seeds} seeds" + (f" of {contest.most}" if contest.seeds < contest.most else "")
+    what = f"the {contest.left} not told apart" if contest.left > 1 else "the best and the next"
+    needed = contest.seeds_to_tell
+    text = f"{who}: {len(labels)} groups over {over} in common. A difference of {POINTS:g} points between"
+    takes = "takes more than a thousand" if needed is None else f"takes about {needed}"
+    return f"{text} {what} {takes} seeds to tell (80 % power, error {contest.error:.2g} points)"
+
+
+def _some(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
+    return ", ".join(labels[:2]) + more
 
 
 def markdown(table: Table) -> str:
@@ -113,14 +162,15 @@ def markdown(table: Table) -> str:
     rows = [[cell.replace("|", "\\|").replace(" *", " \\*") for cell in row] for row in text_rows(table)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
-    notes = [line.replace("*", "\\*") for line in legend(table)]
+    notes = [line.replace("*", "\\*") for line in [*legend(table), *findings(table)]]
     return "\n".join([*lines, "", *(f"{note}  " for note in notes), METHOD_NOTE]) + "\n"
 
 
 def latex(table: Table) -> str:
     """A table for the booktabs package: the best in bold, a dagger where it is not distinguishable."""
-    bold = {"best": "Bold", "tied": r"$^\dagger$"}
-    notes = [f"{bold[mark]}: {MEANINGS[mark]}." for mark in MEANINGS if mark in table.marks]
+    signs: dict[Verdict, str] = {"best": "Bold", "tied": r"$^\dagger$", "worse": r"$\downarrow$"}
+    notes = [f"{signs[verdict]}: {MEANINGS[verdict]}." for verdict in MEANINGS if verdict in table.verdicts]
+    notes += [_escaped(line) for line in findings(table)]
     tables = "\n".join(_tabular(part) for part in table.parts)
     return "\n".join(
         ["% \\usepackage{booktabs}", tables, *(f"% {note}" for note in [*notes, METHOD_NOTE]), ""]
@@ -133,7 +183,10 @@ def _tabular(table: Table) -> str:
         row = [_escaped(group.label), str(len(group.runs))]
         for cell, column in zip(cells, table.columns, strict=True):
             text = _escaped(cell_text(cell, column, len(group.runs))).replace(" ± ", r" $\pm$ ")
-            row.append({"best": rf"\textbf{{{text}}}", "tied": rf"{text}$^\dagger$", "": text}[cell.mark])
+            text += r" $\neq$" if cell.outdated else ""
+            shown = {"best": rf"\textbf{{{text}}}", "tied": rf"{text}$^\dagger$"}
+            shown["worse"] = rf"{text}$\downarrow$"
+            row.append(shown.get(cell.verdict, text))
         body.append(row)
     lines = [" & ".join(row) + r" \\" for row in body]
     return "\n".join(
@@ -160,14 +213,13 @@ def as_csv(rows: Iterable[Sequence[object]]) -> str:
 
 def number_rows(table: Table) -> Iterator[list[object]]:
     """The table unrounded, one row a group and figure."""
-    yield ["group", "figure", "unit", "seeds", "mean", "low", "high", "mark", "adjusted_p"]
+    yield ["group", "figure", "unit", "seeds", "mean", "low", "high", "verdict", "adjusted_p", "rule"]
     for group, cells in zip(table.groups, table.cells, strict=True):
         for cell, column in zip(cells, table.columns, strict=True):
             interval = cell.interval or (None, None, None)
-            marks = {"best": "best", "tied": "not distinguishable", "": ""}
             yield [
                 *(group.label, column.key, column.header, len(cell.values), *interval),
-                *(marks[cell.mark], cell.adjusted),
+                *(WORDS[cell.verdict], cell.adjusted, "outdated" if cell.outdated else ""),
             ]
 
 

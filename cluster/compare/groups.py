@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.compare.measures import unmixed
 from cluster.compare.reading import ComparisonError, Run
 from cluster.configuration.config import changes_results
 
@@ -38,7 +39,7 @@ class Group:
         method: Name of its method.
         params: The keys in which groups differ, with its values; what does not apply is left out.
         contest: Groups with an equal contest compete: the same task at the same sparsity and length.
-        runs: One run a seed, by seed.
+        runs: One run a seed, by seed; what some of them measured by an older rule than others is left out.
     """
 
     label: str
@@ -126,7 +127,7 @@ def _identity(run: Run, after: int | None) -> dict[str, str]:
 def _group(
     names: tuple[str, str], values: dict[str, str | None], seeds: dict[str, Run], after: int | None
 ) -> Group:
-    runs = tuple(seeds[seed] for seed in sorted(seeds, key=_sortable))
+    runs = unmixed([seeds[seed] for seed in sorted(seeds, key=_sortable)])
     params = runs[0].params
     task = tuple(f"{key}={value}" for key, value in sorted(params.items()) if key.startswith(_TASK))
     length = str(after if after is not None else runs[0].planned)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cluster.compare.formats import METHOD_NOTE, cell_text
+from cluster.compare.formats import MEANINGS, METHOD_NOTE, OUTDATED_MEANING, cell_text, findings
 from cluster.compare.plots import MOST_LINES
 from cluster.compare.table import Comparison, Table
 
@@ -61,7 +61,9 @@ def page(comparison: Comparison, pictures: Sequence[Picture], missing: Sequence[
         + "</p>",
         "<h2>Results</h2>",
         *map(_table, comparison.table.parts),
-        f'<p class="note">{_legend(comparison.table)}{escape(METHOD_NOTE)}</p>',
+        f'<p class="note">{_legend(comparison.table)}</p>',
+        *(f'<p class="note">{escape(line)}.</p>' for line in findings(comparison.table)),
+        f'<p class="note">{escape(METHOD_NOTE)}</p>',
         "<h2>Plots</h2>",
         f'<p class="note">{_plots_note(comparison.table)}</p>',
         '<div class="pictures">',
@@ -91,25 +93,34 @@ def _table(table: Table) -> str:
         for cell, column in zip(cells, table.columns, strict=True):
             mean, sign, rest = cell_text(cell, column, len(group.runs)).partition(" ")
             text = escape(mean) + (f' <span class="interval">{escape(rest)}</span>' if sign else "")
-            text += "<sup>†</sup>" if cell.mark == "tied" else ""
-            row += f'<td class="best">{text}</td>' if cell.mark == "best" else f"<td>{text}</td>"
+            text += _SIGNS.get(cell.verdict, "") + ("<sup>≠</sup>" if cell.outdated else "")
+            row += f'<td class="{cell.verdict}">{text}</td>' if cell.verdict else f"<td>{text}</td>"
         lines.append(f"<tr>{row}</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
+#: Signs of verdicts beside bold type.
+_SIGNS: dict[str, str] = {"tied": "<sup>†</sup>", "worse": "<sup>↓</sup>"}
+
+
 def _legend(table: Table) -> str:
-    texts = {
-        "best": "<b>Bold</b>: significantly better than all it competes with. ",
-        "tied": "<sup>†</sup> Not distinguishable from the best mean. ",
-    }
-    return "".join(text for mark, text in texts.items() if mark in table.marks)
+    texts = [
+        f"{_SIGNS.get(verdict, '<b>Bold</b>:')} {escape(meaning)}. "
+        for verdict, meaning in MEANINGS.items()
+        if verdict in table.verdicts
+    ]
+    if any(cell.outdated for row in table.cells for cell in row):
+        texts.append(f"<sup>≠</sup> {escape(OUTDATED_MEANING)}.")
+    return "".join(texts)
 
 
 def _plots_note(table: Table) -> str:
     text = "Lines are means over seeds, bands 95 % intervals (none for a single seed)."
     if len(table.groups) > MOST_LINES:
         text += f" Of the {len(table.groups)} groups the {MOST_LINES} most accurate are drawn."
-    return text
+    if table.differing_rules:
+        text += f" {'. '.join(table.differing_rules)}."
+    return escape(text)
 
 
 def _figure(picture: Picture) -> str:

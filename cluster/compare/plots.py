@@ -190,7 +190,16 @@ def _curves() -> tuple[Plot, ...]:
         ("flops", "training cost (GFLOP)", metric("flops/sparse_total", 1 / GIGA)),
     )
     # Round 1 starts from a dense model: what masks do is shown from round 2 on.
-    regrowth, consensus = metric("masks/regrowth_share", 1000, first=2), metric("masks/consensus", first=2)
+    of_masks = (
+        ("regrowth", "Regrowth: weights that were 0 before the round and are not after it",
+         metric("masks/regrowth_share", 1000, first=2), _log_axes("regrowth (‰ of weights)", 0.1)),
+        ("client-cut", "Client cut: weights of a client that its final cut sets to 0",
+         metric("masks/client_cut", first=2), _log_axes("client cut (weights)", 10.0)),
+        ("consensus", "Agreement of the cohort's masks, 1 where all are equal",
+         metric("masks/consensus", first=2), _axes("round", "consensus")),
+        ("overlap", "Overlap of the global mask with that of 10 rounds before, 1 where both are equal",
+         metric("masks/overlap_10"), _axes("round", "overlap (intersection over union)")),
+    )  # fmt: skip
     sparsity = metric("sparsity/global", 100)
     return (
         Plot("accuracy-rounds", "Test accuracy over rounds", _line(_accuracy), _axes("round", _ACCURACY)),
@@ -206,18 +215,7 @@ def _curves() -> tuple[Plot, ...]:
         Plot(
             "sparsity-rounds", "Sparsity of the global model", _line(sparsity), _axes("round", "sparsity (%)")
         ),
-        Plot(
-            "regrowth-rounds",
-            "Regrowth: weights that were 0 before the round and are not after it",
-            _line(regrowth),
-            _regrowth_axes,
-        ),
-        Plot(
-            "consensus-rounds",
-            "Agreement of the cohort's masks, 1 where all are equal",
-            _line(consensus),
-            _axes("round", "consensus"),
-        ),
+        *(Plot(f"{name}-rounds", caption, _line(of), finish) for name, caption, of, finish in of_masks),
     )
 
 
@@ -272,12 +270,16 @@ def _ends_differ(axes: Any) -> bool:
     return max(ends) > _SQUEEZED * min(ends) > 0
 
 
-def _regrowth_axes(axes: Any) -> None:
-    """Methods differ by orders of magnitude here, and some have none at all."""
-    _axes("round", "regrowth (‰ of weights)")(axes)
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
+def _log_axes(up: str, smallest: float) -> Callable[[Any], None]:
+    """Methods differ by orders of magnitude here, and some have none at all: linear below ``smallest``."""
+
+    def finish(axes: Any) -> None:
+        _axes("round", up)(axes)
+        axes.set_yscale("symlog", linthresh=smallest)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
+
+    return finish
 
 
 # ----------------------------------------------------------------------------------------- other pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,10 @@ METRICS = (
     "sparsity/global",
     "masks/regrowth_share",
     "masks/client_regrowth_share",
+    "masks/client_cut",
     "masks/consensus",
+    "masks/overlap_10",
+    "comm/dense_bytes",
     "comm/uplink_bytes_total",
     "comm/downlink_bytes_total",
     "flops/sparse_total",
@@ -84,6 +88,8 @@ class Run:
         reached: Last round computed; 0 where there is none.
         status: How it ended in the words of its source, where that knows; else "".
         started: Orders runs by age, seconds.
+        measures: Version of the rule by which each family of metrics was measured, 1 where it names none;
+            None where the run does not say yet. See :mod:`cluster.compare.measures`.
     """
 
     name: str
@@ -95,6 +101,7 @@ class Run:
     reached: int = 0
     status: str = ""
     started: float = 0.0
+    measures: Mapping[str, int] | None = field(default_factory=dict)
 
     @property
     def seed(self) -> str:
@@ -150,6 +157,7 @@ def read_folder(path: Path) -> Run:
     try:
         params, lines = _params_of(path), RunFolder(path).rounds()
         layers: list[float] = lines[-1].get("sparsity/layers", []) if lines else []
+        result = RunFolder(path).result()
         names = _layer_names(path / LAYERS_FILE) or [str(number) for number in range(1, len(layers) + 1)]
         return Run(
             path.name,
@@ -160,6 +168,7 @@ def read_folder(path: Path) -> Run:
             client_accuracies(path / CLIENTS_FILE),
             reached=max((line["round"] for line in lines), default=0),
             started=lines[0].get("timestamp", 0.0) if lines else 0.0,
+            measures=None if result is None else result.get("measures", {}),
         )
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
         return Run(path.name, str(path), {}, {}, status=f"cannot be read: {first_line(error)}")
@@ -274,6 +283,7 @@ def _read_stored(client: MlflowClient, run: StoredRun) -> Run:
         reached=max((int(own.rounds[-1]) for own in series.values()), default=0),
         status=run.info.status.lower(),
         started=run.info.start_time / 1000,
+        measures=json.loads(run.data.tags.get("measures", "{}")),
     )
 
 

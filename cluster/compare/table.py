@@ -1,4 +1,4 @@
-"""The table of a comparison: means with 95 % intervals over seeds, and which values are really the best."""
+"""The table of a comparison: means with 95 % intervals over seeds, and which are worse than the best."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from typing import Literal
 
 import numpy as np
 
+from cluster.compare.contest import Contest, Verdict, contest
 from cluster.compare.groups import Group, Grouped, group_runs
+from cluster.compare.measures import differences, newest, outdated
 from cluster.compare.reading import Run, Series
-from cluster.statistics import (
-    SIGNIFICANCE,
-    Interval,
-    holm,
-    mean_interval,
-    paired_p_value,
-    welch_p_value,
-)
-
-#: "best": significantly better than all it competes with; "tied": not distinguishable from the best mean.
-Mark = Literal["best", "tied", ""]
+from cluster.statistics import Interval, mean_interval
 
 _PAGE_COLUMNS = 7
 
 MEGA, GIGA, HOUR = 1e6, 1e9, 3600.0
+
+#: What counts as better; None where it is no contest.
+Better = Literal["higher", "lower"] | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class Column:
         key: Its name in CSV files.
         header: Its name in print, with its unit.
         of: Computes it from a run; None where the run lacks what it takes.
+        metrics: What it is computed from.
         better: What counts as better; None where it is no contest.
         digits: Decimals in print.
     """
@@ -44,28 +40,47 @@ class Column:
     key: str
     header: str
     of: Callable[[Run], float | None]
-    better: Literal["higher", "lower"] | None = None
+    metrics: tuple[str, ...]
+    better: Better = None
     digits: int = 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a group: by seed, its interval, and its mark; the interval is None without values."""
+    """One figure of a group.
+
+    Attributes:
+        values: By seed.
+        interval: Their mean and its 95 % interval; None without values.
+        verdict: Against the best of those it competes with.
+        adjusted: Adjusted p-value of being worse than the best; NaN without a verdict.
+        outdated: Whether it was measured by an older rule than others of its column.
+    """
 
     values: Mapping[str, float]
     interval: Interval | None
-    mark: Mark = ""
+    verdict: Verdict = ""
     adjusted: float = math.nan
+    outdated: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by group (in order) and column; ``target`` is the accuracy whose cost is a column."""
+    """Cells by group (in order) and column.
+
+    Attributes:
+        groups: Its rows.
+        columns: Its columns.
+        cells: By row and column.
+        target: The accuracy whose cost is a column; None where there is none.
+        contests: Those for accuracy.
+    """
 
     groups: tuple[Group, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
     target: float | None
+    contests: tuple[Contest, ...]
 
     @classmethod
     def of(cls, groups: Sequence[Group], target: float | None = None) -> Table:
@@ -78,31 +93,40 @@ class Table:
         """
         if target is None:
             target = default_target(groups)
-        columns, by_column = [], []
+        columns, by_column, contests = [], [], {}
+        versions = newest(run for group in groups for run in group.runs)
         for column in columns_for(target):
             values = [_values(group, column) for group in groups]
             if any(values):
                 columns.append(column)
-                by_column.append(_cells(groups, column, values))
-        return cls(tuple(groups), tuple(columns), tuple(zip(*by_column, strict=True)), target)
+                measured = [[run for run in group.runs if run.seed in own]
+                            for group, own in zip(groups, values, strict=True)]  # fmt: skip
+                old = [outdated(runs, column.metrics, versions) for runs in measured]
+                cells, contests[column.key] = _cells(groups, column, values, old)
+                by_column.append(cells)
+        cells_of = tuple(zip(*by_column, strict=True))
+        return cls(tuple(groups), tuple(columns), cells_of, target, tuple(contests.get("accuracy", ())))
 
     @property
     def parts(self) -> list[Table]:
         """The same in tables that fit a page: all groups, at most :data:`_PAGE_COLUMNS` columns each."""
-        starts = range(0, len(self.columns), _PAGE_COLUMNS)
-        return [
-            replace(
-                self,
-                columns=self.columns[start : start + _PAGE_COLUMNS],
-                cells=tuple(row[start : start + _PAGE_COLUMNS] for row in self.cells),
-            )
-            for start in starts
-        ]
+        places = range(len(self.columns))
+        return [self.only(places[start : start + _PAGE_COLUMNS]) for start in places[::_PAGE_COLUMNS]]
+
+    def only(self, places: Sequence[int]) -> Table:
+        """The same with the columns at these places alone."""
+        cells = tuple(tuple(row[place] for place in places) for row in self.cells)
+        return replace(self, columns=tuple(self.columns[place] for place in places), cells=cells)
 
     @property
-    def marks(self) -> frozenset[Mark]:
-        """Which marks there are."""
-        return frozenset(cell.mark for row in self.cells for cell in row if cell.mark)
+    def verdicts(self) -> frozenset[Verdict]:
+        """Which verdicts there are."""
+        return frozenset(cell.verdict for row in self.cells for cell in row if cell.verdict)
+
+    @property
+    def differing_rules(self) -> list[str]:
+        """A sentence for each measure whose rule is not the same in all runs."""
+        return differences([run for group in self.groups for run in group.runs])
 
 
 @dataclass(frozen=True)
@@ -142,22 +166,24 @@ def columns_for(target: float | None) -> tuple[Column, ...]:
     """Every column that there may be, in order."""
     cost = () if target is None else (_cost_column(target),)
     return (
-        Column("accuracy", "accuracy (%)", _percent("test/accuracy"), "higher"),
-        Column("best_accuracy", "best (%)", _best_accuracy),
-        Column("clients_accuracy", "clients' mean (%)", _percent("clients/accuracy_mean"), "higher"),
-        Column("clients_after", "after local (%)", _percent("clients/accuracy_mean_after"), "higher"),
-        Column("worst_decile", "worst decile (%)", _percent("clients/accuracy_worst_decile"), "higher"),
+        _last("accuracy", "accuracy (%)", "test/accuracy", 100, better="higher"),
+        Column("best_accuracy", "best (%)", _best_accuracy, ("test/accuracy", "val/accuracy")),
+        _last("clients_accuracy", "clients' mean (%)", "clients/accuracy_mean", 100, better="higher"),
+        _last("clients_after", "after local (%)", "clients/accuracy_mean_after", 100, better="higher"),
+        _last("worst_decile", "worst decile (%)", "clients/accuracy_worst_decile", 100, better="higher"),
         *cost,
-        Column("sparsity", "sparsity (%)", _percent("sparsity/global")),
-        Column("uplink_mb", "MB up", _last("comm/uplink_bytes_total", 1 / MEGA), digits=2),
-        Column("downlink_mb", "MB down", _last("comm/downlink_bytes_total", 1 / MEGA), digits=2),
-        Column("gflop", "GFLOP", _last("flops/sparse_total", 1 / GIGA), digits=0),
-        Column("simulated_hours", "simulated h", _last("time/simulated_s", 1 / HOUR), digits=2),
-        Column("regrowth", "regrowth (‰)", _mean("masks/regrowth_share", 1000), digits=2),
-        Column(
-            "client_regrowth", "client regrowth (‰)", _mean("masks/client_regrowth_share", 1000), digits=2
-        ),
-        Column("consensus", "consensus", _mean("masks/consensus"), digits=3),
+        _last("sparsity", "sparsity (%)", "sparsity/global", 100),
+        _last("uplink_mb", "MB up", "comm/uplink_bytes_total", 1 / MEGA, digits=2),
+        _last("downlink_mb", "MB down", "comm/downlink_bytes_total", 1 / MEGA, digits=2),
+        Column("downlink_ratio", "dense ÷ down", _downlink_ratio, _DOWN, digits=2),
+        Column("downlink_ratio_last", "dense ÷ down, last", _last_downlink_ratio, _DOWN, digits=2),
+        _last("gflop", "GFLOP", "flops/sparse_total", 1 / GIGA, digits=0),
+        _last("simulated_hours", "simulated h", "time/simulated_s", 1 / HOUR, digits=2),
+        _mean("regrowth", "regrowth (‰)", "masks/regrowth_share", 1000, digits=2),
+        _mean("client_regrowth", "client regrowth (‰)", "masks/client_regrowth_share", 1000, digits=2),
+        _mean("client_cut", "client cut (weights)", "masks/client_cut", digits=0),
+        _mean("consensus", "consensus", "masks/consensus", digits=3),
+        _last("overlap_10", "overlap, 10 rounds", "masks/overlap_10", digits=3),
     )
 
 
@@ -195,54 +221,29 @@ def default_target(groups: Sequence[Group]) -> float | None:
 # ------------------------------------------------------------------------------------------ the contest
 
 
-def _cells(groups: Sequence[Group], column: Column, values: Sequence[Mapping[str, float]]) -> list[Cell]:
-    cells = [Cell(own, mean_interval(list(own.values())) if own else None) for own in values]
+def _cells(
+    groups: Sequence[Group], column: Column, values: Sequence[Mapping[str, float]], old: Sequence[bool]
+) -> tuple[list[Cell], list[Contest]]:
+    cells = [
+        Cell(own, mean_interval(list(own.values())) if own else None, outdated=is_old)
+        for own, is_old in zip(values, old, strict=True)
+    ]
     if column.better is None:
-        return cells
-    contests: dict[tuple[str, ...], list[int]] = {}
+        return cells, []
+    competing: dict[tuple[str, ...], list[int]] = {}
     for place, group in enumerate(groups):
         # A cost that some seeds never paid has no mean to compare.
-        if len(values[place]) == len(group.runs):
-            contests.setdefault(group.contest, []).append(place)
-    for places in contests.values():
-        for place, (mark, p) in _marks([values[i] for i in places], column.better).items():
-            old = cells[places[place]]
-            cells[places[place]] = Cell(old.values, old.interval, mark, p)
-    return cells
-
-
-def _marks(
-    values: Sequence[Mapping[str, float]], better: Literal["higher", "lower"]
-) -> dict[int, tuple[Mark, float]]:
-    """Mark the best mean and those not distinguishable from it; with their adjusted p-values against it."""
-    if len(values) < 2:
-        return {}
-    means = [float(np.mean(list(own.values()))) for own in values]
-    best = int(np.argmax(means) if better == "higher" else np.argmin(means))
-    others = [place for place in range(len(values)) if place != best]
-    adjusted = dict(zip(others, holm([p_value(values[best], values[i]) for i in others]), strict=True))
-    # NaN, where nothing could be tested, distinguishes nothing.
-    tied = [place for place in others if not adjusted[place] <= SIGNIFICANCE]
-    marks: dict[int, tuple[Mark, float]] = {place: ("", adjusted[place]) for place in others}
-    marks |= {place: ("tied", adjusted[place]) for place in tied}
-    marks[best] = ("tied" if tied else "best", math.nan)
-    return marks
-
-
-def p_value(first: Mapping[str, float], second: Mapping[str, float]) -> float:
-    """That two groups have one mean: paired over the seeds they share, by Welch's test where they share none.
-
-    Args:
-        first: Values by seed.
-        second: Values by seed.
-
-    Returns:
-        The two-sided p-value; NaN where too few seeds are there to tell.
-    """
-    shared = [seed for seed in first if seed in second]
-    if len(shared) >= 2:
-        return paired_p_value([first[seed] for seed in shared], [second[seed] for seed in shared])
-    return welch_p_value(list(first.values()), list(second.values()))
+        if len(values[place]) == len(group.runs) and not old[place]:
+            competing.setdefault(group.contest, []).append(place)
+    contests = []
+    for places in competing.values():
+        found = contest(places, [values[place] for place in places], column.better)
+        if found is None:
+            continue
+        contests.append(found)
+        for place, verdict, p in zip(found.places, found.verdicts, found.p_values, strict=True):
+            cells[place] = replace(cells[place], verdict=verdict, adjusted=p)
+    return cells, contests
 
 
 # ------------------------------------------------------------------------------------ what a run amounts to
@@ -253,24 +254,27 @@ def _values(group: Group, column: Column) -> dict[str, float]:
     return {seed: value for seed, value in computed.items() if value is not None}
 
 
-def _last(key: str, scale: float = 1.0) -> Callable[[Run], float | None]:
-    return lambda run: scale * float(run.series[key].values[-1]) if key in run.series else None
-
-
-def _percent(key: str) -> Callable[[Run], float | None]:
-    return _last(key, 100.0)
-
-
-def _mean(key: str, scale: float = 1.0) -> Callable[[Run], float | None]:
-    """Mean over the rounds but the first, which starts from a dense model."""
+def _last(
+    key: str, header: str, metric: str, scale: float = 1.0, better: Better = None, digits: int = 1
+) -> Column:
+    """A metric after the last round."""
 
     def of(run: Run) -> float | None:
-        if key not in run.series:
+        return scale * float(run.series[metric].values[-1]) if metric in run.series else None
+
+    return Column(key, header, of, (metric,), better, digits)
+
+
+def _mean(key: str, header: str, metric: str, scale: float = 1.0, digits: int = 1) -> Column:
+    """A metric's mean over the rounds but the first, which starts from a dense model."""
+
+    def of(run: Run) -> float | None:
+        if metric not in run.series:
             return None
-        values = run.series[key].values[run.series[key].rounds > 1]
+        values = run.series[metric].values[run.series[metric].rounds > 1]
         return scale * float(values.mean()) if len(values) else None
 
-    return of
+    return Column(key, header, of, (metric,), digits=digits)
 
 
 def _best_accuracy(run: Run) -> float | None:
@@ -284,9 +288,31 @@ def _best_accuracy(run: Run) -> float | None:
     return 100 * float(accuracy.values[at[0]]) if len(at) else None
 
 
+def _downlink_ratio(run: Run) -> float | None:
+    """How many times as much dense messages to the clients would have been, over all rounds."""
+    return _ratio(run, slice(None))
+
+
+def _last_downlink_ratio(run: Run) -> float | None:
+    """The same of the last round alone: the total is ruled by the dense broadcast of the first one."""
+    return _ratio(run, slice(-1, None))
+
+
+_DOWN = ("comm/dense_bytes", "comm/downlink_bytes_total")
+
+
+def _ratio(run: Run, rounds: slice) -> float | None:
+    dense, down = (run.series.get(metric) for metric in _DOWN)
+    if dense is None or down is None or not np.array_equal(dense.rounds, down.rounds):
+        return None
+    sent = float(np.diff(down.values, prepend=0.0)[rounds].sum())
+    return float(dense.values[rounds].sum()) / sent if sent else None
+
+
 def _cost_column(target: float) -> Column:
     def of(run: Run) -> float | None:
         cost = bytes_to_reach(run, target)
         return None if cost is None else cost / MEGA
 
-    return Column("mb_to_target", f"MB to {100 * target:g} %", of, "lower")
+    metrics = ("test/accuracy", "comm/uplink_bytes_total", "comm/downlink_bytes_total")
+    return Column("mb_to_target", f"MB to {100 * target:g} %", of, metrics, "lower")

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cluster.compare import plots
 from cluster.compare.formats import METHOD_NOTE, latex, markdown, number_rows
@@ -136,20 +137,28 @@ def test_latex_is_escaped_and_marks_the_best():
         r"\midrule",
         r"a\_b & 3 & \textbf{51.0 $\pm$ 2.5} & 51.0 $\pm$ 2.5 \\",  # 4.3027 / sqrt 3
     ]
-    assert lines[6] == r"c & 3 & 40.0 & 40.0 \\"
+    assert lines[6] == r"c & 3 & 40.0$\downarrow$ & 40.0 \\"
 
 
 def test_markdown_explains_its_marks():
     lines = markdown(small_table()).splitlines()
     assert lines[2] == r"| a_b | 3 | 51.0 ± 2.5 \* | 51.0 ± 2.5 |"
-    assert lines[5] == r"\* significantly better than all it competes with  "
+    assert lines[5:7] == [r"\* the best: all it competes with are worse  ", "↓ worse than the best  "]
+    assert lines[7].startswith("Accuracy: 2 groups over the 3 seeds in common. A difference of 3 points")
     assert lines[-1] == METHOD_NOTE
 
 
-def test_csv_says_what_is_not_distinguishable():
-    runs = [made(value, algorithm__name=name) for name, value in (("a", 0.5), ("b", 0.4))]
-    rows = list(number_rows(Table.of(group_runs(runs).groups)))
-    assert [row[-2] for row in rows[1:]] == ["not distinguishable", "", "not distinguishable", ""]
+def test_csv_holds_the_verdicts():
+    header, *rows = number_rows(small_table())
+    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [cell["verdict"] for cell in cells] == ["best", "", "worse", ""]
+    assert cells[0]["adjusted_p"] == 1.0
+    assert cells[2]["adjusted_p"] == pytest.approx(stats.ttest_1samp([10, 11, 12], 0).pvalue)
+    runs = [made(value, seed=seed, algorithm__name=name)
+            for name, values in {"a": [0.5, 0.6], "b": [0.6, 0.4]}.items()
+            for seed, value in enumerate(values)]  # fmt: skip
+    _, first, *_ = number_rows(Table.of(group_runs(runs).groups))
+    assert first[7] == "not distinguishable"
 
 
 def test_a_mean_curve_is_over_the_rounds_that_every_seed_measured(tmp_path):

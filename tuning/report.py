@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.statistics import SIGNIFICANCE, Interval
+from cluster.statistics import SIGNIFICANCE, Difference, Interval
 from tuning import plots
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, accuracies, differences, intervals
@@ -87,7 +87,7 @@ def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
         if label in apart:
             found = apart[label]
             verdict = _verdict(found.interval.mean, found.adjusted)
-            row += [_interval(found.interval, "+.1f"), _p_value(found.adjusted), verdict]
+            row += [_difference(found), _p_value(found.adjusted), verdict]
         else:
             row += ["-", "-", "reference" if label == plan.reference else "-"]
         row += [f"{100 * _mean(finals, 'sparsity'):.1f}", f"{_mean(finals, 'uplink_bytes') / 1e6:.2f}"]
@@ -96,8 +96,9 @@ def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
     reference = plan.reference
     notes = [
         f"Mean test accuracy over {seeds} fresh seeds ± half of its 95 % t interval. Differences to "
-        f"{reference} in points, paired by seed; p of the paired t test by Holm's correction, different at "
-        f"{SIGNIFICANCE}."
+        f"{reference} in points, paired by seed, p of the paired t test by Holm's correction, different at "
+        f"{SIGNIFICANCE}. The intervals of differences are wider than 95 %: at the level at which Holm's "
+        "procedure tests each, so that they hold 0 exactly where the two are not distinguishable."
     ]
     missing = [label for label in results if label not in values]
     if missing:
@@ -234,10 +235,20 @@ def _page(
     return "\n\n".join(parts) + "\n"
 
 
-def _interval(interval: Interval, form: str = ".1f") -> str:
+def _interval(interval: Interval) -> str:
     """Mean and half width in percent; the mean alone where it is of one seed."""
     mean, half = 100 * interval.mean, 100 * (interval.high - interval.mean)
-    return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} ± {half:.1f}"
+    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+def _difference(found: Difference) -> str:
+    """With as many decimals as it takes to see on which side of 0 the interval lies."""
+    mean, low, high = (100 * end for end in found.interval)
+    for digits in (1, 2, 3):
+        shown, half = round(abs(mean), digits), round(high - mean, digits)
+        if math.isnan(half) or (half < shown) == (not low <= 0.0 <= high):
+            break
+    return f"{mean:+.{digits}f}" if math.isnan(half) else f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def _p_value(p: float) -> str:

@@ -143,9 +143,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "compare",
         "table and plots of several runs",
         """
-        Compare runs: a table (mean and 95 % interval over seeds; the best is marked only where it is
-        significantly better) and plots, as one HTML report and as PNG, PDF, CSV, Markdown and LaTeX. Runs
-        that differ only in their seed are one group. A comparison of an MLflow experiment is kept in it.""",
+        Compare runs: a table (mean and 95 % interval over seeds; which are worse than the best, where seeds
+        tell) and plots, as one HTML report and as PNG, PDF, CSV, Markdown and LaTeX. Runs that differ only
+        in their seed are one group. A comparison of an MLflow experiment is kept in it.""",
         epilog=examples(
             "sparsyfed compare                              every run in runs/",
             "sparsyfed compare runs/compare-digits runs/x   run folders, or folders of them",

@@ -105,6 +105,26 @@ def test_the_table_says_plainly_what_cannot_be_told_apart(plan):
     ]
 
 
+def test_a_shown_interval_holds_0_exactly_where_nothing_is_told(plan):
+    # Two methods, three seeds: half the interval is 4.3027 s / sqrt 3, in points.
+    trials, base = [tried(0, 0.5)], [0.7, 0.8, 0.9]
+    for shifts, shown in (
+        ([0.002, 0.006, 0.010], "+0.6 ± 1.0"),
+        ([0.0096, 0.0098, 0.0100], "+1.0 ± 0.0"),
+        ([0.0020, 0.0006, 0.0034], "+0.2 ± 0.3"),
+        ([0.0003, 0.0004, 0.0005], "+0.04 ± 0.02"),  # +0.0 ± 0.0 would hold 0
+    ):
+        finals = [own + shift for own, shift in zip(base, shifts, strict=True)]
+        results = {
+            "topk": result_of(plan, "topk", trials, finals),
+            "sparsyfed": result_of(plan, "sparsyfed", trials, base),
+        }
+        row = next(row for row in accuracy_table(plan, results).rows if row[0] == "topk")
+        assert row[2] == shown
+        mean, half = map(float, shown.split(" ± "))
+        assert row[4] == ("better" if mean > half else "not distinguishable")
+
+
 def test_the_budget_counts_every_end_and_what_is_unused(plan):
     ends = [
         tried(0, 0.5),

@@ -68,7 +68,7 @@ def test_two_methods_are_a_paired_t_test():
 
 def test_methods_without_spread():
     assert p_worse_than_best(np.array([[0.1, 0.2], [0.2, 0.3]])).tolist() == [0.0, 1.0]  # but for rounding
-    assert p_worse_than_best(np.array([[0.3, 0.1 + 0.2], [0.7, 0.7]])).tolist() == [1.0, 1.0]
+    assert p_worse_than_best(np.array([[0.3, 0.1 + 0.2], [0.3, 0.1 + 0.2]])).tolist() == [1.0, 1.0]
     assert p_worse_than_best(np.full((3, 4), 0.5)).tolist() == [1.0] * 4
 
 

@@ -141,7 +141,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     with _busy(console, "loading"):
         from tuning import command
     if arguments.report is not None:
-        return command.report(console, arguments.report)
+        return command.report(console, arguments.report, trust=arguments.trust)
     title = f"sparsyfed {__version__}: study {source}"
     return command.tune(console, source, overrides, arguments.output, title)
 
@@ -155,7 +155,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         from cluster.configuration.config import validate
         from cluster.configuration.trees import apply_overrides
 
-        opened = execution.open_run(arguments.folder, arguments.output)
+        opened = execution.open_run(arguments.folder, arguments.output, trust=arguments.trust)
         folder = opened.path
         config = validate(apply_overrides(opened.config().dump(), overrides))
         lines = opened.rounds()
@@ -166,7 +166,8 @@ def _resume(arguments: argparse.Namespace) -> int:
         config,
         folder,
         done,
-        lambda display: execution.resume(folder, overrides, progress=display.on_line),
+        # Whose code it runs was found out when the folder was opened.
+        lambda display: execution.resume(folder, overrides, trust=True, progress=display.on_line),
     )
 
 
@@ -271,18 +272,23 @@ def _describe(arguments: argparse.Namespace) -> int:
         from cluster.command_line import describe
         from cluster.configuration.config import resolve
 
-        method = describe.method_named(what) if what else None
-        config = None if method else resolve(what, overrides)
-    if method is not None:
-        if overrides:
-            arguments.parser.error(
-                f"{what} is a method; to see a run of it: sparsyfed describe algorithm.name={what} "
-                + " ".join(overrides)
-            )
+        run = describe.run_named(what) if what else None
+        method = describe.method_named(what) if what and run is None else None
+        config = None if method or run else resolve(what, overrides)
+    picture = Path(arguments.picture) if arguments.picture else None
+    if method is not None and overrides:
+        arguments.parser.error(
+            f"{what} is a method; to see a run of it: sparsyfed describe algorithm.name={what} "
+            + " ".join(overrides)
+        )
+    if run is not None and overrides:
+        arguments.parser.error(f"{what} is a run, whose keys are as they are; found {' '.join(overrides)}")
+    if run is not None:
+        describe.describe_run(console, run, picture)
+    elif method is not None:
         describe.describe_method(console, method)
     else:
         assert config is not None
-        picture = Path(arguments.picture) if arguments.picture else None
         describe.describe_config(console, config, picture)
     return 0
 

@@ -21,7 +21,8 @@ from torch import nn
 from cluster.actors.ray_session import connected
 from cluster.clients.client import build_model
 from cluster.configuration.config import RESULT_FREE, Config, changes_results, validate
-from cluster.configuration.trees import ConfigError, apply_overrides
+from cluster.configuration.foreign import refuse_foreign_code, whose
+from cluster.configuration.trees import ConfigError, apply_overrides, read_stored
 from cluster.driver import Driver, Line
 from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
@@ -70,7 +71,7 @@ class Result:
     @property
     def ended(self) -> bool:
         """Whether the run came to its planned end or ``stop_after``, and was not stopped before."""
-        config = RunFolder(self.folder).config()
+        config = RunFolder(self.folder).config(inert=True)
         return bool(self.summary["rounds"] >= (config.stop_after or config.rounds))
 
     @property
@@ -132,6 +133,7 @@ def resume(
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
     *,
+    trust: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -141,6 +143,7 @@ def resume(
         path: The run's folder, or the URI of its copy on shared storage (see ``checkpoint_uri``).
         overrides: ``key=value`` for what cannot change a result, such as ``actors`` or ``stop_after``.
         output: The folder to rebuild from the copy; by default one of its name under ``runs/``.
+        trust: Run the code that the folder of somebody else names; in one's own it runs anyway.
         progress: Called with each new round's line.
         should_stop: Asked after each round; True ends the run with a checkpoint.
 
@@ -148,8 +151,9 @@ def resume(
         ConfigError: An override could change the result.
         CheckpointError: The last checkpoint is damaged.
         StorageError: There is no such copy, or ``output`` is taken.
+        ForeignCodeError: The folder is somebody else's and names code, which is not trusted.
     """
-    folder = open_run(path, output)
+    folder = open_run(path, output, trust=trust)
     config = folder.config()
     if overrides:
         changed = validate(apply_overrides(config.dump(), overrides))
@@ -180,7 +184,7 @@ def complete(config: Config, path: Path) -> Result | None:
     if not (path / "config.yaml").exists():
         return None
     folder = RunFolder.open(path)
-    if folder.config().digest() != config.digest():
+    if not _same_code(folder, config) or folder.config().digest() != config.digest():
         raise ConfigError(f"{path} holds a run of another configuration; choose another --output")
     result = folder.result()
     return Result(path, result) if result is not None and result["complete"] else None
@@ -197,17 +201,34 @@ def run_or_resume(
     if not (path / "config.yaml").exists():
         return run(config, path, progress=progress, should_stop=should_stop)
     now = [f"{key}={json.dumps(config.dump()[key])}" for key in RESULT_FREE - {"tracking"}]
-    return resume(path, now, progress=progress, should_stop=should_stop)
+    trust = _same_code(RunFolder.open(path), config)
+    return resume(path, now, trust=trust, progress=progress, should_stop=should_stop)
 
 
-def open_run(place: str | Path, output: str | Path | None = None) -> RunFolder:
-    """A run's folder, rebuilt from its copy on shared storage where ``place`` is a URI."""
+def _same_code(folder: RunFolder, config: Config) -> bool:
+    """Whether a folder names no other code of a user's own than the experiment that is asked for."""
+    return folder.config(inert=True).references == config.references
+
+
+def open_run(place: str | Path, output: str | Path | None = None, *, trust: bool = False) -> RunFolder:
+    """A run's folder to go on with, rebuilt from its copy on shared storage where ``place`` is a URI.
+
+    Raises:
+        ForeignCodeError: It is somebody else's and names code, which is not trusted.
+    """
     if is_uri(place):
         name = str(place).rstrip("/").rpartition("/")[2]
-        return SharedStorage(str(place)).fetch(Path(output or Path("runs") / name).absolute())
+        copy = SharedStorage(str(place))
+        if not trust:
+            refuse_foreign_code(place, copy.config(), "does not tell who wrote it", "sparsyfed resume")
+        return copy.fetch(Path(output or Path("runs") / name).absolute())
     if output is not None:
         raise RunFolderError(f"{place} is continued where it is; --output is for a run named by its URI")
-    return RunFolder.open(Path(place).absolute())
+    folder = RunFolder.open(Path(place).absolute())
+    if not trust:
+        tree = read_stored(folder.config_file)
+        refuse_foreign_code(place, tree, whose(folder.config_file), "sparsyfed resume")
+    return folder
 
 
 def conduct(

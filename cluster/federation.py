@@ -17,6 +17,7 @@ from cluster.clients.transfers import to_input
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, Workload
 from cluster.flops import LayerFlops, count_activations
+from cluster.references import default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
@@ -50,6 +51,18 @@ class Federation:
         Raises:
             DataError, PartitionError, ModelError, DeviceError: Naming the key, what was found and the fix.
         """
+        federation = cls.divided(config)
+        _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        Devices(config).check(federation.training_bytes)
+        return federation
+
+    @classmethod
+    def divided(cls, config: Config) -> Federation:
+        """Data and partition alone; the model is built when it is asked for.
+
+        Raises:
+            DataError, PartitionError: Naming the key, what was found and the fix.
+        """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition_seed)
         labels = dataset.train.labels
@@ -69,10 +82,7 @@ class Federation:
                     available=rows_of(config, period, kept, labels),
                 )
             )
-        federation = cls(config, dataset, periods[0], validation, tuple(periods[1:]))
-        _ = federation.layout  # a model that does not fit the data fails here, before anything starts
-        Devices(config).check(federation.training_bytes)
-        return federation
+        return cls(config, dataset, periods[0], validation, tuple(periods[1:]))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -152,7 +162,7 @@ class Federation:
 def prepare_arguments(config: Config) -> dict[str, Any]:
     """What ``prepare`` needs to decode the data set on a node."""
     data = config.data
-    cache = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "sparsyfed"
+    cache = Path(data.cache) if data.cache else default_cache()
     return {
         "name": data.name,
         "path": data.path,

@@ -6,10 +6,14 @@ the project.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import os
+import stat
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +55,45 @@ def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
         return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; False also for what no file can be called."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte in it
+        return False
+
+
+def in_home(path: str | Path, key: str, error: type[UserError]) -> Path:
+    """``path`` with ``~`` or ``~user`` in front written out.
+
+    Args:
+        path: A path as a user writes it.
+        key: What it is, for the message.
+        error: Class to raise where no such home folder is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        home = Path(path).parts[0]
+        raise error(f"{key}: {str(path)!r}: there is no home folder {home}; give the whole path") from None
+
+
+def default_cache() -> Path:
+    """Folder of decoded data: in the user's home, or where there is none in the machine's temporary one."""
+    try:
+        return Path.home() / ".cache" / "sparsyfed"
+    except RuntimeError:  # a container's user with neither HOME nor an entry in passwd
+        folder = Path(tempfile.gettempdir()) / f"sparsyfed-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise UserError(
+            f"data.cache: there is no home folder, and {folder} is not this user's alone; name one"
+        )
+    return folder
 
 
 def load_reference(key: str, reference: str, error: type[UserError]) -> Any:

@@ -55,11 +55,17 @@ def tune(console: Console, source: str, overrides: Sequence[str], output: str | 
     return 0 if complete else 130
 
 
-def report(console: Console, study: str) -> int:
-    """Write the report of a study anew; ``study`` is its folder, or its name in ``runs``."""
+def report(console: Console, study: str, *, trust: bool = False) -> int:
+    """Write the report of a study anew.
+
+    Args:
+        console: Where to show it.
+        study: Its folder, or its name in ``runs``.
+        trust: Import the code that it names, though somebody else made it.
+    """
     path = Path(study) if Path(study).exists() else Path("runs") / study
     folder = StudyFolder(path.absolute())
-    plan = folder.plan()
+    plan = folder.plan(trust=trust)
     _quiet()
     results = collect(plan, folder, _searches(plan, _storage(plan, folder), folder.mark()))
     write_report(plan, folder, results)

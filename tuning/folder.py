@@ -10,10 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cluster.configuration.trees import load_tree
+from cluster.configuration.foreign import refuse_foreign_code, whose
+from cluster.configuration.trees import read_stored
 from cluster.records.checkpoint import write_atomically
 from cluster.records.run_folder import BusyError, RunFolderError
-from tuning.study import Plan, plan_of
+from tuning.study import Plan, inert_dump, plan_of
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,23 @@ class StudyFolder:
         """Run folder of a trial's configuration on a fresh seed."""
         return self.path / label / f"trial-{number:03d}-seed-{seed}"
 
-    def plan(self) -> Plan:
+    def plan(self, *, trust: bool = False) -> Plan:
         """The study kept here.
+
+        Args:
+            trust: Import the code that it names, though somebody else made it.
 
         Raises:
             RunFolderError: There is none.
+            ForeignCodeError: It is somebody else's and names code, which is not trusted.
         """
         if not self.exists:
             raise RunFolderError(f"{self.path} holds no study: study.yaml is missing")
-        return plan_of(load_tree(self.path / "study.yaml"), self.path.name)
+        file = self.path / "study.yaml"
+        tree = read_stored(file)
+        if not trust:
+            refuse_foreign_code(self.path, tree, whose(file), "sparsyfed tune --report")
+        return plan_of(tree, self.path.name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,7 +85,8 @@ class StudyFolder:
         """
         mark = self._mark
         if self.exists:
-            plan.check_continues(self.plan(), self.path)
+            before = read_stored(self.path / "study.yaml")
+            plan.check_continues(inert_dump(before, self.path.name), self.path)
         elif any(entry.name != ".lock" for entry in self.path.iterdir()) and not mark.exists():
             raise RunFolderError(f"{self.path} exists and is no study; choose another --output")
         if not mark.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.parse
 from pathlib import Path
 
 import optuna
@@ -15,6 +14,7 @@ from optuna.study import StudyDirection
 
 from cluster import seeding
 from cluster.configuration.trees import ConfigError
+from cluster.logins import LoginError, hidden, written_out
 from cluster.records.run_folder import BusyError
 from cluster.records.tracking_store import absolute_uri
 from tuning.study import Plan, SamplerSection
@@ -36,16 +36,17 @@ def open_database(url: str) -> BaseStorage:
     Raises:
         ConfigError: Its driver is not installed, or it does not answer.
     """
-    shown = without_password(url)
     fix = "correct study.storage, or leave it out for a journal file in the study's folder"
     try:
-        return RDBStorage(absolute_uri(url))
+        return RDBStorage(absolute_uri(written_out("study.storage", url, quoted=True)))
+    except LoginError:
+        raise
     except ImportError as error:
         cause = error.__cause__ or error.__context__ or error
-        raise ConfigError(f"study.storage: the driver of {shown} is not installed ({cause}); {fix}") from None
+        raise ConfigError(f"study.storage: the driver of {url} is not installed ({cause}); {fix}") from None
     except Exception as error:  # SQLAlchemy has no common base for a bad dialect, address or login
-        reason = str(error).strip().partition("\n")[0].replace(url, shown)
-        raise ConfigError(f"study.storage: {shown} cannot be opened ({reason}); {fix}") from None
+        reason = hidden(str(error).strip().partition("\n")[0], url)
+        raise ConfigError(f"study.storage: {url} cannot be opened ({reason}); {fix}") from None
 
 
 def heal_journal(folder: Path) -> None:
@@ -55,12 +56,6 @@ def heal_journal(folder: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def without_password(url: str) -> str:
-    """The address as it may be shown."""
-    parts = urllib.parse.urlsplit(url)
-    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@")
 
 
 def make_sampler(section: SamplerSection, seed: int, trial: int) -> BaseSampler:

@@ -15,7 +15,7 @@ the entry's ``search``. Every mistake is one line, before anything starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.configuration.config import Config, changes_results, flatten, in_plain_words, validate
+from cluster.configuration.foreign import sign
 from cluster.configuration.sections import Choice, Section
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge
+from cluster.logins import place, problem
 from cluster.records.checkpoint import write_atomically
 from tuning.spaces import Space, own_space, shared_space, with_values
 
@@ -110,6 +112,7 @@ class StudySection(Section):
                 f"study.pruner: {self.pruner.name} cannot prune a study of two objectives; set "
                 "study.pruner.name=none or study.objectives=[accuracy]"
             )
+        problems += filter(None, [problem("study.storage", self.storage)])
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -203,15 +206,22 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Keep the resolved study."""
-        write_atomically(path, yaml.safe_dump(self.dump(), sort_keys=False).encode())
+        write_atomically(path, yaml.safe_dump(self.dump(), sort_keys=False).encode(), mode=0o644)
+        sign(path)
 
-    def check_continues(self, before: Plan, path: Path) -> None:
+    def check_continues(self, before: Mapping[str, Any], path: Path) -> None:
         """Refuse to continue another study in its folder.
+
+        Args:
+            before: Nested values of the study there, see :func:`inert_dump`.
+            path: The folder.
 
         Raises:
             ConfigError: Names the keys that differ and could change a result.
         """
-        old, new = flatten(before.dump()), flatten(self.dump())
+        old, new = flatten(before), flatten(self.dump())
+        for tree in (old, new):
+            tree["study.storage"] = place(tree["study.storage"])
         keys = [
             key
             for key in sorted(old.keys() | new.keys())
@@ -238,14 +248,25 @@ def load_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
     return plan_of(tree, Path(source).stem)
 
 
-def plan_of(tree: dict[str, Any], name: str) -> Plan:
-    """The plan of nested values with a ``study`` section; ``name`` is used where that has none."""
-    tree = dict(tree)
+def inert_dump(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What :meth:`Plan.dump` makes of a stored study, without the code that it names."""
+    section, base = _sections(tree, name)
+    return {**validate(base, inert=True).dump(), "study": section.model_dump(mode="json")}
+
+
+def _sections(tree: Mapping[str, Any], name: str) -> tuple[StudySection, dict[str, Any]]:
+    """The ``study`` section, and the experiment around it."""
+    base = dict(tree)
     try:
-        section = StudySection.model_validate(tree.pop("study"))
+        section = StudySection.model_validate(base.pop("study", None))
     except ValidationError as error:
         raise ConfigError(in_plain_words(error, StudySection, "study.")) from None
-    section = section.model_copy(update={"name": section.name or name})
+    return section.model_copy(update={"name": section.name or name}), base
+
+
+def plan_of(tree: Mapping[str, Any], name: str) -> Plan:
+    """The plan of nested values with a ``study`` section; ``name`` is used where that has none."""
+    section, tree = _sections(tree, name)
     base = validate(tree)
     _check_base(base, section)
     contenders = {}

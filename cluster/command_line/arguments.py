@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import __version__
 from cluster.command_line.help_texts import describe_details, examples, run_details, tune_details
+from cluster.references import is_file
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -105,6 +105,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     tune.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value")
     tune.add_argument("--output", metavar="DIR", help="the study's folder; default: runs/<study's name>")
     tune.add_argument("--report", metavar="STUDY", help="only write the report of this study anew")
+    _add_trust(tune)
 
     resume = command(
         "resume",
@@ -123,6 +124,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     resume.add_argument("folder", metavar="DIR|URI", help="the run's folder, or its copy on shared storage")
     resume.add_argument("words", nargs="*", metavar="key=value")
     resume.add_argument("--output", metavar="DIR", help="folder to rebuild from a URI; default: runs/NAME")
+    _add_trust(resume)
     _add_remote(command)
 
     sync = command(
@@ -184,17 +186,24 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
 
     describe = command(
         "describe",
-        "show a method, or what an experiment would run",
+        "show a method, a run, or what an experiment would run",
         """
         Show a method (what it does, its paper and hyperparameters), or what an experiment would run: its
-        resolved configuration, the model's layers, who holds which data, memory and bytes a round.""",
+        resolved configuration, the model's layers, who holds which data, memory and bytes a round. Of a
+        run's folder the same is shown, without the code that it names.""",
         details=describe_details,
     )
-    describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|key=value")
-    describe.add_argument("--picture", metavar="FILE", help="the partition's picture (.png, .svg or .pdf)")
+    describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|DIR|key=value")
+    describe.add_argument("--picture", metavar="FILE", help="draw the partition (.png, .svg or .pdf)")
 
     _add_bench(command)
     return parser
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust", action="store_true", help="run the code that a folder of somebody else names"
+    )
 
 
 def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -265,7 +274,7 @@ def _take_in_late_words(arguments: argparse.Namespace, extra: Sequence[str]) -> 
 
 def _sort_words(arguments: argparse.Namespace) -> None:
     words = arguments.words
-    sources = [word for word in words if "=" not in word or Path(word).is_file()]
+    sources = [word for word in words if "=" not in word or is_file(word)]
     arguments.overrides = [word for word in words if word not in sources]
     arguments.source = sources[0] if sources else None
     example = "overrides are written key=value, such as stop_after=5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from cluster import seeding
 from cluster.clients.client import wire_shape
 from cluster.clients.transfers import to_input
 from cluster.command_line.progress import local_actors, place, shown
-from cluster.configuration.choices import ChoiceError
+from cluster.configuration.choices import own_class
 from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations
-from cluster.records.outputs import benchmark_name
-from cluster.references import load_reference
+from cluster.records.run_folder import RunFolder
+from cluster.references import is_file
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
@@ -46,10 +47,10 @@ def method_named(name: str) -> type[Algorithm] | None:
     """The method that ``name`` stands for: a name in the registry or a method's ``module:attribute``."""
     if name in registry():
         return registry()[name]
-    if ":" not in name or Path(name).exists():
+    if ":" not in name or is_file(name) or Path(name).is_dir():
         return None
-    found = load_reference("describe", name, ChoiceError)
-    return found if inspect.isclass(found) and issubclass(found, Algorithm) else None
+    found: type[Algorithm] = own_class("describe", name, Algorithm)
+    return found
 
 
 def describe_method(console: Console, method: type[Algorithm]) -> None:
@@ -123,44 +124,70 @@ def _value(value: Any) -> str:
 
 
 def describe_config(console: Console, config: Config, picture_file: Path | None = None) -> None:
-    """Print what ``config`` would run, and draw its partition.
+    """Print what ``config`` would run.
 
     Args:
         console: Where to print.
-        config: The experiment.
-        picture_file: The partition's picture; by default ``partition-<data and partition>.png`` here.
+        config: The experiment. Of an inert one, what needs the code that it names is left out.
+        picture_file: Where to draw the partition; None for nowhere.
 
     Raises:
         DataError, PartitionError, ModelError: What ``sparsyfed run`` would say.
     """
     before = psutil.Process().memory_info().rss
-    federation = Federation.of(config)
-    _heading(
-        console, "configuration", f"digest {config.digest()}, which everything that changes a result enters"
-    )
+    unknown = config.references if config.inert else {}
+    federation = None
+    if "data.name" not in unknown:
+        federation = Federation.divided(config) if unknown else Federation.of(config)
+    digest = "" if unknown else f"digest {config.digest()}, which everything that changes a result enters"
+    _heading(console, "configuration", digest)
     # Innermost sections on one line: short, and still the YAML that `run` reads.
     text = yaml.safe_dump(
-        _complete(config), default_flow_style=None, sort_keys=False, width=console.width - 2
+        config.resolved(), default_flow_style=None, sort_keys=False, width=console.width - 2
     )
     console.print(text.rstrip(), soft_wrap=True)
-    _model(console, federation)
-    _partition(console, federation, picture_file or Path(f"partition-{benchmark_name(config)}.png"))
-    _bytes(console, federation)
-    _devices(console, federation)
-    _memory(console, federation, before)
+    left_out = []
+    parts: tuple[tuple[str, str, Callable[[Federation], None]], ...] = (
+        ("model", "data model", lambda known: _model(console, known)),
+        ("data", "data", lambda known: _partition(console, known, picture_file)),
+        ("bytes", "data model algorithm", lambda known: _bytes(console, known)),
+        ("devices", "data model algorithm", lambda known: _devices(console, known)),
+        ("memory", "data model algorithm", lambda known: _memory(console, known, before)),
+    )
+    for title, needs, show in parts:
+        if federation is None or any(f"{section}.name" in unknown for section in needs.split()):
+            left_out.append(title)
+        else:
+            show(federation)
+    if unknown:
+        _heading(console, "not imported", "the code that this folder names")
+        for key, reference in unknown.items():
+            console.print(f"{key} = {reference}")
+        if left_out:
+            console.print(f"left out, as they need it: {', '.join(left_out)}")
 
 
-def _complete(config: Config) -> dict[str, Any]:
-    tree = config.dump()
-    for key, built in (("algorithm", config.build_algorithm()), ("server", config.build_server())):
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(built).items()}
-        tree[key] = {"name": tree[key]["name"], **options}
-    return tree
+def run_named(name: str) -> RunFolder | None:
+    """The run's folder that ``name`` stands for, by its path or its ``config.yaml``'s; None for all else."""
+    path = Path(name)
+    if is_file(path):
+        path = path.parent if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir() else path
+    return RunFolder.open(path) if path.is_dir() else None
+
+
+def describe_run(console: Console, folder: RunFolder, picture_file: Path | None = None) -> None:
+    """Print what the run in a folder is, without importing or calling anything that the folder names."""
+    config, lines = folder.config(inert=True), folder.rounds()
+    done = lines[-1]["round"] if lines else 0
+    console.print(Text(f"{shown(folder.path)}: {done} of {config.rounds} rounds", "bold"))
+    describe_config(console, config, picture_file)
 
 
 def _model(console: Console, federation: Federation) -> None:
     layout, flops = federation.layout, federation.flops
-    sparsity = federation.config.build_algorithm().sparsity
+    config = federation.config
+    unknown = config.inert and ":" in config.algorithm.name
+    sparsity = config.algorithm.options.get("sparsity") if unknown else config.build_algorithm().sparsity
     prunable = layout.prunable_size
     _heading(console, "model", f"{federation.config.model.name}: {layout.trained_size:,} trained parameters")
     table = _table("prunable layer", "shape", "weights", "share", "forward kFLOP a sample")
@@ -171,8 +198,9 @@ def _model(console: Console, federation: Federation) -> None:
     table.add_section()
     table.add_row("|P|, all of them", "", f"{prunable:,}", "100.0%", f"{flops.forward.sum() / 1e3:,.0f}")
     console.print(table)
-    keep = target_count(prunable, sparsity)
-    console.print(f"top K       {keep:,} of |P| are kept at sparsity {sparsity:g}")
+    if sparsity is not None:
+        keep = target_count(prunable, sparsity)
+        console.print(f"top K       {keep:,} of |P| are kept at sparsity {sparsity:g}")
     console.print(
         f"not pruned  {layout.trained_size - prunable:,} other parameters (biases, norms), "
         f"{layout.size - layout.trained_size:,} buffer values"
@@ -180,7 +208,7 @@ def _model(console: Console, federation: Federation) -> None:
     console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
 
 
-def _partition(console: Console, federation: Federation, file: Path) -> None:
+def _partition(console: Console, federation: Federation, file: Path | None) -> None:
     dataset, divided, section = federation.dataset, federation.partition, federation.config.partition
     sizes, labels = divided.sizes, dataset.train.labels
     drawn = np.arange(min(divided.clients, CLIENTS_DRAWN))
@@ -206,6 +234,8 @@ def _partition(console: Console, federation: Federation, file: Path) -> None:
         console.print(
             _heat_map(console, histogram, dataset.classes, divided.clients), no_wrap=True, crop=True
         )
+    if file is None:
+        return
     title = f"{dataset.name}, {section.name}{alpha}, {divided.clients} clients"
     file.parent.mkdir(parents=True, exist_ok=True)
     picture(divided, labels, dataset.classes, file, title=title)

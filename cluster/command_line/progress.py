@@ -185,7 +185,7 @@ class RunDisplay:
 
 def announce(console: Console, config: Config, folder: Path, title: str) -> None:
     """Say what is about to run, before the seconds that starting takes."""
-    declared = vars(config.build_algorithm()).items()
+    declared = config.values("algorithm").items()
     options = ", ".join(f"{key} {_short(value)}" for key, value in declared if value != ())
     section, local = config.partition, config.local
     alpha = "" if section.skew is None else f"(alpha {section.skew:g})"
@@ -237,7 +237,7 @@ def local_actors(config: Config) -> int:
 def conclude(console: Console, result: Result) -> None:
     """The summary table, and what to do next."""
     summary, folder = result.summary, RunFolder(result.folder)
-    config, lines = folder.config(), folder.rounds()
+    config, lines = folder.config(inert=True), folder.rounds()
     split = "validation" if summary["selected_by"].startswith("val") else "test"
     best = f" (round {summary['best_round']} by {split} accuracy)"
     kind, final = "accuracy", summary["accuracy"]

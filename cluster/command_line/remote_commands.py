@@ -29,7 +29,7 @@ def status(console: Console, address: str) -> int:
         if progress is None:
             table.add_row(name, "no answer", "-", "-", "-", "-")
             continue
-        config = validate(progress["config"])
+        config = validate(progress["config"], inert=True)
         line = progress["lines"][-1] if progress["lines"] else {"round": 0}
         table.add_row(
             name,
@@ -72,7 +72,7 @@ def attach(console: Console, address: str, wanted: str | None) -> int:
         progress = progress_of(driver)
         if progress is None:
             raise ClusterError(f"{name} does not answer")
-        config, folder = validate(progress["config"]), Path(progress["folder"])
+        config, folder = validate(progress["config"], inert=True), Path(progress["folder"])
         since = duration(progress["seconds"])
         announce(console, config, folder, f"{name}, on {progress['host']} for {since}")
         try:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from cluster.configuration.choices import ChoiceError
 from cluster.configuration.config import flatten, validate
-from cluster.configuration.trees import ConfigError
+from cluster.configuration.plain_yaml import as_value
+from cluster.configuration.trees import ConfigError, read_stored
 from cluster.records.run_folder import RunFolder
 from cluster.records.tracking_store import check, connect, first_line
 from cluster.references import UserError, did_you_mean
@@ -170,7 +170,7 @@ def read_folder(path: Path) -> Run:
             started=lines[0].get("timestamp", 0.0) if lines else 0.0,
             measures=None if result is None else result.get("measures", {}),
         )
-    except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return Run(path.name, str(path), {}, {}, status=f"cannot be read: {first_line(error)}")
 
 
@@ -196,14 +196,11 @@ def client_accuracies(path: Path) -> np.ndarray:
 
 
 def _params_of(path: Path) -> dict[str, str]:
-    # The parser in C: of a thousand runs, YAML would otherwise take longer than all else together.
-    tree = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    if not isinstance(tree, dict):
-        raise ValueError("config.yaml holds no keys and values")
+    tree = read_stored(path / "config.yaml")
     try:
-        flat = validate(tree).flat()
+        flat = validate(tree, inert=True).flat()
     except (ConfigError, ChoiceError):
-        flat = flatten(tree)  # a method or a key that this installation does not know
+        flat = flatten(as_value(tree))  # a method or a key that this installation does not know
     return {key: str(value) for key, value in flat.items() if str(value) not in ABSENT}
 
 

@@ -13,20 +13,23 @@ class ChoiceError(UserError):
     """An unknown name or field, or a value outside its declaration; says what is allowed."""
 
 
-def build_choice(section: str, name: str, options: Mapping[str, Any], known: Mapping[str, type]) -> Any:
-    """Build the declared dataclass that ``name`` stands for, every option checked against its declaration.
+def build_choice(
+    section: str, name: str, options: Mapping[str, Any], known: Mapping[str, type], base: type
+) -> Any:
+    """Build the declared dataclass that a section's name stands for, every option checked.
 
     Args:
         section: Key of the section, for messages.
         name: A name in ``known``, or ``module:attribute``.
         options: Field values.
         known: Classes by name.
+        base: What a class of one's own derives from.
 
     Raises:
         ChoiceError: One line for each unknown name or field, wrong type and value out of range.
     """
     if ":" in name:
-        chosen = load_reference(f"{section}.name", name, ChoiceError)
+        chosen = own_class(f"{section}.name", name, base)
     elif name in known:
         chosen = known[name]
     else:
@@ -54,6 +57,23 @@ def build_choice(section: str, name: str, options: Mapping[str, Any], known: Map
         return chosen(**values)
     except ValueError as error:
         raise ChoiceError(f"{section}: {error}") from error
+
+
+def own_class(key: str, reference: str, base: type) -> Any:
+    """The class that ``module:attribute`` names.
+
+    Raises:
+        ChoiceError: It is none, does not derive from ``base``, or has a field without a declaration.
+    """
+    found = load_reference(key, reference, ChoiceError)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        kind = f"a class of its own, {found!r}" if isinstance(found, type) else f"{type(found).__name__}"
+        raise ChoiceError(f"{key} = {reference!r}: expected a subclass of {base.__name__}, found {kind}")
+    try:
+        hyperparameters(found)
+    except TypeError as error:
+        raise ChoiceError(f"{key} = {reference!r}: {error}") from None
+    return found
 
 
 def checked(parameter: Hyperparameter, value: Any) -> Any:

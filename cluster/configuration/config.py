@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import ChoiceError, build_choice
+from cluster.configuration.foreign import CHOICES, references_in
 from cluster.configuration.sections import (
     AlgorithmChoice,
     ClientEvaluationSection,
@@ -37,11 +38,9 @@ from cluster.configuration.sections import (
     WireSection,
 )
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
+from cluster.logins import masked, problem
 from cluster.references import did_you_mean, nearest
 from cluster.simulation.samplers import Sampler, build_sampler
-
-#: Sections whose ``name`` decides what their other keys mean.
-_CHOICES = ("algorithm", "model", "data", "partition", "server", "sampler", "schedule")
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
@@ -124,13 +123,20 @@ class Config(Section):
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
+    _inert: bool = PrivateAttr(default=False)  # names code that is not to be imported
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
+    def _check(self, info: ValidationInfo) -> Config:
+        self._inert = bool((info.context or {}).get("inert") and self.references)
         problems = []
-        for build in (self.build_algorithm, self.build_server, self.build_sampler):
+        for key, build in (
+            ("algorithm", self.build_algorithm),
+            ("server", self.build_server),
+            ("sampler", self.build_sampler),
+        ):
             try:
-                build()
+                if not self._left_alone(key):
+                    build()
             except ChoiceError as error:
                 problems.append(str(error))
         if self.precision == "tf32" and not self.gpus_per_actor:
@@ -143,6 +149,8 @@ class Config(Section):
                 "lower cohort or raise partition.clients"
             )
         problems += self.evaluate_clients.problems(self.partition.clients)
+        for key, address in (("checkpoint_uri", self.checkpoint_uri), ("tracking.uri", self.tracking.uri)):
+            problems += filter(None, [problem(key, address)])
         if self.evaluate_on == "validation" and not self.data.validation:
             problems.append("evaluate_on: validation, but no data is held out; set data.validation=0.1")
         if self.stop_after is not None and self.stop_after > self.rounds:
@@ -153,7 +161,9 @@ class Config(Section):
                 f"execution: {self.execution}; set address=auto or host:port and execution=ray"
             )
         if not problems:
-            problems += [*self._device_problems(), *self._schedule_problems(), *self._shift_problems()]
+            problems += self._shift_problems()
+            if not self._left_alone("algorithm"):
+                problems += [*self._device_problems(), *self._schedule_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -225,21 +235,49 @@ class Config(Section):
         if "clients" in shift.partition:
             yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 
+    @property
+    def references(self) -> dict[str, str]:
+        """Code of a user's own that the experiment names, ``module:attribute`` by key."""
+        return references_in(self.dump())
+
+    @property
+    def inert(self) -> bool:
+        """Whether it names code that is not to be imported; see :func:`validate`."""
+        return self._inert
+
     def build_algorithm(self) -> Algorithm:
         """The method with its hyperparameters."""
-        method: Algorithm = build_choice("algorithm", self.algorithm.name, self.algorithm.options, registry())
+        self._may_build("algorithm")
+        choice = self.algorithm
+        method: Algorithm = build_choice("algorithm", choice.name, choice.options, registry(), Algorithm)
         return method
 
     def build_server(self) -> ServerOptimizer:
         """The server optimizer with its hyperparameters."""
+        self._may_build("server")
+        choice = self.server
         optimizer: ServerOptimizer = build_choice(
-            "server", self.server.name, self.server.options, SERVER_OPTIMIZERS
+            "server", choice.name, choice.options, SERVER_OPTIMIZERS, ServerOptimizer
         )
         return optimizer
 
     def build_sampler(self) -> Sampler:
         """Who is asked to train."""
+        self._may_build("sampler")
         return build_sampler(self.sampler.name, self.sampler.options)
+
+    def values(self, section: Literal["algorithm", "server"]) -> dict[str, Any]:
+        """Every hyperparameter by name; of code that is not to be imported those that the section gives."""
+        if self._left_alone(section):
+            return dict(getattr(self, section).options)
+        return dict(vars(self.build_algorithm() if section == "algorithm" else self.build_server()))
+
+    def _left_alone(self, section: str) -> bool:
+        return self._inert and ":" in getattr(self, section).name
+
+    def _may_build(self, section: str) -> None:
+        if self._left_alone(section):
+            raise ChoiceError(f"{section}.name: code that a run's folder names is imported by resume alone")
 
     def learning_rate(self, round_number: int) -> float:
         """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, falling on beyond T; lr0 where lr_final is unset."""
@@ -257,12 +295,21 @@ class Config(Section):
         """Plain nested values, as written to ``config.yaml``."""
         return self.model_dump(mode="json")
 
+    def resolved(self) -> dict[str, Any]:
+        """:meth:`dump` with every hyperparameter, so that whoever reads it needs no import to know them."""
+        tree: dict[str, Any] = json.loads(json.dumps(self._filled()))
+        return tree
+
     def flat(self) -> dict[str, Any]:
         """Dotted keys and values, the methods' and optimizers' defaults filled in."""
-        tree = self.dump()
-        for key, built in (("algorithm", self.build_algorithm()), ("server", self.build_server())):
-            tree[key] = {"name": tree[key]["name"], **vars(built)}
-        return flatten(tree)
+        return flatten(self._filled())
+
+    def _filled(self) -> dict[str, Any]:
+        return {
+            **self.dump(),
+            "algorithm": {"name": self.algorithm.name, **self.values("algorithm")},
+            "server": {"name": self.server.name, **self.values("server")},
+        }
 
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
@@ -296,10 +343,16 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
         raise ConfigError(str(error)) from None
 
 
-def validate(tree: Mapping[str, Any]) -> Config:
-    """Build the typed tree; see :func:`resolve`."""
+def validate(tree: Mapping[str, Any], *, inert: bool = False) -> Config:
+    """Build the typed tree; see :func:`resolve`.
+
+    Args:
+        tree: Nested values.
+        inert: Only look at it: code of a user's own that it names is neither imported nor called, and
+            nothing can be built of it.
+    """
     try:
-        return Config.model_validate(dict(tree))
+        return Config.model_validate(dict(tree), context={"inert": inert})
     except ValidationError as error:
         raise ConfigError(in_plain_words(error)) from None
 
@@ -338,28 +391,28 @@ def in_plain_words(error: ValidationError, root: type[Section] = Config, above: 
         above: Key of that section with a dot behind it; nothing for the whole configuration.
     """
     lines = []
-    for problem in error.errors():
-        where = above + ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+    for mistake in error.errors():
+        where = above + ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
             section: Any = root
-            for part in problem["loc"][:-1]:
+            for part in mistake["loc"][:-1]:
                 # Of a mapping of sections, such as the tiers by name, each value is one.
                 section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
             prefix = where.rpartition(".")[0]
             known = list(section.model_fields)
-            near = nearest(problem["loc"][-1], known)
+            near = nearest(mistake["loc"][-1], known)
             hint = f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else ""
             lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
-        elif problem["type"] == "model_type":
-            named = f"{where}.name={problem['input']}" if where in _CHOICES else f"{where}.<key>=<value>"
-            lines.append(f"{where}: a section of keys and values, found {problem['input']!r}; write {named}")
-        elif problem["type"] == "literal_error":
-            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-            hint = did_you_mean(problem["input"], allowed)
-            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}{hint}")
-        elif problem["type"] == "value_error":
-            found = f"{where}: found {problem['input']!r}; " if where else ""
-            lines.append(found + str(problem["ctx"]["error"]))
+        elif mistake["type"] == "model_type":
+            named = f"{where}.name={mistake['input']}" if where in CHOICES else f"{where}.<key>=<value>"
+            lines.append(f"{where}: a section of keys and values, found {mistake['input']!r}; write {named}")
+        elif mistake["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", mistake["ctx"]["expected"])
+            hint = did_you_mean(mistake["input"], allowed)
+            lines.append(f"{where}: {mistake['msg']}, found {mistake['input']!r}{hint}")
+        elif mistake["type"] == "value_error":
+            found = f"{where}: found {mistake['input']!r}; " if mistake["loc"] else ""
+            lines.append(found + str(mistake["ctx"]["error"]))
         else:
-            lines.append(f"{where}: {problem['msg']}, found {problem['input']!r}")
-    return "\n".join(lines)
+            lines.append(f"{where}: {mistake['msg']}, found {mistake['input']!r}")
+    return masked("\n".join(lines))

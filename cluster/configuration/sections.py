@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cluster.configuration.plain_yaml import as_text, as_value
+from cluster.references import UserError, in_home
 from cluster.simulation.profiles import PROFILES
 
 
@@ -14,6 +18,46 @@ class Section(BaseModel):
     """Keys and values: frozen, and no other keys than the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any) -> Any:
+        """Text as it was written where a field is text, else the numbers and bools that YAML means."""
+        if not isinstance(value, Mapping):
+            return value
+        return {key: _readings(cls).get(key, as_value)(own) for key, own in value.items()}
+
+
+@cache
+def _readings(section: type[BaseModel]) -> dict[str, Any]:
+    """How the values of each field are read; sections within read their own."""
+    readings: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        leaves = set(_leaves(field.annotation))
+        if leaves == {str}:
+            readings[key] = as_text
+        elif any(issubclass(leaf, BaseModel) for leaf in leaves):
+            readings[key] = lambda value: value
+    return readings
+
+
+def _leaves(annotation: Any) -> Iterator[type]:
+    """The types of the values that an annotation allows, of a mapping's values."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        yield from {type(choice) for choice in get_args(annotation)}
+    elif origin is Annotated or origin is dict:
+        yield from _leaves(get_args(annotation)[0 if origin is Annotated else 1])
+    elif origin is not None:
+        for part in get_args(annotation):
+            yield from _leaves(part)
+    elif isinstance(annotation, type) and annotation is not NoneType:
+        yield annotation
+
+
+def _from_anywhere(value: str | None) -> str | None:
+    """An absolute path: actors and a later resume run in other working directories."""
+    return None if value is None else str(in_home(value, "path", UserError).absolute())
 
 
 def _share_or_whole(gpus: float) -> float:
@@ -63,11 +107,7 @@ class DataSection(Section):
     validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
     cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
 
-    @field_validator("path", "cache")
-    @classmethod
-    def _from_anywhere(cls, value: str | None) -> str | None:
-        # Actors and a later resume run in other working directories.
-        return None if value is None else str(Path(value).expanduser().absolute())
+    _absolute = field_validator("path", "cache")(_from_anywhere)
 
 
 class PartitionSection(Section):
@@ -120,10 +160,7 @@ class AvailabilitySection(Section):
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("path")
-    @classmethod
-    def _from_anywhere(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+    _absolute = field_validator("path")(_from_anywhere)
 
     @model_validator(mode="after")
     def _check(self) -> AvailabilitySection:

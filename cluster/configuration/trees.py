@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from algorithms import hyperparameters, registry
-from cluster.references import UserError, did_you_mean, load_reference
+from cluster.configuration.plain_yaml import YamlError, parse, parse_word
+from cluster.logins import without_logins
+from cluster.references import UserError, did_you_mean, in_home, is_file, load_reference
 
 
 class ConfigError(UserError):
@@ -23,7 +23,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
     Overriding a ``name`` drops the fields of the old choice; ``sparsity`` alone stays.
     """
-    result: dict[str, Any] = json.loads(json.dumps(tree))
+    result: dict[str, Any] = copy.deepcopy(dict(tree))
     parsed = []
     for override in overrides:
         parsed.append(parse_override(override))
@@ -39,29 +39,54 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
     try:
-        return key.strip(), _number(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+        return key.strip(), parse_word(text)
+    except YamlError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value ({error}); quote what is text") from None
 
 
 def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a preset or YAML file as nested values, over what it ``extends``: a base, or several in order."""
-    path = find(source)
+    path = find(source).resolve()
     if str(path) in seen:
         raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    tree = {key: _number(value) for key, value in tree.items()}
+    tree = read_yaml(path)
     bases = tree.pop("extends", None) or []
     below: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ConfigError(
+                f"{path}: extends: expected presets or files, found {base!r}; presets: {', '.join(presets())}"
+            )
         beside = path.parent / base  # beside the file that names it, wherever the command is typed
-        below = merge(below, load_tree(beside if beside.is_file() else base, (*seen, str(path))))
+        below = merge(below, load_tree(beside if is_file(beside) else base, (*seen, str(path))))
     return merge(below, tree)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of keys and values as it is, whatever it extends.
+
+    Raises:
+        ConfigError: It cannot be read, or is no such file; names the line.
+    """
+    try:
+        tree = parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else f"a {'list' if isinstance(tree, list) else 'single value'}"
+        raise ConfigError(f"{path}: expected keys and values, found {found}")
+    return tree
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """The configuration in a run's or study's folder; passwords that an older version kept are hidden.
+
+    Raises:
+        ConfigError: It cannot be read; names the line.
+    """
+    return without_logins(read_yaml(path))
 
 
 def presets() -> dict[str, Path]:
@@ -71,12 +96,14 @@ def presets() -> dict[str, Path]:
 
 def find(source: str | Path) -> Path:
     """The file a preset's name or a path stands for."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = in_home(source, "experiment", ConfigError)
+    if is_file(path):
         return path
     known = presets()
     if str(source) in known:
         return known[str(source)]
+    if path.is_dir():
+        raise ConfigError(f"{source} is a folder; expected a preset or a YAML file")
     raise ConfigError(
         f"{source}: neither a file nor a preset; presets: {', '.join(known)}{did_you_mean(source, known)}"
     )
@@ -105,20 +132,6 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def _preset_folder() -> Path:
     installed = Path(str(files("cluster"))) / "experiments"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "ray_configs" / "experiments"
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; read it as the number it is, at any depth."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -129,10 +129,16 @@ def list_rounds(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either the old content or all of the new, also after a crash."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write ``data`` so that ``path`` holds either the old content or all of the new, also after a crash.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        mode: Its permissions, less what the umask takes away.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -16,7 +16,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cluster.configuration.config import Config, validate
-from cluster.configuration.trees import load_tree
+from cluster.configuration.foreign import sign
+from cluster.configuration.trees import read_stored
 from cluster.records.checkpoint import write_atomically
 from cluster.references import UserError
 
@@ -91,14 +92,24 @@ class RunFolder:
         except Timeout:
             raise BusyError(f"{self.path} is being run by another process") from None
 
-    def config(self) -> Config:
-        """The run's configuration."""
-        return validate(load_tree(self.path / "config.yaml"))
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    def config(self, *, inert: bool = False) -> Config:
+        """The run's configuration.
+
+        Args:
+            inert: Only look at it, without the code that it names; see ``cluster.configuration.foreign``.
+        """
+        return validate(read_stored(self.config_file), inert=inert)
 
     def write_config(self, config: Config) -> None:
-        """Keep the resolved configuration."""
-        text = yaml.safe_dump(config.dump(), sort_keys=False)
-        write_atomically(self.path / "config.yaml", text.encode())
+        """Keep the resolved configuration, and that this user wrote it here."""
+        text = yaml.safe_dump(config.resolved(), sort_keys=False)
+        write_atomically(self.config_file, text.encode(), mode=0o644)
+        sign(self.config_file)
 
     def rounds(self) -> list[dict[str, Any]]:
         """The stored lines, without a last one that is still being written or was torn by a crash."""

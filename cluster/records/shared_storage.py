@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from cluster.configuration.plain_yaml import YamlError, parse
+from cluster.logins import LoginError, hidden, without_logins, written_out
 from cluster.records.checkpoint import list_rounds
 from cluster.records.run_folder import RunFolder
 from cluster.references import UserError
@@ -45,9 +47,11 @@ class SharedStorage:
 
         self._uri = uri.rstrip("/")
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self._uri)
+            self._files, self._root = fsspec.core.url_to_fs(written_out("checkpoint_uri", self._uri))
+        except LoginError:
+            raise
         except (ImportError, ValueError) as error:
-            raise StorageError(f"checkpoint_uri: {uri}: {error}") from None
+            raise StorageError(f"checkpoint_uri: {uri}: {hidden(str(error), uri)}") from None
 
     @classmethod
     def of_run(cls, checkpoint_uri: str, path: Path) -> SharedStorage:
@@ -69,7 +73,7 @@ class SharedStorage:
             self._files.rm_file(f"{self._root}/writable")
         except Exception as error:
             raise StorageError(
-                f"checkpoint_uri: {self._uri} cannot be written: {type(error).__name__}: {error}"
+                f"checkpoint_uri: {self._uri} cannot be written: {self._named(error)}"
             ) from None
         if taken:
             raise StorageError(
@@ -94,9 +98,21 @@ class SharedStorage:
             for name in there - kept:
                 self._files.rm_file(f"{self._root}/checkpoints/{name}")
         except Exception as error:  # whatever a file system raises
-            _logger.warning("%s is not up to date: %s: %s", self._uri, type(error).__name__, error)
+            _logger.warning("%s is not up to date: %s", self._uri, self._named(error))
             return False
         return True
+
+    def config(self) -> dict[str, Any]:
+        """The copy's configuration as it stands there; empty where there is no run."""
+        try:
+            if "config.yaml" not in self._names(""):
+                return {}
+            found = parse(self._read("config.yaml"))
+        except YamlError as error:
+            raise StorageError(f"{self._uri}/config.yaml: not a YAML file: {error}") from None
+        except Exception as error:  # whatever a file system raises
+            raise StorageError(f"{self._uri} cannot be read: {self._named(error)}") from None
+        return found if isinstance(found, dict) else {}
 
     def fetch(self, path: Path) -> RunFolder:
         """Rebuild a run's folder from its copy.
@@ -123,8 +139,11 @@ class SharedStorage:
         except StorageError:
             raise
         except Exception as error:
-            raise StorageError(f"{self._uri} cannot be read: {type(error).__name__}: {error}") from None
+            raise StorageError(f"{self._uri} cannot be read: {self._named(error)}") from None
         return RunFolder.open(path)
+
+    def _named(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {hidden(str(error), self._uri)}"
 
     def _names(self, folder: str) -> set[str]:
         place = f"{self._root}/{folder}".rstrip("/")
@@ -163,7 +182,7 @@ def _here(name: str, content: bytes, path: Path) -> bytes:
     """A tracking store that was a file of the lost machine becomes one beside the run's new folder."""
     if name != "config.yaml":
         return content
-    tree: dict[str, Any] = yaml.safe_load(content)
+    tree = without_logins(yaml.safe_load(content))
     uri = (tree.get("tracking") or {}).get("uri") or ""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).parent.is_dir():
         tree["tracking"]["uri"] = f"sqlite:///{path.absolute().parent / 'mlflow.db'}"

@@ -117,10 +117,15 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
         factory = load_reference("sampler.name", name, ChoiceError)
         try:
             inspect.signature(factory).bind(**options)
-            made: Sampler = factory(**options)
-            return made
-        except TypeError as error:
-            raise ChoiceError(f"sampler: {name}: {error}") from error
+        except (TypeError, ValueError) as error:  # it is not callable, has no signature, takes other options
+            raise ChoiceError(f"sampler.name = {name!r}: {error}") from None
+        made: Sampler = factory(**options)
+        if not callable(made):
+            raise ChoiceError(
+                f"sampler.name = {name!r}: expected a factory that returns a sampler, a function of "
+                f"(rng, count, candidates); it returned {made!r}"
+            )
+        return made
     if name not in SAMPLERS:
         raise ChoiceError(
             f"sampler.name: {name!r} is unknown; allowed are {', '.join(SAMPLERS)}, "

@@ -60,7 +60,7 @@ def test_what_is_written_is_the_same_study(study_file, tmp_path):
     plan.write(tmp_path / "study.yaml")
     again = plan_of(load_tree(tmp_path / "study.yaml"), "other")
     assert again == plan
-    again.check_continues(plan, tmp_path)
+    again.check_continues(plan.dump(), tmp_path)
 
 
 @pytest.mark.parametrize("name", [n for n, path in presets().items() if "study" in load_tree(path)])
@@ -120,7 +120,7 @@ def test_other_experiments_are_no_studies():
 def test_only_what_cannot_change_a_result_may_differ_when_a_study_goes_on(tmp_path):
     plan = tiny_plan(tmp_path, {"methods": ["topk"], "trials": 2})
     longer = tiny_plan(tmp_path, {"methods": ["topk"], "trials": 3, "trials_at_once": 1}, checkpoint_every=1)
-    longer.check_continues(plan, tmp_path)
+    longer.check_continues(plan.dump(), tmp_path)
     other = tiny_plan(tmp_path, {"methods": ["topk"], "sampler": {"name": "qmc"}}, rounds=5)
     with pytest.raises(ConfigError, match=r"rounds was 3, now 5; study\.sampler\.name was 'tpe', now 'qmc'"):
-        other.check_continues(plan, tmp_path)
+        other.check_continues(plan.dump(), tmp_path)

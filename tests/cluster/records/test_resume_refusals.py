@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(interrupted):
     assert "seed: 3" in text
     (interrupted.path / "config.yaml").write_text(text.replace("seed: 3", "seed: 4", 1))
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
-        cluster.resume(interrupted.path)
+        cluster.resume(interrupted.path, trust=True)
 
 
 def test_a_damaged_checkpoint_names_the_way_on_and_the_way_works(cache, tmp_path):

@@ -55,7 +55,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_to_the_same_bits(shared, 
         "checkpoints/round-000002.safetensors",
         "checkpoints/round-000003.safetensors",
     }
-    result = cluster.resume(f"{uri}/mine", ["stop_after=null"], tmp_path / "new" / "mine")
+    result = cluster.resume(f"{uri}/mine", ["stop_after=null"], tmp_path / "new" / "mine", trust=True)
     assert result.summary["complete"]
     assert_same_run(tmp_path / "new" / "mine", tmp_path / "whole")
     # The copy went on too; what the folder dropped, it dropped.
@@ -81,7 +81,7 @@ def test_a_killed_run_is_resumed_from_its_last_copied_checkpoint(shared, tmp_pat
         cluster.run(settings, tmp_path / "mine")
     monkeypatch.undo()
     assert "result.json" not in files(f"{shared}/mine")
-    cluster.resume(f"{shared}/mine", output=tmp_path / "elsewhere")
+    cluster.resume(f"{shared}/mine", output=tmp_path / "elsewhere", trust=True)
     assert_same_run(tmp_path / "elsewhere", tmp_path / "whole")
 
 
@@ -127,11 +127,11 @@ def test_a_uri_without_a_run_names_what_is_there(shared, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert main(["resume", shared]) == 2
     assert f"{shared} holds no run; it holds mine" in capsys.readouterr().err
-    assert main(["resume", f"{shared}/mine", "--output", "mine"]) == 2
+    assert main(["resume", "--trust", f"{shared}/mine", "--output", "mine"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert main(["resume", "mine", "--output", "other"]) == 2
     assert "--output is for a run named by its URI" in capsys.readouterr().err
-    assert main(["resume", f"{shared}/mine", "stop_after=2"]) == 0  # into runs/mine
+    assert main(["resume", "--trust", f"{shared}/mine", "stop_after=2"]) == 0  # into runs/mine
     assert len(RunFolder(tmp_path / "runs" / "mine").rounds()) == 2
 
 

@@ -116,7 +116,7 @@ def test_what_is_no_cohort_is_refused(returned):
         (["sampler.name=size", "sampler.power=2"], "sampler.power: size has no such field"),
         (
             ["sampler.name=tests.cluster.simulation.test_samplers:own", "sampler.lats=3"],
-            "sampler: .*unexpected keyword argument 'lats'",
+            "sampler.name = .*unexpected keyword argument 'lats'",
         ),
         (
             ["sampler.name=tests.cluster.simulation.test_samplers:owm"],

@@ -21,16 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cluster.compare.plots import COLOURS
+from tests.benchmarks.authors_curves import EARLY_CURVES, EARLY_ROUNDS
 from tests.benchmarks.results import Row, read
 
-#: CIFAR-10, LDA 1, 95 %, seed 1337: percent, the mean of five rounds around each of ROUNDS.
-ROUNDS = (5, 10, 15, 20, 25, 30, 35, 40)
-AUTHORS = {
-    "fedavg": (16.9, 24.4, 33.7, 37.1, 40.1, 43.5, 44.6, 46.1),
-    "sparsyfed": (18.9, 26.3, 34.8, 38.1, 43.2, 47.1, 50.3, 53.1),
-    "topk": (9.0, 9.3, 12.8, 16.4, 19.9, 24.3, 25.7, 26.6),
-    "zerofl": (11.4, 9.2, 8.6, 6.7, 10.4, 11.4, 9.7, 11.5),
-}
 _METHODS = ("fedavg", "sparsyfed", "topk", "zerofl", "flash")
 _COLOUR = dict(zip(_METHODS, COLOURS, strict=False))
 
@@ -60,7 +53,7 @@ def draw(rows: Sequence[Row], path: Path) -> Figure:
 
 def _draw_panel(panel: Axes, rows: Sequence[Row]) -> None:
     last = max(row.round for row in rows)
-    authors = [number for number in ROUNDS if number <= last]
+    authors = [number for number in EARLY_ROUNDS if number <= last]
     for method in _METHODS:
         mine = [row for row in rows if row.method == method]
         rounds = sorted({row.round for row in mine})
@@ -69,8 +62,8 @@ def _draw_panel(panel: Axes, rows: Sequence[Row]) -> None:
         if mine:
             panel.plot([row.round for row in mine], [row.accuracy for row in mine], ".", ms=3, color=colour)
             panel.plot(rounds, means, color=colour)
-        if method in AUTHORS:
-            curve = AUTHORS[method][: len(authors)]
+        if method in EARLY_CURVES:
+            curve = EARLY_CURVES[method][: len(authors)]
             panel.plot(authors, curve, "--", color=colour, lw=1, alpha=0.7)
     panel.set_xticks(range(0, last + 1, 5 if last <= 20 else 10))
     panel.grid(color="#d9d9d9", lw=0.5)

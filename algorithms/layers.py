@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from algorithms.masks import cut_to_top_k, drop_below, kth_largest, nonzero_mask
+from algorithms.parameters import prunable_layers
 
 #: In floats 0.07 * 100 is 7.000000000000001, whose ceiling would keep one too many.
 _JUST_BELOW_ONE = 1.0 - 2.0**-50
@@ -257,7 +258,7 @@ def prune_inputs(model: nn.Module, choose: Callable[[str, nn.Module], Activation
             returns how it prunes, or None to leave the layer alone. Transposed and non-zero-padded
             convolutions are left alone: their weight gradient does not see the input as it is.
     """
-    for name, layer in list(model.named_modules()):
+    for name, layer in prunable_layers(model).items():
         if isinstance(layer, _ConvNd) and not layer.transposed and layer.padding_mode == "zeros":
             base: type = PrunedConv
         elif isinstance(layer, nn.Linear):

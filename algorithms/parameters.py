@@ -80,20 +80,21 @@ class ParameterLayout:
             example: An input batch, e.g. ``torch.zeros(2, 3, 32, 32)``.
 
         Raises:
-            ValueError: A parameter or float buffer is not float32, no layer is prunable, or the dry forward
-                misses a prunable layer.
+            ValueError: A parameter or float buffer is not float32, no layer is prunable and trained, or the
+                dry forward misses a prunable layer.
         """
-        prunable_layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE_LAYERS)}
-        if not prunable_layers:
-            raise ValueError("the model has no convolution or linear layer: nothing could be pruned")
-        weights = {id(layer.weight) for layer in prunable_layers.values()}
+        layers = prunable_layers(model)
+        weights = {id(layer.weight) for layer in layers.values()}
         parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not any(id(parameter) in weights for _, parameter in parameters):
+            frozen = " that is trained" if layers else ""
+            raise ValueError(f"the model has no convolution or linear layer{frozen}: nothing could be pruned")
         floats = [(name, b) for name, b in model.named_buffers() if b.is_floating_point()]
         for name, tensor in parameters + floats:
             if tensor.dtype != torch.float32:
                 raise ValueError(f"{name} is {tensor.dtype}; the flat layout holds float32 only")
         if example is not None:
-            _check_every_layer_is_used(model, prunable_layers, example)
+            _check_every_layer_is_used(model, layers, example)
         prunable = _place([(n, p) for n, p in parameters if id(p) in weights], 0)
         other = _place(
             [(n, p) for n, p in parameters if id(p) not in weights], prunable[-1].stop if prunable else 0
@@ -140,16 +141,33 @@ def _place(tensors: list[tuple[str, Tensor]], start: int) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def prunable_layers(model: nn.Module) -> dict[str, Any]:
+    """The convolutions and linear layers of ``model`` by name, in order of definition.
+
+    The output projection of ``nn.MultiheadAttention`` is none of them: torch uses its weight without calling
+    the layer, so that no method could hook into it. Like the input projection it is trained dense.
+    """
+    uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, PRUNABLE_LAYERS) and id(layer) not in uncalled
+    }
+
+
 def dry_forward(
     model: nn.Module, example: Tensor, layers: Iterable[nn.Module], hook: Callable[[Any, Any, Any], Any]
 ) -> None:
     """One forward of ``example`` in evaluation mode and without gradients, with a hook on some layers."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
-    was_training = model.training
+    was_training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
+        # The fast path of nn.TransformerEncoderLayer, in evaluation alone, calls none of its layers.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             model.eval()(example)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(was_training)
         for handle in handles:
             handle.remove()
@@ -160,4 +178,7 @@ def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module]
     dry_forward(model, example, layers.values(), lambda module, _inputs, _output: used.add(module))
     missed = [name for name, layer in layers.items() if layer not in used]
     if missed:
-        raise ValueError(f"a forward pass never calls {', '.join(missed)}: unused layers cannot be trained")
+        raise ValueError(
+            f"a forward pass never calls {', '.join(missed)}: a layer that is not used cannot be trained, and "
+            "one whose weight is used without calling the layer cannot be pruned"
+        )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.parameters import PRUNABLE_LAYERS, ParameterLayout, dry_forward
+from algorithms.parameters import ParameterLayout, dry_forward, prunable_layers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerFlops:
             flops = 2.0 * elements / len(example) * weight.numel() / len(weight)
             counted[name] = counted.get(name, 0.0) + flops
 
-        dry_forward(model, example, (m for m in model.modules() if isinstance(m, PRUNABLE_LAYERS)), count)
+        dry_forward(model, example, prunable_layers(model).values(), count)
         first = next(iter(counted))
         entries = [entry.name for entry in layout.prunable]
         return cls(

@@ -179,6 +179,6 @@ def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module]
     missed = [name for name, layer in layers.items() if layer not in used]
     if missed:
         raise ValueError(
-            f"a forward pass never calls {', '.join(missed)}: a layer that is not used cannot be trained, and "
-            "one whose weight is used without calling the layer cannot be pruned"
+            f"a forward pass never calls {', '.join(missed)}: a layer that is not used cannot be trained, "
+            "and one whose weight is used without calling the layer cannot be pruned"
         )

@@ -22,7 +22,7 @@ from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
 from cluster.workload.holdings import Partition
-from cluster.workload.models import ModelError
+from cluster.workload.models import ModelError, check_model
 from cluster.workload.partition import partition
 
 
@@ -92,13 +92,12 @@ class Federation:
     @cached_property
     def layout(self) -> ParameterLayout:
         """The model's flat layout, checked by a dry forward on real images."""
-        model, shape = self.model, self.dataset.image_shape
+        name = self.config.model.name
+        check_model(self.model, name, self._example, len(self.dataset.classes))
         try:
-            return ParameterLayout.of(model, self._example)
-        except (ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"model.name: {self.config.model.name} cannot take images of shape {shape}: {error}"
-            ) from error
+            return ParameterLayout.of(self.model, self._example)
+        except ValueError as error:
+            raise ModelError(f"model.name = {name!r}: {error}") from error
 
     @cached_property
     def flops(self) -> LayerFlops:

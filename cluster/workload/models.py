@@ -10,6 +10,8 @@ them, and nothing depends on the batch but BatchNorm.
 import inspect
 import itertools
 import math
+import os
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +74,54 @@ def build(
     if not own:
         initialise(model, seed)
     return model
+
+
+def check_model(model: nn.Module, name: str, images: torch.Tensor, classes: int) -> None:
+    """Run a few images through a model, to find before the first round what would end or spoil training.
+
+    Args:
+        model: The plain model, on the CPU; it is left as it was.
+        name: ``model.name``, for messages.
+        images: Model input, float32 [B, C, H, W].
+        classes: Number of classes.
+
+    Raises:
+        ModelError: Nothing is trained, the images do not pass, or what comes out are no logits that training
+            could improve.
+    """
+    place, shape = f"model.name = {name!r}", list(images.shape)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError(f"{place} has no parameter that is trained (requires_grad)")
+    was_training = model.training
+    try:
+        # What the model draws at random must not shift what is drawn later.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # whatever a model of one's own does
+        steps = traceback.extract_tb(error.__traceback__)[1:]
+        line = next((s for s in reversed(steps) if f"{os.sep}torch{os.sep}" not in s.filename), steps[-1])
+        raise ModelError(
+            f"{place} fails on images of shape {shape}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())} ({line.filename}, line {line.lineno})"
+        ) from error
+    finally:
+        model.train(was_training)
+    wanted = f"expected logits, float32 [{len(images)}, {classes}]: one for each of the {classes} classes"
+    if not isinstance(logits, torch.Tensor):
+        raise ModelError(f"{place} returns a value of type {type(logits).__name__}; {wanted}")
+    kind = str(logits.dtype).removeprefix("torch.")
+    found = f"{place} returns {kind} {list(logits.shape)} for images {shape}"
+    fits = logits.ndim == 2 and len(logits) == len(images) and logits.shape[1] >= classes
+    if not fits or not logits.is_floating_point():
+        raise ModelError(f"{found}; {wanted}")
+    if not logits.isfinite().all():
+        wrong = logits[~logits.isfinite()][0].item()
+        raise ModelError(f"{place} returns {wrong} for images {shape} before any training")
+    if not logits.requires_grad:
+        raise ModelError(
+            f"{place}: what it returns depends on none of its parameters; nothing can be learned"
+        )
 
 
 def initialise(model: nn.Module, seed: int) -> None:

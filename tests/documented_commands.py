@@ -30,7 +30,19 @@ STAND_INS = {
 }
 
 #: Programs of others, whose arguments are not looked at.
-_OTHERS = {"export", "docker", "kubectl", "pip", "pytest", "optuna-dashboard"}
+_OTHERS = {
+    "docker",
+    "export",
+    "git",
+    "kubectl",
+    "mypy",
+    "optuna-dashboard",
+    "pip",
+    "pytest",
+    "python3",
+    "ruff",
+    "source",
+}
 
 
 def commands(page: Path) -> Iterator[list[str]]:

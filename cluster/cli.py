@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import __version__
+from cluster.command_line import terminal
 from cluster.command_line.arguments import parse
 from cluster.references import UserError
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 a mistake that the message says how to put right,
         130 stopped by Ctrl-C.
     """
+    terminal.prepare(keep_going=False)  # help and complaints too
     arguments = parse(argv, _study_section)
+    terminal.prepare(keep_going=arguments.command in ("run", "resume", "tune"))
     try:
         return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt as interrupt:

@@ -319,20 +319,27 @@ def _execute(
 
 @contextmanager
 def stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, where signals arrive; the second interrupts at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into an event, where signals arrive.
+
+    A second one interrupts at once, except SIGHUP: shell and kernel both tell of a terminal that closes. One
+    that is ignored, as under ``nohup``, stays so.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
 
     def handle(number: int, frame: Any) -> None:
-        if stopped.is_set():
+        if stopped.is_set() and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         stopped.set()
         print("stopping after this round; press again to stop at once", file=sys.stderr, flush=True)
         also()
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stopped
     finally:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.actors.actor_pool import MakeHost
 from cluster.actors.placement import Node, bundles, kinds_of
@@ -134,8 +138,10 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _check_answer(address)
+    local = address == "local"
+    before = {child.pid for child in psutil.Process().children()}
     try:
-        with _on_loopback() if address == "local" else nullcontext():
+        with _on_loopback() if local else nullcontext():
             ray.init(
                 address=address,
                 namespace=f"sparsyfed-{os.getpid()}",
@@ -150,7 +156,8 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
             "start one with `ray start --head`, or use address=local"
         ) from None
     try:
-        yield
+        with _ended_with_us(before) if local and os.name == "posix" else nullcontext():
+            yield
     finally:
         ray.shutdown()
 
@@ -161,7 +168,7 @@ def _on_loopback() -> Iterator[None]:
 
     ``ray.init`` replaces a loopback address by a reachable one and gives the dashboard's agent the port that
     `ray start` gives it, so the parameters are set where ``ray.init`` has put them together. No autoscaler
-    and no tailing of logs either: nobody asks them.
+    and no tailing of logs either: nobody asks them. A terminal that closes does not end it.
     """
     from ray._private import parameter
 
@@ -173,16 +180,42 @@ def _on_loopback() -> Iterator[None]:
         "include_log_monitor": False,
     }
     parameter.RayParams = lambda **given: made(**given | own)  # type: ignore[assignment, misc]
-    os.environ["DASHBOARD_METRIC_PORT"] = (
-        "0"  # any free one; the process has no dashboard but starts all the same
-    )
+    os.environ["DASHBOARD_METRIC_PORT"] = "0"  # any free one
+    # As Ray itself does with Ctrl-C: a terminal that closes tells the whole group, and the run's last round
+    # and checkpoint need the actors.
+    posix = os.name == "posix"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP}) if posix else None
     try:
         yield
     finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         parameter.RayParams = made  # type: ignore[misc]
         del os.environ["DASHBOARD_METRIC_PORT"]
         if metrics is not None:
             os.environ["DASHBOARD_METRIC_PORT"] = metrics
+
+
+@contextmanager
+def _ended_with_us(before: set[int]) -> Iterator[None]:
+    """Whatever was started since ``before`` ends with this process, even where that is killed.
+
+    Ray sees to most of it; its agents, though, try for a minute to tell a server that died as they did.
+    """
+    ours = [child for child in psutil.Process().children() if child.pid not in before]
+    pids = [str(each.pid) for child in ours for each in [child, *child.children(recursive=True)]]
+    # Its stdin ends with this process; a session of its own, so that Ctrl-C does not end it.
+    watcher = subprocess.Popen(
+        ["sh", "-c", f"read -r _; kill -KILL {' '.join(pids)}"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.communicate()
 
 
 def _check_answer(address: str, timeout_s: float = 5.0) -> None:

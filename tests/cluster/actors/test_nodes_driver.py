@@ -95,7 +95,10 @@ def test_a_detached_run_is_left_listed_attached_to_and_stopped(nodes, place, tmp
     assert models[0] == models[1]
 
 
-def test_ctrl_c_reaches_the_whole_process_group_and_the_run_still_ends_after_its_round(place, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_the_whole_process_group_and_the_run_still_ends_after_its_round(
+    place, tmp_path, number
+):
     settings = config(place, actors=1)
     (tmp_path / "experiment.yaml").write_text(json.dumps(settings.dump()))
     command = [sys.executable, "-m", "cluster", "run", str(tmp_path / "experiment.yaml"), "rounds=5000"]
@@ -106,7 +109,7 @@ def test_ctrl_c_reaches_the_whole_process_group_and_the_run_still_ends_after_its
     for line in process.stdout:
         if line.startswith("round "):
             break
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
+    os.killpg(process.pid, number)  # as a terminal does: to Ray's processes too
     shown, complaints = process.communicate(timeout=120)
     assert process.returncode == 130, complaints
     assert "stopping after this round" in complaints

@@ -1,6 +1,7 @@
 """The Ray that a run starts for itself: reachable from this machine alone, and in no other Ray's way."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -21,16 +22,33 @@ with connection("local", **private_cluster(1000, 1)):
 """
 
 
-@pytest.fixture(scope="module")
-def private():
-    """The process with a private cluster below it."""
+def start():
+    """A process with a private cluster below it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PRIVATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRIVATE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout.readline() == "127.0.0.1\n"
-    yield psutil.Process(process.pid)
+    return process
+
+
+@pytest.fixture(scope="module")
+def private():
+    """The process; at the end nothing of it is left."""
+    process = start()
+    everything = family(psutil.Process(process.pid))
+    yield everything[0]
     process.communicate("")
     assert process.returncode == 0
+    assert not left_of(everything)
+
+
+def left_of(processes):
+    """Those that outlive the first one by more than they need to end; Ray's agents used to take a minute."""
+    return psutil.wait_procs(processes, timeout=30)[1]
 
 
 def family(process):
@@ -57,6 +75,26 @@ def test_nobody_tails_its_logs_and_nobody_scales_it(private):
     assert "gcs_server" in commands
     assert "log_monitor" not in commands
     assert "monitor.py" not in commands
+
+
+def test_nothing_outlives_a_process_that_is_killed():
+    process = start()
+    everything = family(psutil.Process(process.pid))
+    assert len(everything) >= 7
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    assert not left_of(everything)
+
+
+def test_a_terminal_that_closes_leaves_it_alone(private):
+    before = family(private)
+    for process in before[1:]:
+        process.send_signal(signal.SIGHUP)
+    with pytest.raises(psutil.TimeoutExpired):
+        before[0].wait(1.0)
+    assert all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
 
 
 def test_ray_is_left_as_it_was(monkeypatch):

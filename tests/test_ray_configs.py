@@ -60,6 +60,24 @@ def test_a_cluster_has_the_projects_ray_a_token_and_no_open_dashboard(name):
         assert not re.search(r"\bray\b", line.replace("/home/ray/", "")), "the image's Ray stays"
 
 
+def test_on_aws_every_node_has_the_users_own_security_group():
+    config = load("cluster-aws-gpu.yaml")
+    # To a group that it makes or fills, Ray adds ssh from 0.0.0.0/0; one that is named it leaves alone.
+    assert "security_group" not in config["provider"]
+    for kind in config["available_node_types"].values():
+        assert all(re.fullmatch("sg-[0-9a-f]{17}", each) for each in kind["node_config"]["SecurityGroupIds"])
+    text = (CONFIGS / "cluster-aws-gpu.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"--cidr (\S+)", text) == ["203.0.113.7/32"]  # an address of the documentation's
+
+
+def test_slurm_tokens_are_neither_committed_nor_shipped():
+    token = re.search(
+        r'RAY_AUTH_TOKEN_PATH="\$PWD/(\.ray-token-)', (CONFIGS / "slurm.sh").read_text("utf-8")
+    )[1]
+    for name in (".gitignore", ".rayignore"):
+        assert f"{token}*" in (ROOT / name).read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("name", [path.name for path in CONFIGS.iterdir() if path.is_file()])
 def test_no_file_opens_a_dashboard_or_turns_tokens_off(name):
     text = (CONFIGS / name).read_text()

@@ -298,6 +298,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     """The benchmarks live beside the tests, in a process of their own."""
+    import signal
     import subprocess
 
     root = Path(__file__).parent.parent
@@ -309,10 +310,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     words = list(arguments.names)
     for option in ("list", "quick"):
         words += [f"--{option}"] if getattr(arguments, option) else []
-    for option in ("output", "compare"):
+    for option in ("minutes", "device"):
+        value = getattr(arguments, option)
+        words += [f"--{option}", str(value)] if value is not None else []
+    for option in ("output", "compare", "data", "resume", "draw"):
         path = getattr(arguments, option)
         words += [f"--{option}", str(Path(path).absolute())] if path else []
-    return subprocess.call([sys.executable, "-m", "tests.benchmarks", *words], cwd=root)
+    # A session of its own: Ctrl-C comes here alone, and every signal is handed on once.
+    command = [sys.executable, "-m", "tests.benchmarks", *words]
+    process = subprocess.Popen(command, cwd=root, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in numbers}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def _remote(arguments: argparse.Namespace) -> int:

@@ -24,4 +24,4 @@ sys.meta_path.insert(0, _Hidden())
 if __name__ == "__main__":
     _, module, *arguments = sys.argv
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__")

@@ -218,6 +218,7 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
             "sparsyfed bench --list",
             "sparsyfed bench round steps --output before.json",
             "sparsyfed bench round steps --compare before.json    as ratios to the stored run",
+            "sparsyfed bench gpu --minutes 10 --data FOLDER --resume RUNS",
         ),
     )
     bench.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; see --list")
@@ -225,6 +226,18 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     bench.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     bench.add_argument("--compare", metavar="FILE", help="show ratios to figures stored with --output")
+    gpu = bench.add_argument_group(
+        "the GPU's turn, sparsyfed bench gpu",
+        "Checks of everything CUDA, then speed, then the paper's CIFAR-10 runs beside their authors' curves, "
+        "all within the minutes. It needs no Ray, and the same command again goes on where it ended.",
+    )
+    gpu.add_argument("--minutes", type=float, metavar="N", help="end before so many are over (default 10)")
+    gpu.add_argument("--data", metavar="FOLDER", help="CIFAR-10's parquet files, any number of them a split")
+    gpu.add_argument("--resume", metavar="RUNS", help="folder of results and runs (default runs/gpu)")
+    gpu.add_argument(
+        "--device", choices=("cuda", "cpu"), help="cpu rehearses everything, tiny (default cuda)"
+    )
+    gpu.add_argument("--draw", metavar="FILE", help="draw the picture of results, RUNS/gpu.json, beside them")
 
 
 def _add_remote(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from cluster.references import UserError
 from tests.benchmarks.report import Figure, comparison, machine, table, write
 
 #: Name -> (module, what it measures, whether it is part of a run without names).
@@ -25,9 +26,11 @@ BENCHMARKS = {
     "wire": ("bench_wire", "cut, encode, decode and fold of 11 million weights; 100 updates", True),
     "start": ("bench_start", "seconds until the first round of a cold run", True),
     "memory": ("bench_memory", "memory of driver and actors over many rounds", False),
-    "gpu": ("bench_gpu", "steps and clients a second on a GPU, launched and as CUDA graphs", False),
+    "gpu": ("gpu.command", "all that concerns CUDA in --minutes: checks, speed, the paper's run", False),
     "peers": ("bench_peers", "the same workload in Flower's simulation and in pfl-research", False),
 }
+
+_OF_GPU = ("minutes", "data", "resume", "device", "draw")
 
 
 def main() -> int:
@@ -38,6 +41,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--compare", type=Path)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--draw", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if arguments.list:
@@ -51,6 +59,13 @@ def main() -> int:
     if arguments.compare is not None and not arguments.compare.is_file():
         print(f"error: --compare {arguments.compare}: no such file", file=sys.stderr)
         return 2
+    of_gpu = [option for option in _OF_GPU if getattr(arguments, option) is not None]
+    if "gpu" in arguments.names or of_gpu:
+        if arguments.names != ["gpu"] or arguments.quick or arguments.output or arguments.compare:
+            shown = ", ".join(f"--{option}" for option in _OF_GPU)
+            print(f"error: sparsyfed bench gpu runs alone, with {shown} and no other option", file=sys.stderr)
+            return 2
+        return _gpu(arguments)
     names = arguments.names or [name for name, (_, _, default) in BENCHMARKS.items() if default]
     about = machine()
     print(f"{about['cores']} x {about['processor']}, torch {about['torch']}, commit {about['commit']}")
@@ -65,6 +80,26 @@ def main() -> int:
     if arguments.compare is not None:
         print(f"\n{comparison(found, arguments.compare)}")
     return 0
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    """The GPU's turn, or the picture of one."""
+    from tests.benchmarks.gpu import command, report
+
+    try:
+        if arguments.draw is not None:
+            if not arguments.draw.is_file():
+                raise command.GpuBenchmarkError(f"--draw {arguments.draw}: no such file")
+            print(report.draw(arguments.draw))
+            return 0
+        minutes = 10.0 if arguments.minutes is None else arguments.minutes
+        if not minutes > 0:
+            raise command.GpuBenchmarkError(f"--minutes {minutes:g}: expected a number above 0")
+        runs = arguments.resume or Path("runs/gpu")
+        return command.run(command.Options(minutes, arguments.data, runs, arguments.device or "cuda"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
 
 
 if __name__ == "__main__":

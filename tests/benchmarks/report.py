@@ -33,8 +33,8 @@ class Figure:
     target: float | None = None
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(*, gpu: bool = True) -> dict[str, Any]:
+    """What the figures were measured on; asked for the GPU's name, this process becomes one of CUDA's."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor,
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
         "load": os.getloadavg()[0],

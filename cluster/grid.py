@@ -13,7 +13,6 @@ and resumes what is not. Where the cluster has room for more actors than one run
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
 from cluster.execution import Result, complete, run_or_resume, stop_on_signal
 from cluster.federation import Federation
+from cluster.records.csv_text import as_csv
 from cluster.records.run_folder import RunFolder
 from cluster.records.shared_storage import below
 
@@ -172,8 +172,7 @@ def table(results: Mapping[str, Result]) -> list[list[str]]:
 def write_table(results: Mapping[str, Result], folder: Path) -> None:
     """Write ``table.csv`` and ``table.md``."""
     rows = table(results)
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    (folder / "table.csv").write_text(as_csv(rows), encoding="utf-8")
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -59,25 +60,50 @@ def installed(package: str) -> bool:
 
 def is_file(path: str | Path) -> bool:
     """Whether there is such a file; False also for what no file can be called."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte in it
-        return False
+    return no_path(str(path)) is None and Path(path).is_file()
 
 
-def in_home(path: str | Path, key: str, error: type[UserError]) -> Path:
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; False also for what no folder can be called."""
+    return no_path(str(path)) is None and Path(path).is_dir()
+
+
+#: Bytes of a file's name on every common file system.
+_LONGEST_NAME = 255
+
+
+def file_name(text: str, longest: int = 160) -> str:
+    """``text`` as (the greater part of) a file's name: where it is too long, cut and told apart by a hash."""
+    if len(text.encode()) <= longest:
+        return text
+    mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return text.encode()[: longest - len(mark) - 1].decode(errors="ignore") + f"-{mark}"
+
+
+def no_path(text: str) -> str | None:
+    """Why nothing can lie at a path that is called so; None where something can."""
+    if "\0" in text:
+        return "a path has no zero byte in it"
+    longest = max((part for part in text.split("/")), key=lambda part: len(part.encode()))
+    size = len(longest.encode())
+    if size <= _LONGEST_NAME:
+        return None
+    return f"a name in a path has at most {_LONGEST_NAME} bytes, found {longest[:20]}... with {size:,}"
+
+
+def in_home(path: str | Path, error: type[UserError]) -> Path:
     """``path`` with ``~`` or ``~user`` in front written out.
 
     Args:
         path: A path as a user writes it.
-        key: What it is, for the message.
-        error: Class to raise where no such home folder is known.
+        error: Class to raise where no such home folder is known, or nothing can be called so.
     """
+    if (reason := no_path(str(path))) is not None:
+        raise error(reason)
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        home = Path(path).parts[0]
-        raise error(f"{key}: {str(path)!r}: there is no home folder {home}; give the whole path") from None
+        raise error(f"there is no home folder {Path(path).parts[0]}; give the whole path") from None
 
 
 def default_cache() -> Path:

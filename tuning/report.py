@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.records.csv_text import as_csv
 from cluster.statistics import SIGNIFICANCE, Difference, Interval
 from tuning import plots
 from tuning.folder import StudyFolder
@@ -58,8 +58,7 @@ class Table:
         paths[0].write_text(
             self.markdown() + "\n" + "".join(f"\n{note}\n" for note in self.notes), encoding="utf-8"
         )
-        with open(paths[1], "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([self.header, *self.rows])
+        paths[1].write_text(as_csv([self.header, *self.rows]), encoding="utf-8")
         paths[2].write_text(self.latex(), encoding="utf-8")
         return paths
 

@@ -94,8 +94,10 @@ class StudySection(Section):
         for label in sorted(label for label in set(labels) if labels.count(label) > 1):
             problems.append(f"study.methods: two entries are called {label}; give one a label of its own")
         for label in labels:
-            if not re.fullmatch(r"[\w.\-]+", label):
-                problems.append(f"study.methods: label {label!r}: use letters, digits, '.', '-' and '_'")
+            if not re.fullmatch(r"[\w.\-]{1,100}", label):
+                problems.append(
+                    f"study.methods: label {label!r}: use letters, digits, '.', '-' and '_', at most 100"
+                )
         if self.reference is not None and self.reference not in labels:
             problems.append(f"study.reference: {self.reference!r} is none of {', '.join(labels)}")
         seeds = self.final_seeds

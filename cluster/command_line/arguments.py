@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import __version__
 from cluster.command_line.help_texts import describe_details, examples, run_details, tune_details
-from cluster.references import is_file
+from cluster.references import is_file, no_path
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+
+def _path(text: str) -> str:
+    """An option's path, refused before anything starts where nothing can lie there."""
+    if (reason := no_path(text)) is not None:
+        raise argparse.ArgumentTypeError(reason)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +93,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         details=run_details,
     )
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
-    run.add_argument("--output", metavar="DIR", help="the run's folder, new or empty; default: one in runs/")
+    run.add_argument(
+        "--output", type=_path, metavar="DIR", help="the run's folder, new or empty; default: one in runs/"
+    )
     run.add_argument("--profile", action="store_true", help="show at the end where the rounds' time went")
 
     tune = command(
@@ -103,8 +112,12 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         details=lambda: tune_details(study_section),
     )
     tune.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value")
-    tune.add_argument("--output", metavar="DIR", help="the study's folder; default: runs/<study's name>")
-    tune.add_argument("--report", metavar="STUDY", help="only write the report of this study anew")
+    tune.add_argument(
+        "--output", type=_path, metavar="DIR", help="the study's folder; default: runs/<study's name>"
+    )
+    tune.add_argument(
+        "--report", type=_path, metavar="STUDY", help="only write the report of this study anew"
+    )
     _add_trust(tune)
 
     resume = command(
@@ -121,9 +134,13 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "sparsyfed resume s3://bucket/runs/NAME  on another machine, from checkpoint_uri=s3://bucket/runs",
         ),
     )
-    resume.add_argument("folder", metavar="DIR|URI", help="the run's folder, or its copy on shared storage")
+    resume.add_argument(
+        "folder", type=_path, metavar="DIR|URI", help="the run's folder, or its copy on shared storage"
+    )
     resume.add_argument("words", nargs="*", metavar="key=value")
-    resume.add_argument("--output", metavar="DIR", help="folder to rebuild from a URI; default: runs/NAME")
+    resume.add_argument(
+        "--output", type=_path, metavar="DIR", help="folder to rebuild from a URI; default: runs/NAME"
+    )
     _add_trust(resume)
     _add_remote(command)
 
@@ -138,7 +155,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "for run in runs/*/; do sparsyfed sync $run; done",
         ),
     )
-    sync.add_argument("folder", metavar="DIR", help="the run's folder")
+    sync.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     sync.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (default 600)")
 
     compare = command(
@@ -156,14 +173,18 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "sparsyfed compare runs/mine --round 20         as they were after round 20, complete or not",
         ),
     )
-    compare.add_argument("sources", nargs="*", metavar="DIR|EXPERIMENT", help="default: the folder of --root")
+    compare.add_argument(
+        "sources", type=_path, nargs="*", metavar="DIR|EXPERIMENT", help="default: the folder of --root"
+    )
     compare.add_argument(
         "--filter", metavar="RULE", help="MLflow's filter string, such as \"tags.method = 'topk'\""
     )
     compare.add_argument("--store", metavar="URI", help="the experiment's store; default mlflow.db in --root")
-    compare.add_argument("--root", default="runs", metavar="DIR", help="folder of runs (default %(default)s)")
     compare.add_argument(
-        "--output", default="comparison", metavar="DIR", help="default %(default)s, overwritten"
+        "--root", type=_path, default="runs", metavar="DIR", help="folder of runs (default %(default)s)"
+    )
+    compare.add_argument(
+        "--output", type=_path, default="comparison", metavar="DIR", help="default %(default)s, overwritten"
     )
     compare.add_argument("--round", type=int, metavar="N", help="compare after this round, not at the end")
     compare.add_argument("--target", type=float, metavar="PERCENT", help="accuracy whose cost in MB is shown")
@@ -179,7 +200,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "sparsyfed ui --host 0.0.0.0 --port 8080",
         ),
     )
-    ui.add_argument("--root", default="runs", metavar="DIR", help="folder that holds the runs (default runs)")
+    ui.add_argument(
+        "--root", type=_path, default="runs", metavar="DIR", help="folder that holds the runs (default runs)"
+    )
     ui.add_argument("--store", metavar="URI", help="another tracking store: sqlite:///..., a file or http://")
     ui.add_argument("--host", default="127.0.0.1", help="interface to listen on (default %(default)s)")
     ui.add_argument("--port", type=int, default=5000, help="port, or the next free one (default %(default)s)")
@@ -194,7 +217,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         details=describe_details,
     )
     describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|DIR|key=value")
-    describe.add_argument("--picture", metavar="FILE", help="draw the partition (.png, .svg or .pdf)")
+    describe.add_argument(
+        "--picture", type=_path, metavar="FILE", help="draw the partition (.png, .svg or .pdf)"
+    )
 
     _add_bench(command)
     return parser
@@ -224,7 +249,7 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; see --list")
     bench.add_argument("--list", action="store_true", help="show the benchmarks and what they measure")
     bench.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    bench.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    bench.add_argument("--output", type=_path, metavar="FILE", help="write the figures as JSON")
     bench.add_argument("--compare", metavar="FILE", help="show ratios to figures stored with --output")
     gpu = bench.add_argument_group(
         "the GPU's turn, sparsyfed bench gpu",

@@ -27,7 +27,7 @@ from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations
 from cluster.records.run_folder import RunFolder
-from cluster.references import is_file
+from cluster.references import is_file, is_folder
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
@@ -47,7 +47,7 @@ def method_named(name: str) -> type[Algorithm] | None:
     """The method that ``name`` stands for: a name in the registry or a method's ``module:attribute``."""
     if name in registry():
         return registry()[name]
-    if ":" not in name or is_file(name) or Path(name).is_dir():
+    if ":" not in name or is_file(name) or is_folder(name):
         return None
     found: type[Algorithm] = own_class("describe", name, Algorithm)
     return found
@@ -170,9 +170,9 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
 def run_named(name: str) -> RunFolder | None:
     """The run's folder that ``name`` stands for, by its path or its ``config.yaml``'s; None for all else."""
     path = Path(name)
-    if is_file(path):
-        path = path.parent if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir() else path
-    return RunFolder.open(path) if path.is_dir() else None
+    if path.name == "config.yaml" and is_file(path) and (path.parent / "checkpoints").is_dir():
+        path = path.parent
+    return RunFolder.open(path) if is_folder(path) else None
 
 
 def describe_run(console: Console, folder: RunFolder, picture_file: Path | None = None) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -200,15 +198,6 @@ def _tabular(table: Table) -> str:
             r"\end{tabular}",
         ]
     )
-
-
-def as_csv(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as CSV; what is None or NaN stays empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        writer.writerow(["" if cell is None or cell != cell else cell for cell in row])
-    return text.getvalue()
 
 
 def number_rows(table: Table) -> Iterator[list[object]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.compare import html, plots
-from cluster.compare.formats import as_csv, curve_rows, latex, markdown, number_rows, run_rows
+from cluster.compare.formats import curve_rows, latex, markdown, number_rows, run_rows
 from cluster.compare.reading import COMPARISON_KIND
 from cluster.compare.table import Comparison
+from cluster.records.csv_text import as_csv
 from cluster.records.tracking_store import connect, find_experiment
 
 #: Dots per inch of the PNG files: sharp in print at a column's width.

@@ -23,7 +23,7 @@ from typing import Any
 
 from algorithms import hyperparameters, registry
 from cluster.configuration.trees import ConfigError, apply_overrides, merge, nested, parse_override
-from cluster.references import did_you_mean, load_reference, nearest
+from cluster.references import did_you_mean, file_name, load_reference, nearest
 
 Tree = dict[str, Any]
 
@@ -70,7 +70,7 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
                 unknown.discard(axis)
                 point = merge(point, piece)
             names.append(name)
-        name = "-".join(names) or "run"
+        name = file_name("-".join(names)) or "run"
         if found.setdefault(name, point) != point:
             raise ConfigError(f"{source}: grid: two runs are named {name}")
     known = {field for method in registry() for field in _hyperparameters(method)}

@@ -405,14 +405,21 @@ def in_plain_words(error: ValidationError, root: type[Section] = Config, above: 
             lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
         elif mistake["type"] == "model_type":
             named = f"{where}.name={mistake['input']}" if where in CHOICES else f"{where}.<key>=<value>"
-            lines.append(f"{where}: a section of keys and values, found {mistake['input']!r}; write {named}")
+            lines.append(
+                f"{where}: a section of keys and values, found {_short(mistake['input'])}; write {named}"
+            )
         elif mistake["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", mistake["ctx"]["expected"])
             hint = did_you_mean(mistake["input"], allowed)
-            lines.append(f"{where}: {mistake['msg']}, found {mistake['input']!r}{hint}")
+            lines.append(f"{where}: {mistake['msg']}, found {_short(mistake['input'])}{hint}")
         elif mistake["type"] == "value_error":
-            found = f"{where}: found {mistake['input']!r}; " if mistake["loc"] else ""
+            found = f"{where}: found {_short(mistake['input'])}; " if mistake["loc"] else ""
             lines.append(found + str(mistake["ctx"]["error"]))
         else:
-            lines.append(f"{where}: {mistake['msg']}, found {mistake['input']!r}")
+            lines.append(f"{where}: {mistake['msg']}, found {_short(mistake['input'])}")
     return masked("\n".join(lines))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]} ... ({len(text):,} characters)"

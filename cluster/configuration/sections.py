@@ -55,9 +55,13 @@ def _leaves(annotation: Any) -> Iterator[type]:
         yield annotation
 
 
+class PathError(UserError):
+    """Nothing can lie at a path that is called so."""
+
+
 def _from_anywhere(value: str | None) -> str | None:
     """An absolute path: actors and a later resume run in other working directories."""
-    return None if value is None else str(in_home(value, "path", UserError).absolute())
+    return None if value is None else str(in_home(value, PathError).absolute())
 
 
 def _share_or_whole(gpus: float) -> float:

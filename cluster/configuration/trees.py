@@ -11,7 +11,7 @@ from typing import Any
 from algorithms import hyperparameters, registry
 from cluster.configuration.plain_yaml import YamlError, parse, parse_word
 from cluster.logins import without_logins
-from cluster.references import UserError, did_you_mean, in_home, is_file, load_reference
+from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder, load_reference
 
 
 class ConfigError(UserError):
@@ -36,7 +36,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 def parse_override(override: str) -> tuple[str, Any]:
     """Key and value of ``key=value``; the value is YAML."""
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"{override!r} is not an override; write key=value, such as algorithm.beta=1.3")
     try:
         return key.strip(), parse_word(text)
@@ -96,13 +96,13 @@ def presets() -> dict[str, Path]:
 
 def find(source: str | Path) -> Path:
     """The file a preset's name or a path stands for."""
-    path = in_home(source, "experiment", ConfigError)
+    path = in_home(source, ConfigError)
     if is_file(path):
         return path
     known = presets()
     if str(source) in known:
         return known[str(source)]
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"{source} is a folder; expected a preset or a YAML file")
     raise ConfigError(
         f"{source}: neither a file nor a preset; presets: {', '.join(known)}{did_you_mean(source, known)}"

@@ -18,7 +18,7 @@ from cluster.federation import Federation
 from cluster.records import introduction, tracking
 from cluster.records.plots import curves, population
 from cluster.records.run_folder import RunFolder
-from cluster.references import installed
+from cluster.references import file_name, installed
 from cluster.workload.partition import picture
 
 #: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
@@ -178,7 +178,8 @@ def with_tracking(config: Config, root: Path) -> Config:
 def default_folder(config: Config) -> Path:
     """A new folder under ``runs/``, named after benchmark, method, seed and time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}-{stamp}"
+    what = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}"
+    name = f"{file_name(what)}-{stamp}"
     path, copy = Path("runs") / name, 1
     while path.exists():
         copy += 1

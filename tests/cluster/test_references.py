@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from cluster.references import UserError, did_you_mean, load_reference, nearest
+from cluster.references import (
+    UserError,
+    default_cache,
+    did_you_mean,
+    file_name,
+    in_home,
+    is_file,
+    is_folder,
+    load_reference,
+    nearest,
+    no_path,
+)
 
 
 class Wrong(UserError):
@@ -69,3 +83,66 @@ def test_nearest_spelling():
     assert nearest("xyz", ["topk"]) is None
     assert did_you_mean("tpok", ["topk"]) == "; did you mean topk?"
     assert did_you_mean(7, ["topk"]) == ""
+
+
+def test_a_name_that_is_too_long_is_cut_and_stays_its_own():
+    assert file_name("short") == "short"
+    one, other = file_name("é" * 200 + "a"), file_name("é" * 200 + "b")
+    assert one != other
+    assert 140 < len(one.encode()) <= 160
+    assert one.startswith("é" * 70)
+
+
+@pytest.mark.parametrize("path", ["a" * 256, "x/" + "é" * 128 + "/y", "a\0b"])
+def test_what_no_file_can_be_called(path):
+    assert no_path(path) is not None
+    assert not is_file(path)
+    assert not is_folder(path)
+    with pytest.raises(Wrong, match=r"at most 255 bytes|zero byte"):
+        in_home(path, Wrong)
+
+
+def test_paths_that_files_may_have():
+    for path in ("a" * 255, "x/" * 1000 + "y", "", "é" * 127):
+        assert no_path(path) is None
+
+
+def test_a_home_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert in_home("~/data", Wrong) == tmp_path / "data"
+    assert default_cache() == tmp_path / ".cache" / "sparsyfed"
+    with pytest.raises(Wrong, match="there is no home folder ~nobody_at_all"):
+        in_home("~nobody_at_all/data", Wrong)
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """A container's user with neither HOME nor an entry in passwd; returns where its cache goes."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"sparsyfed-{os.geteuid()}"
+
+
+def test_without_a_home_the_cache_is_a_folder_of_the_users_own(homeless):
+    assert default_cache() == homeless == default_cache()
+    assert homeless.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(Wrong, match="there is no home folder ~; give the whole path"):
+        in_home("~/data", Wrong)
+
+
+@pytest.mark.parametrize("taken", ["writable by others", "link", "file"])
+def test_a_cache_that_somebody_else_laid_out_is_not_taken(homeless, tmp_path, taken):
+    if taken == "link":
+        homeless.symlink_to(tmp_path)
+    elif taken == "file":
+        homeless.touch()
+    else:
+        homeless.mkdir()
+        homeless.chmod(0o777)
+    with pytest.raises(UserError, match="not this user's alone"):
+        default_cache()

@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from algorithms import hyperparameters, registry
+from cluster.configuration.choices import method_named
 from cluster.configuration.trees import ConfigError, apply_overrides, merge, nested, parse_override
-from cluster.references import did_you_mean, file_name, load_reference, nearest
+from cluster.references import did_you_mean, file_name, nearest
 
 Tree = dict[str, Any]
 
@@ -135,8 +136,7 @@ def _is_hyperparameter(axis: str) -> bool:
 
 
 def _hyperparameters(method: str) -> set[str]:
-    own = ":" in method
-    known = load_reference("algorithm.name", method, ConfigError) if own else registry().get(method)
+    known = method_named(method)
     # An unknown name is refused, with its neighbours, when the point is validated.
     return set() if known is None else {parameter.name for parameter in hyperparameters(known)}
 

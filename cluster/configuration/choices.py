@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from algorithms import Hyperparameter, hyperparameters
+from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
 from cluster.references import UserError, did_you_mean, load_reference
 
 
@@ -73,6 +73,14 @@ def own_class(key: str, reference: str, base: type) -> Any:
         hyperparameters(found)
     except TypeError as error:
         raise ChoiceError(f"{key} = {reference!r}: {error}") from None
+    return found
+
+
+def method_named(name: str) -> type[Algorithm] | None:
+    """The method that ``algorithm.name`` stands for; None where no method is called so."""
+    if ":" not in name:
+        return registry().get(name)
+    found: type[Algorithm] = own_class("algorithm.name", name, Algorithm)
     return found
 
 

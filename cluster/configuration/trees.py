@@ -8,10 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from algorithms import hyperparameters, registry
+from algorithms import hyperparameters
+from cluster.configuration.choices import method_named
 from cluster.configuration.plain_yaml import YamlError, parse, parse_word
 from cluster.logins import without_logins
-from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder, load_reference
+from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
 
 
 class ConfigError(UserError):
@@ -137,8 +138,7 @@ def _preset_folder() -> Path:
 def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
     if section == "algorithm":
         # Methods are compared at one sparsity; a dense one has no such field.
-        own = ":" in name
-        method = load_reference("algorithm.name", name, ConfigError) if own else registry().get(name)
+        method = method_named(name)
         takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
         return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
     if section in ("model", "server", "sampler", "schedule"):

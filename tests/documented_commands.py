@@ -113,9 +113,9 @@ def ray_takes(words: Sequence[str]) -> None:
 
 def sparsyfed_takes(words: Sequence[str]) -> None:
     """Parse the arguments of ``sparsyfed ...``, and resolve the experiment or study that they name."""
-    if "--help" in words:
+    if "--help" in words or len(words) == 1:  # a command alone is named, as in "`sparsyfed resume` asks"
         with pytest.raises(SystemExit, match=r"^0$"):
-            parse(list(words))
+            parse([words[0], "--help"])
         return
     for shown, stand_in in STAND_INS.items():
         words = [word.replace(shown, stand_in) for word in words]

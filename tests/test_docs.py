@@ -61,6 +61,7 @@ def test_the_pages_show_commands_of_every_kind():
         "sparsyfed tune study-digits study.trails=3",
         "sparsyfed tune study-nothing",
         "sparsyfed bench rounds",
+        "sparsyfed resum",
         "sparsyfed resume runs/mine local.lr=1",
         "python -m tests.benchmarks.growth --quik",
         "python -m tests.benchmarks.absent",

@@ -31,6 +31,7 @@ STAND_INS = {
 
 #: Programs of others, whose arguments are not looked at.
 _OTHERS = {
+    "cd",
     "docker",
     "export",
     "git",

@@ -227,10 +227,10 @@ def _store(arguments: argparse.Namespace) -> str:
     """The tracking store that --store or --root names."""
     from cluster.records import tracking
 
-    uri: str = arguments.store or f"sqlite:///{Path(arguments.root).absolute() / 'mlflow.db'}"
-    if "://" not in uri and not uri.startswith("sqlite:"):
-        uri = f"sqlite:///{Path(uri).absolute()}"
-    if uri.startswith("sqlite:") and not tracking.sqlite_file(uri).is_file():
+    uri: str = arguments.store or tracking.sqlite_uri(Path(arguments.root).absolute() / "mlflow.db")
+    if "://" not in uri and not tracking.is_sqlite(uri):
+        uri = tracking.sqlite_uri(Path(uri).absolute())
+    if tracking.is_sqlite(uri) and not tracking.sqlite_file(uri).is_file():
         raise tracking.TrackingError(
             f"there is no store yet at {tracking.sqlite_file(uri)}; `sparsyfed run` makes one in runs/. "
             "Name another with --root FOLDER (the one that holds the runs) or --store URI"

@@ -16,7 +16,7 @@ from cluster import seeding
 from cluster.configuration.trees import ConfigError
 from cluster.logins import LoginError, hidden, written_out
 from cluster.records.run_folder import BusyError
-from cluster.records.tracking_store import absolute_uri
+from cluster.records.sqlite_store import absolute_uri
 from tuning.study import Plan, SamplerSection
 
 #: Name of the default storage in a study's folder.

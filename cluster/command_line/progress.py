@@ -24,6 +24,7 @@ from rich.text import Text
 
 from cluster.configuration.config import Config
 from cluster.records.run_folder import RunFolder
+from cluster.records.sqlite_store import sqlite_uri
 
 if TYPE_CHECKING:
     from cluster.execution import Result
@@ -309,7 +310,7 @@ def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:
     steps = [("folder", shown(result.folder))]
     uri = config.tracking.uri
     if config.tracking.enabled and uri is not None:
-        beside = uri == f"sqlite:///{result.folder.parent / 'mlflow.db'}"
+        beside = uri == sqlite_uri(result.folder.parent / "mlflow.db")
         if beside:
             root = shown(result.folder.parent)
             steps.append(("compare", "sparsyfed ui" + ("" if root == "runs" else f" --root {root}")))

@@ -167,11 +167,17 @@ def benchmark_name(config: Config) -> str:
 
 
 def with_tracking(config: Config, root: Path) -> Config:
-    """Runs beside each other share one store, unless the configuration names another or MLflow is missing."""
+    """Runs beside each other share one store, unless the configuration names another or MLflow is missing.
+
+    Raises:
+        TrackingError: A file is there that cannot be a store.
+    """
     if not config.tracking.enabled or config.tracking.uri is not None or not installed("mlflow"):
         return config
     tree = config.dump()
-    tree["tracking"]["uri"] = f"sqlite:///{root / 'mlflow.db'}"
+    tree["tracking"]["uri"] = tracking.sqlite_uri(root / "mlflow.db")
+    if (root / "mlflow.db").exists():
+        tracking.check(tree["tracking"]["uri"])
     return validate(tree)
 
 

@@ -17,6 +17,7 @@ from cluster.configuration.plain_yaml import YamlError, parse
 from cluster.logins import LoginError, hidden, without_logins, written_out
 from cluster.records.checkpoint import list_rounds
 from cluster.records.run_folder import RunFolder
+from cluster.records.sqlite_store import is_sqlite, sqlite_file, sqlite_uri
 from cluster.references import UserError
 
 #: Small files that are written anew with every checkpoint, lines before the checkpoint that covers them.
@@ -184,6 +185,6 @@ def _here(name: str, content: bytes, path: Path) -> bytes:
         return content
     tree = without_logins(yaml.safe_load(content))
     uri = (tree.get("tracking") or {}).get("uri") or ""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).parent.is_dir():
-        tree["tracking"]["uri"] = f"sqlite:///{path.absolute().parent / 'mlflow.db'}"
+    if is_sqlite(uri) and not sqlite_file(uri).parent.is_dir():
+        tree["tracking"]["uri"] = sqlite_uri(path.absolute().parent / "mlflow.db")
     return yaml.safe_dump(tree, sort_keys=False).encode()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.records.sqlite_store import TrackingError, absolute_uri, is_sqlite, sqlite_file, sqlite_uri
 from cluster.records.tracking_delivery import (
     DIGEST_LENGTH,
     PARAM_LENGTH,
@@ -33,14 +34,7 @@ from cluster.records.tracking_delivery import (
     metric_name,
     name_in,
 )
-from cluster.records.tracking_store import (
-    TrackingError,
-    absolute_uri,
-    check,
-    first_line,
-    serve_ui,
-    sqlite_file,
-)
+from cluster.records.tracking_store import check, first_line, serve_ui
 
 _logger = logging.getLogger("sparsyfed.tracking")
 
@@ -102,7 +96,7 @@ class Tracker:
         """
         uri = absolute_uri(target.uri)
         cursor = Cursor.load(folder)
-        if cursor is None or (cursor.uri, cursor.experiment) != (uri, target.experiment):
+        if cursor is None or (absolute_uri(cursor.uri), cursor.experiment) != (uri, target.experiment):
             cursor = Cursor(uri, target.experiment, target.run_name, {}, {}, None)
         cursor.params = {metric_name(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
         cursor.tags = {metric_name(key): str(value)[:TAG_LENGTH] for key, value in tags.items()}
@@ -239,19 +233,28 @@ def sync(folder: Path, *, deadline_s: float = 600.0) -> SyncReport:
         end_ms = int(rounds.stat().st_mtime * 1000) if rounds.exists() else cursor.created_ms
         files = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".png", ".csv")]
         cursor.ending = Ending("KILLED", end_ms, files, {})
-    complete, before, problem = False, cursor.rounds_delivered, f"not done within {deadline_s:g} s"
-    delivery, give_up = Delivery(folder, cursor), time.monotonic() + deadline_s
-    try:
-        while not complete and time.monotonic() < give_up:
-            try:
-                complete = delivery.deliver(True, lambda: time.monotonic() > give_up)
-            except Exception as error:
-                problem = first_line(error)
-                time.sleep(max(0.0, min(_CLOSING_RETRY_S, give_up - time.monotonic())))
-    finally:
-        delivery.release()
-    total = cursor.rounds_delivered
-    return SyncReport(cursor.run_id, total - before, total, complete, None if complete else problem)
+    before, give_up = cursor.rounds_delivered, time.monotonic() + deadline_s
+    complete, problem = threading.Event(), [f"not done within {deadline_s:g} s"]
+
+    def deliver() -> None:
+        delivery = Delivery(folder, cursor)
+        try:
+            while not complete.is_set() and time.monotonic() < give_up:
+                try:
+                    if delivery.deliver(True, lambda: time.monotonic() > give_up):
+                        complete.set()
+                except Exception as error:
+                    problem[:] = [first_line(error)]
+                    time.sleep(max(0.0, min(_CLOSING_RETRY_S, give_up - time.monotonic())))
+        finally:
+            delivery.release()
+
+    # In a thread that is left alone after the deadline: a call may hang in MLflow for minutes.
+    thread = threading.Thread(target=deliver, name="sparsyfed-sync", daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline_s) + 0.5)
+    total, done = cursor.rounds_delivered, complete.is_set()
+    return SyncReport(cursor.run_id, total - before, total, done, None if done else problem[0])
 
 
 __all__ = [
@@ -261,7 +264,9 @@ __all__ = [
     "TrackingError",
     "TrackingTarget",
     "check",
+    "is_sqlite",
     "serve_ui",
     "sqlite_file",
+    "sqlite_uri",
     "sync",
 ]

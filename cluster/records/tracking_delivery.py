@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from cluster.records.tracking_store import (
-    TrackingError,
-    connect,
-    find_experiment,
-)
+from cluster.records.sqlite_store import TrackingError
+from cluster.records.tracking_store import connect, find_experiment
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

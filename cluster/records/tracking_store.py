@@ -16,12 +16,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
-from cluster.references import UserError, installed
+from cluster.records.sqlite_store import (
+    TrackingError,
+    artifact_folder,
+    as_mlflow_takes_it,
+    check_file,
+    is_sqlite,
+    prepare,
+)
+from cluster.references import installed
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -38,10 +43,6 @@ QUIET_DEFAULTS = {
 
 # Has MLflow open the experiment on its runs and their charts, not on the traces of language models.
 _TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-
-
-class TrackingError(UserError):
-    """A tracking store or a run's tracking file that cannot be used; says which and what to do."""
 
 
 def check(uri: str, timeout_s: float = 5.0) -> None:
@@ -67,14 +68,8 @@ def check(uri: str, timeout_s: float = 5.0) -> None:
                 "MLFLOW_TRACKING_PASSWORD, not inside the address"
             )
         _check_server(uri, timeout_s)
-    elif parts.scheme == "sqlite":
-        database = sqlite_file(uri)
-        if not database.parent.is_dir():
-            raise TrackingError(f"tracking store {uri}: the folder {database.parent} does not exist")
-        if not os.access(database if database.exists() else database.parent, os.W_OK):
-            raise TrackingError(f"tracking store {uri}: {database} cannot be written")
-        if database.exists() and not _is_sqlite(database):
-            raise TrackingError(f"tracking store {uri}: {database} is not an SQLite database")
+    elif is_sqlite(uri):
+        check_file(uri)
     else:
         hint = " (MLflow 3 has given up its file store)" if parts.scheme in ("", "file") else ""
         raise TrackingError(
@@ -99,43 +94,6 @@ def _check_server(uri: str, timeout_s: float) -> None:
         raise TrackingError(f"{uri} answers but is not an MLflow tracking server; {fix}")
 
 
-def _is_sqlite(database: Path) -> bool:
-    if not database.is_file():
-        return False
-    with database.open("rb") as file:
-        return file.read(16) in (b"", b"SQLite format 3\0")
-
-
-def sqlite_file(uri: str) -> Path:
-    """The absolute path of the database file of an `sqlite:///` uri."""
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    if not uri.startswith("sqlite:///") or not path or path == ":memory:":
-        raise TrackingError(f"tracking store {uri} names no file; write sqlite:////folder/mlflow.db")
-    return Path(os.path.abspath(path))
-
-
-def absolute_uri(uri: str) -> str:
-    """The uri that means the same from any working directory."""
-    if not uri.startswith("sqlite:"):
-        return uri.rstrip("/")
-    return f"sqlite:///{sqlite_file(uri)}" + "".join(uri.partition("?")[1:])
-
-
-def artifact_folder(uri: str) -> Path:
-    """Where an SQLite store's artifacts lie: beside it, not in the working directory as MLflow has it."""
-    return sqlite_file(uri).parent / "mlartifacts"
-
-
-def creation_lock(uri: str) -> FileLock:
-    """The lock under which an SQLite store is opened.
-
-    MLflow guards only a part of a new store's creation: of three processes opening one at the same moment,
-    two failed with "duplicate column name".
-    """
-    database = sqlite_file(uri)
-    return FileLock(database.with_name(database.name + ".lock"), timeout=120)
-
-
 def use_quiet_defaults(environment: MutableMapping[str, str]) -> None:
     """Sets MLflow's switches (bounded calls, no telemetry, no chatter) where the user has not."""
     for key, value in QUIET_DEFAULTS.items():
@@ -143,14 +101,19 @@ def use_quiet_defaults(environment: MutableMapping[str, str]) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Opens the store; the first opening of an SQLite store migrates it, for seconds."""
+    """Opens the store; an SQLite store that is not there yet is made, for seconds.
+
+    Raises:
+        TrackingError: The file cannot be a store; names the cure.
+    """
     use_quiet_defaults(os.environ)
+    if is_sqlite(uri):
+        check_file(uri)
     from mlflow.tracking import MlflowClient
 
-    if not uri.startswith("sqlite:"):
-        return MlflowClient(uri)
-    with creation_lock(uri):
-        return MlflowClient(uri)
+    if is_sqlite(uri):
+        prepare(uri)
+    return MlflowClient(as_mlflow_takes_it(uri))
 
 
 def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -159,7 +122,7 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = str(artifact_folder(uri)) if uri.startswith("sqlite:") else None
+        location = artifact_folder(uri).as_uri() if is_sqlite(uri) else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=_TRAINING)
         except MlflowException as error:
@@ -200,14 +163,15 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
         TrackingError: The store cannot be used, or no port is free.
     """
     check(uri)
-    if not uri.startswith("sqlite:"):
+    if not is_sqlite(uri):
         print(f"MLflow is served at {uri}", flush=True)
         return 0
     free = _free_port(host, port)
     if free != port:
         print(f"port {port} is in use, taking {free}", flush=True)
+    use_quiet_defaults(os.environ)
+    prepare(uri)
     environment = dict(os.environ)
-    use_quiet_defaults(environment)
     environment.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     command = [
         sys.executable,
@@ -223,9 +187,9 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     ]
     command += [
         "--backend-store-uri",
-        absolute_uri(uri),
+        as_mlflow_takes_it(uri),
         "--artifacts-destination",
-        str(artifact_folder(uri)),
+        artifact_folder(uri).as_uri(),
     ]
 
     def interrupt(*_: object) -> None:
@@ -240,9 +204,8 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{free}"
-        with creation_lock(uri):
-            while server.poll() is None and not answers(address):
-                time.sleep(0.2)
+        while server.poll() is None and not answers(address):
+            time.sleep(0.2)
         if server.poll() is None:
             print(f"MLflow is served at {address} (Ctrl-C ends it)", flush=True)
         status = server.wait()

@@ -77,7 +77,7 @@ from cluster.records.tracking import Tracker, TrackingTarget
 folder = pathlib.Path(sys.argv[1])
 run = Tracker(folder, TrackingTarget(sys.argv[2], "shared", folder.name), params={}, tags={})
 run.start()
-complete = run.finish("FINISHED", [], {}, 60.0)
+complete = run.finish("FINISHED", [], {}, 180.0)
 print(complete, run.problem)
 """
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -86,7 +86,7 @@ print(complete, run.problem)
         (tmp_path / name).mkdir()
         command = [sys.executable, "-c", code, str(tmp_path / name), uri]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    answers = [process.communicate(timeout=90) for process in processes]
+    answers = [process.communicate(timeout=200) for process in processes]
     assert [(out, err) for out, err in answers] == [("True None\n", ""), ("True None\n", "")]
     assert len(runs_of(uri, "shared")) == 2
 

@@ -9,7 +9,7 @@ from cluster.records.tracking import Tracker, TrackingTarget
 
 METRICS = {"test/accuracy": 0.5, "comm/uplink_bytes": 1000}
 DATASET = {"name": "digits", "digest": "d" * 64, "source_type": "local", "source": "scikit-learn"}
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

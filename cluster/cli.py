@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cluster import __version__
 from cluster.command_line import terminal
 from cluster.command_line.arguments import parse
+from cluster.disk import in_one_line
 from cluster.references import UserError
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
     )
     for name, error in outcome.failures.items():
         root = _root(error)
-        reason = root if _status(error) is not None else f"{type(root).__name__}: {root}"
+        known = _status(error) is not None
+        reason = _in_words(root, "run") if known else f"{type(root).__name__}: {root}"
         print(f"error: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
         print("the same command runs what failed again, and nothing else", file=sys.stderr)
@@ -157,11 +159,12 @@ def _resume(arguments: argparse.Namespace) -> int:
         from cluster.command_line.progress import announce
         from cluster.configuration.config import validate
         from cluster.configuration.trees import apply_overrides
+        from cluster.records.resuming import standing
 
         opened = execution.open_run(arguments.folder, arguments.output, trust=arguments.trust)
         folder = opened.path
         config = validate(apply_overrides(opened.config().dump(), overrides))
-        lines = opened.rounds()
+        lines = standing(opened, opened.config()).lines
     done = lines[-1]["round"] if lines else 0
     announce(console, config, folder, f"sparsyfed {__version__}: resuming after round {done}")
     return _follow(
@@ -170,7 +173,9 @@ def _resume(arguments: argparse.Namespace) -> int:
         folder,
         done,
         # Whose code it runs was found out when the folder was opened.
-        lambda display: execution.resume(folder, overrides, trust=True, progress=display.on_line),
+        lambda display: execution.resume(
+            folder, overrides, trust=True, anyway=arguments.anyway, progress=display.on_line
+        ),
     )
 
 
@@ -185,6 +190,7 @@ def _follow(
     from cluster.command_line.progress import RunDisplay, conclude, shown
     from cluster.driver import DivergedError, ReplayError
     from cluster.execution import RunGoesOn
+    from cluster.records.run_folder import RunFolder
 
     try:
         with RunDisplay(console, config, done) as display:
@@ -192,7 +198,7 @@ def _follow(
     except (Exception, KeyboardInterrupt) as error:
         # Resuming is no cure for a mistake, nor for what the same rounds would run into again.
         hopeless = _status(error) == 2 or isinstance(_root(error), (DivergedError, ReplayError, RunGoesOn))
-        if not hopeless and any((folder / "checkpoints").glob("*.safetensors")):
+        if not hopeless and RunFolder(folder).begun:
             print(f"what was computed is kept: sparsyfed resume {shown(folder)}", file=sys.stderr)
         raise
     conclude(console, result)
@@ -362,7 +368,9 @@ def _status(error: BaseException) -> int | None:
     root = _root(error)
     if isinstance(root, UserError):
         return root.status
-    return 2 if isinstance(root, PermissionError) or _missing_package(root) else None
+    if isinstance(root, OSError):
+        return 2 if in_one_line(root) else None
+    return 2 if _missing_package(root) else None
 
 
 def _missing_package(error: BaseException) -> str | None:
@@ -372,6 +380,8 @@ def _missing_package(error: BaseException) -> str | None:
 
 
 def _in_words(error: BaseException, command: str) -> str:
+    if isinstance(error, OSError):
+        return in_one_line(error) or str(error)
     package = _missing_package(error)
     if package is None:
         return str(error)

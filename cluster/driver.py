@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,12 @@ from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 from cluster.records.checkpoint import (
     Checkpoint,
     CheckpointError,
-    latest,
     list_rounds,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
 )
+from cluster.records.resuming import standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.references import UserError
 from cluster.simulation.schedule import Snapshot, make_schedule
@@ -51,6 +52,9 @@ RULES = 2
 
 #: Rows of one evaluation chunk.
 _CHUNK_ROWS = 256
+
+#: What a checkpoint keeps of the driver and cannot be without.
+_NEEDED = ("totals", "held", "simulated_s", "flight", "refused_rounds", "waiting")
 
 Line = dict[str, Any]
 
@@ -96,9 +100,11 @@ class Driver:
         self.layout: ParameterLayout = federation.layout
         self._last = config.stop_after or config.rounds
         self._schedule = make_schedule(federation, engine, self.method)
+        self._stands_on = stands_on(federation)
         self._digest = f"{config.digest()}-{code_digest()}"
-        folder.heal()
-        self._stored = {line["round"]: line for line in folder.rounds()}
+        found = standing(folder, config)
+        take_up(folder, found)
+        self._stored = {line["round"]: line for line in found.lines}
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._clients = ClientEvaluation(federation)
         self._totals: dict[str, float] = {}
@@ -109,7 +115,7 @@ class Driver:
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
-        self.state = self._restore() or self._initial_state()
+        self.state = self._restore(found.checkpoint) or self._initial_state()
 
     # ------------------------------------------------------------------------------------- the run
 
@@ -342,7 +348,7 @@ class Driver:
         }
         save_checkpoint(
             self.folder.checkpoints,
-            Checkpoint(self.state, driver, self._digest, snapshot.bases, self._supports),
+            Checkpoint(self.state, driver, self._digest, snapshot.bases, self._supports, self._stands_on),
             best_round=best,
         )
         self._on_checkpoint()
@@ -360,13 +366,16 @@ class Driver:
         rng = seeding.generator(self.config.seed, "server")
         return self.method.initial_state(self.federation.initial_weights, self.layout, rng)
 
-    def _restore(self) -> ServerState | None:
-        path = latest(self.folder.checkpoints)
+    def _restore(self, path: Path | None) -> ServerState | None:
         if path is None:
             return None
         stored = load_checkpoint(path)
-        if stored.digest.split("-")[0] != self._digest.split("-")[0]:
-            raise CheckpointError(f"{path} belongs to another configuration (hash {stored.digest})")
+        missing = [key for key in _NEEDED if key not in stored.driver]
+        if missing:
+            raise CheckpointError(
+                f"{path} was made by another version of sparsyfed and lacks {', '.join(missing)}: finish the "
+                "run with that version, or start it anew"
+            )
         for reason in outdated(self.config, int(stored.driver.get("rules", 1))):
             raise CheckpointError(
                 f"{path} was made by an older version, {reason}: start the run anew, or finish it with "

@@ -23,6 +23,7 @@ from cluster.clients.client import build_model
 from cluster.configuration.config import RESULT_FREE, Config, changes_results, validate
 from cluster.configuration.foreign import refuse_foreign_code, whose
 from cluster.configuration.trees import ConfigError, apply_overrides, read_stored
+from cluster.disk import naming, told_by_path
 from cluster.driver import Driver, Line
 from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation, prepare_arguments
@@ -36,7 +37,8 @@ from cluster.records.outputs import (
     with_tracking,
     write_artifacts,
 )
-from cluster.records.run_folder import RunFolder, RunFolderError
+from cluster.records.resuming import check_ground, forget_later_rounds, standing
+from cluster.records.run_folder import RunFolder, RunFolderError, check_free
 from cluster.records.shared_storage import SharedStorage, is_uri
 from cluster.references import installed
 from cluster.workload.datasets import open_dataset, prepare
@@ -111,8 +113,7 @@ def run(
         ClientError: A client failed; where such are skipped, every one in three rounds in a row.
     """
     path = Path(output) if output is not None else default_folder(config)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(f"{path} exists and is not empty; resume it, or choose another --output")
+    check_free(path)
     federation = _preflight(config)
     if config.checkpoint_uri is not None:
         SharedStorage.of_run(config.checkpoint_uri, path).check(new=True)
@@ -134,6 +135,7 @@ def resume(
     output: str | Path | None = None,
     *,
     trust: bool = False,
+    anyway: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -144,17 +146,21 @@ def resume(
         overrides: ``key=value`` for what cannot change a result, such as ``actors`` or ``stop_after``.
         output: The folder to rebuild from the copy; by default one of its name under ``runs/``.
         trust: Run the code that the folder of somebody else names; in one's own it runs anyway.
+        anyway: Go on though data, partition, code or torch have changed since; rounds beyond the checkpoint
+            are computed anew.
         progress: Called with each new round's line.
         should_stop: Asked after each round; True ends the run with a checkpoint.
 
     Raises:
         ConfigError: An override could change the result.
-        CheckpointError: The last checkpoint is damaged.
+        CheckpointError: The last checkpoint is damaged, or of another configuration or version.
+        RunFolderError: Lines of rounds.jsonl are missing, and no checkpoint is old enough.
+        ChangedError: Data, partition, code or torch have changed since the checkpoint.
         StorageError: There is no such copy, or ``output`` is taken.
         ForeignCodeError: The folder is somebody else's and names code, which is not trusted.
     """
     folder = open_run(path, output, trust=trust)
-    config = folder.config()
+    config = begun = folder.config()
     if overrides:
         changed = validate(apply_overrides(config.dump(), overrides))
         if changed.digest() != config.digest():
@@ -166,11 +172,15 @@ def resume(
                 f"resume accepts {', '.join(sorted(RESULT_FREE))}; start a new run for anything else"
             )
         config = changed
-    federation = _preflight(config)
+    found = standing(folder, config)
+    federation = _preflight(config, begun)
+    moved = check_ground(found, federation, anyway=anyway)
     if config.checkpoint_uri is not None:
         SharedStorage.of_run(config.checkpoint_uri, folder.path).check(new=False)
     with connected(config, federation.layout.size):
         with folder.locked():  # of another process's run not even the configuration is touched
+            if moved:
+                forget_later_rounds(folder, found)
             folder.write_config(config)
         return _execute(folder, config, progress, should_stop)
 
@@ -239,7 +249,7 @@ def conduct(
 ) -> dict[str, Any]:
     """Run the experiment in ``path`` to its end on one engine; returns what ``result.json`` holds."""
     folder = RunFolder.open(path)
-    with folder.locked():
+    with told_by_path(), folder.locked():
         return _conduct(folder, make_engine, on_line, should_stop)
 
 
@@ -277,7 +287,8 @@ def _conduct(
             last = driver.run()
             summary = summary_of(folder, config, federation, last, time.perf_counter() - started)
             folder.write_result(summary)
-            artifacts = write_artifacts(folder, federation)
+            with naming(folder.path):
+                artifacts = write_artifacts(folder, federation)
         except BaseException as error:
             if tracker is not None:
                 status: tracking.Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -347,15 +358,25 @@ def stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading
             signal.signal(number, handler)
 
 
-def _preflight(config: Config) -> Federation:
-    """Find what is wrong with packages, tracking, data, partition or model before anything starts."""
+def _preflight(config: Config, begun: Config | None = None) -> Federation:
+    """Find what is wrong with packages, tracking, data, partition or model before anything starts.
+
+    Args:
+        config: The experiment.
+        begun: As which it began, where it is resumed: a tracking store that is away now does not stop it.
+    """
     if config.execution == "ray" and not installed("ray"):
         raise ConfigError(
             "execution: ray, and Ray is not installed here; install it (pip install 'ray[default]'), or set "
             "execution=inline"
         )
     if config.tracking.enabled and config.tracking.uri is not None:
-        tracking.check(config.tracking.uri)
+        try:
+            tracking.check(config.tracking.uri)
+        except tracking.TrackingError as error:
+            if begun is None or begun.tracking.uri != config.tracking.uri:
+                raise
+            _logger.warning("%s. The run goes on; `sparsyfed sync` delivers what waits", error)
     federation = Federation.of(config)
     if (missing := missing_packages(config)) is not None:
         _logger.warning(missing)

@@ -21,13 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.configuration.config import Config, changes_results, flatten, in_plain_words, validate
 from cluster.configuration.foreign import sign
 from cluster.configuration.sections import Choice, Section
-from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge
+from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge, stored_text
 from cluster.logins import place, problem
 from cluster.records.checkpoint import write_atomically
 from tuning.spaces import Space, own_space, shared_space, with_values
@@ -208,7 +207,7 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Keep the resolved study."""
-        write_atomically(path, yaml.safe_dump(self.dump(), sort_keys=False).encode(), mode=0o644)
+        write_atomically(path, stored_text(self.dump()), mode=0o644)
         sign(path)
 
     def check_continues(self, before: Mapping[str, Any], path: Path) -> None:

@@ -60,7 +60,8 @@ class DriverActor:
         except BaseException as error:
             self._error, self._state = error, "failed"
             if self._detached:  # perhaps nobody is there to be told
-                (self._path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                with suppress(OSError):  # a full disk may be what ended it
+                    (self._path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         with self._changed:
             self._changed.notify_all()
         if self._detached:
@@ -228,9 +229,9 @@ def _free_what_it_reserved(name: str) -> None:
 
 
 def _died(error: Exception, path: Path) -> ClusterError:
-    return ClusterError(
-        f"the driver died ({str(error).splitlines()[0]}); nothing computed is lost: sparsyfed resume {path}"
-    )
+    # A folder in which nothing was computed is removed, and there is nothing to go on with.
+    kept = f"nothing computed is lost: sparsyfed resume {path}" if RunFolder(path).begun else "run it again"
+    return ClusterError(f"the driver died ({str(error).splitlines()[0]}); {kept}")
 
 
 def how_to_come_back(name: str, address: str) -> str:

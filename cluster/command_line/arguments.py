@@ -141,6 +141,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     resume.add_argument(
         "--output", type=_path, metavar="DIR", help="folder to rebuild from a URI; default: runs/NAME"
     )
+    resume.add_argument(
+        "--anyway", action="store_true", help="go on though data, partition, code or torch have changed"
+    )
     _add_trust(resume)
     _add_remote(command)
 

@@ -8,11 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from algorithms import hyperparameters
+from cluster import __version__
 from cluster.configuration.choices import method_named
 from cluster.configuration.plain_yaml import YamlError, parse, parse_word
 from cluster.logins import without_logins
 from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
+
+_BEGIN, _END = b"# sparsyfed ", b"...\n"
 
 
 class ConfigError(UserError):
@@ -85,9 +90,19 @@ def read_stored(path: Path) -> dict[str, Any]:
     """The configuration in a run's or study's folder; passwords that an older version kept are hidden.
 
     Raises:
-        ConfigError: It cannot be read; names the line.
+        ConfigError: It cannot be read; names the line. Or it is not whole.
     """
-    return without_logins(read_yaml(path))
+    tree = read_yaml(path)
+    content = path.read_bytes()
+    if content.startswith(_BEGIN) and not content.endswith(_END):
+        raise ConfigError(f"{path}: is cut short: restore it (what is missing would be taken for defaults)")
+    return without_logins(tree)
+
+
+def stored_text(tree: Mapping[str, Any]) -> bytes:
+    """What a folder keeps of a configuration: between two marks, by which one that was cut short is known."""
+    text = yaml.safe_dump(dict(tree), sort_keys=False)
+    return _BEGIN + f"{__version__}\n{text}".encode() + _END
 
 
 def presets() -> dict[str, Path]:

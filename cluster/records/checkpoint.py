@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from algorithms import ServerState
+from cluster import __version__
 from cluster.references import UserError
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
+
+
+#: Of what a checkpoint holds beside its tensors; one of a later number is refused.
+_FORMAT = 2
 
 
 class CheckpointError(UserError):
@@ -36,6 +42,7 @@ class Checkpoint:
         digest: Hash of configuration and code that made it.
         bases: Older weights that clients in flight started from, by version.
         masks: Supports of earlier global models by round, packed bits, uint8[ceil(prunable / 8)].
+        stands_on: Fingerprints of what else the result depends on; see ``cluster.records.resuming``.
     """
 
     state: ServerState
@@ -43,6 +50,7 @@ class Checkpoint:
     digest: str
     bases: Mapping[int, Tensor] = field(default_factory=dict)
     masks: Mapping[int, Tensor] = field(default_factory=dict)
+    stands_on: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | None) -> Path:
@@ -67,6 +75,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
         "mask_version": state.mask_version,
         "driver": checkpoint.driver,
         "digest": checkpoint.digest,
+        "format": _FORMAT,
+        "version": __version__,
+        "stands_on": dict(checkpoint.stands_on),
     }
     path = folder / f"round-{state.round:06d}.safetensors"
     text = json.dumps(meta)
@@ -89,20 +100,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: The file is damaged; names it and the way on.
+        CheckpointError: The file is damaged, or of another version; names it and the way on.
     """
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-        text = metadata["meta"]
-        if metadata["sha256"] != _checksum(tensors, text):
+    with _sound(path), safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(tensors, metadata["meta"]):
             raise CheckpointError("checksum differs")
-        meta = json.loads(text)
-    except (SafetensorError, CheckpointError, KeyError, ValueError, OSError) as error:
-        others = [r for r in list_rounds(path.parent) if path.name != f"round-{r:06d}.safetensors"]
-        way_on = f"delete it to resume from round {others[-1]}" if others else "no other checkpoint is left"
-        raise CheckpointError(f"{path}: damaged checkpoint ({error}); {way_on}") from None
+    meta = _meta(path, metadata["meta"])
     state = ServerState(
         round=meta["round"],
         weights=tensors["weights"],
@@ -113,7 +118,51 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     bases = {int(n.removeprefix("base.")): t for n, t in tensors.items() if n.startswith("base.")}
     masks = {int(n.removeprefix("support.")): t for n, t in tensors.items() if n.startswith("support.")}
-    return Checkpoint(state, meta["driver"], meta["digest"], bases, masks)
+    return Checkpoint(state, meta["driver"], meta["digest"], bases, masks, meta.get("stands_on", {}))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors, which are not read: their checksum is not looked at.
+
+    Raises:
+        CheckpointError: See :func:`load_checkpoint`.
+    """
+    with _sound(path), safe_open(path, framework="pt") as stored:
+        text = (stored.metadata() or {})["meta"]
+    return _meta(path, text)
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read, and what to do: nothing is lost of one that is only out of reach."""
+    try:
+        with open(path, "rb"):
+            pass
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint; {_way_on(path)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); see that it can") from None
+    except (SafetensorError, CheckpointError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({error}); {_way_on(path)}") from None
+
+
+def _way_on(path: Path) -> str:
+    others = [r for r in list_rounds(path.parent) if path.name != f"round-{r:06d}.safetensors"]
+    return f"delete it to resume from round {others[-1]}" if others else "no other checkpoint is left"
+
+
+def _meta(path: Path, text: str) -> dict[str, Any]:
+    with _sound(path):
+        meta: dict[str, Any] = json.loads(text)
+    made_by = f"sparsyfed {meta['version']}" if "version" in meta else "an older version of sparsyfed"
+    fix = "finish the run with that version, or start it anew"
+    if meta.get("format", 1) > _FORMAT:
+        raise CheckpointError(f"{path} was made by {made_by}, which is newer than this one: {fix}")
+    missing = [key for key in ("round", "mask_version", "driver", "digest") if key not in meta]
+    if missing:
+        raise CheckpointError(f"{path} was made by {made_by} and lacks {', '.join(missing)}: {fix}")
+    return meta
 
 
 def latest(folder: Path) -> Path | None:
@@ -138,11 +187,17 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         mode: Its permissions, less what the umask takes away.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        with suppress(OSError):  # a full disk is not to keep half a file
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:

@@ -7,17 +7,17 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from cluster.configuration.config import Config, validate
 from cluster.configuration.foreign import sign
-from cluster.configuration.trees import read_stored
+from cluster.configuration.trees import read_stored, stored_text
+from cluster.disk import naming
 from cluster.records.checkpoint import write_atomically
 from cluster.references import UserError
 
@@ -35,9 +35,15 @@ class BusyError(RunFolderError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of one run."""
+    """Paths and files of one run.
+
+    Attributes:
+        path: The folder.
+        found: It was there, empty, before the run: a link, a mount, or a folder of the user's.
+    """
 
     path: Path
+    found: bool = False
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunFolder:
@@ -46,11 +52,14 @@ class RunFolder:
         Raises:
             RunFolderError: It exists and is not empty.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not empty; resume it, or choose another --output")
-        (path / "checkpoints").mkdir(parents=True)
-        folder = cls(path)
-        folder.write_config(config)
+        check_free(path)
+        folder = cls(path, found=path.exists())
+        try:
+            folder.checkpoints.mkdir(parents=True)
+            folder.write_config(config)
+        except OSError:  # a full disk is not to leave half a run, which could be neither run nor resumed
+            folder.discard()
+            raise
         return folder
 
     @classmethod
@@ -107,46 +116,94 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration, and that this user wrote it here."""
-        text = yaml.safe_dump(config.resolved(), sort_keys=False)
-        write_atomically(self.config_file, text.encode(), mode=0o644)
+        write_atomically(self.config_file, stored_text(config.resolved()), mode=0o644)
         sign(self.config_file)
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The stored lines, without a last one that is still being written or was torn by a crash."""
+        """The stored lines, without a last one that is still being written or was torn by a crash.
+
+        Raises:
+            RunFolderError: A line in the middle is damaged.
+        """
         if not self.rounds_file.exists():
             return []
-        whole, _, _ = self.rounds_file.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def heal(self) -> None:
-        """Cut off a torn last line, left by a crash; for the one who writes, never for a reader."""
-        if self.rounds_file.exists():
-            content = self.rounds_file.read_bytes()
-            os.truncate(self.rounds_file, content.rfind(b"\n") + 1)
+        whole, _, _ = self.rounds_file.read_bytes().rpartition(b"\n")
+        lines = []
+        for number, text in enumerate(whole.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                line["round"] + 0
+            except (ValueError, TypeError, KeyError):
+                raise RunFolderError(
+                    f"{self.rounds_file}: line {number} is damaged; `sparsyfed resume {self.path}` computes "
+                    "it again where a checkpoint is old enough, else restore the file"
+                ) from None
+            lines.append(line)
+        return lines
 
     def append_round(self, line: dict[str, Any]) -> None:
         """Append one round's line."""
-        with open(self.rounds_file, "a", encoding="utf-8") as file:
+        with naming(self.rounds_file), open(self.rounds_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sync_rounds(self) -> None:
         """Have the lines on the disk, so that they survive the machine."""
-        with open(self.rounds_file, "a", encoding="utf-8") as file:
+        with naming(self.rounds_file), open(self.rounds_file, "a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
     def result(self) -> dict[str, Any] | None:
-        """The final result, or None while the run is not complete."""
+        """The final result, or None while the run is not complete.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
         path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            return {"complete": found["complete"], **found}
+        except (ValueError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{path} is damaged; delete it, and `sparsyfed resume {self.path}` writes it anew"
+            ) from None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Keep the final result."""
         write_atomically(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was computed that resuming would go on from."""
+        lines = self.rounds_file.exists() and b"\n" in self.rounds_file.read_bytes()
+        return lines or any(self.checkpoints.glob("*.safetensors"))
+
     def discard(self) -> None:
-        """Remove a folder in which nothing was computed."""
-        if not self.rounds() and not any(self.checkpoints.glob("*.safetensors")):
-            shutil.rmtree(self.path)
+        """Remove what this run made, where nothing was computed; never hides what went wrong before."""
+        with suppress(OSError):
+            if self.begun:
+                return
+            if not self.found:
+                shutil.rmtree(self.path)
+                return
+            for path in self.path.iterdir():  # the folder was empty
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place for a new run that something else takes.
+
+    Raises:
+        RunFolderError: Says what is there.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        resume = f"go on with it: sparsyfed resume {path}, or " if (path / "config.yaml").is_file() else ""
+        raise RunFolderError(f"{path} exists and is not empty; {resume}choose another --output")
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; choose another --output")
 
 
 def comparable(line: dict[str, Any]) -> dict[str, Any]:

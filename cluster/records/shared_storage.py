@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from cluster.configuration.plain_yaml import YamlError, parse
+from cluster.configuration.trees import stored_text
 from cluster.logins import LoginError, hidden, without_logins, written_out
 from cluster.records.checkpoint import list_rounds
-from cluster.records.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder, check_free
 from cluster.records.sqlite_store import is_sqlite, sqlite_file, sqlite_uri
 from cluster.references import UserError
 
@@ -51,8 +52,8 @@ class SharedStorage:
             self._files, self._root = fsspec.core.url_to_fs(written_out("checkpoint_uri", self._uri))
         except LoginError:
             raise
-        except (ImportError, ValueError) as error:
-            raise StorageError(f"checkpoint_uri: {uri}: {hidden(str(error), uri)}") from None
+        except Exception as error:  # whatever a file system raises: no driver, no login, no such host
+            raise StorageError(f"checkpoint_uri: {uri}: {self._named(error)}") from None
 
     @classmethod
     def of_run(cls, checkpoint_uri: str, path: Path) -> SharedStorage:
@@ -124,8 +125,7 @@ class SharedStorage:
         Raises:
             StorageError: There is no run, or the folder is taken.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise StorageError(f"{path} exists and is not empty; resume it, or choose another --output")
+        check_free(path)
         try:
             here = self._names("")
             if "config.yaml" not in here:
@@ -187,4 +187,4 @@ def _here(name: str, content: bytes, path: Path) -> bytes:
     uri = (tree.get("tracking") or {}).get("uri") or ""
     if is_sqlite(uri) and not sqlite_file(uri).parent.is_dir():
         tree["tracking"]["uri"] = sqlite_uri(path.absolute().parent / "mlflow.db")
-    return yaml.safe_dump(tree, sort_keys=False).encode()
+    return stored_text(tree)

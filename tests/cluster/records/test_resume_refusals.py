@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_names_the_way_on_and_the_way_works(cache, tmp_path
 def test_no_run_and_taken_folders(cache, tmp_path, interrupted):
     with pytest.raises(RunFolderError, match="holds no run"):
         cluster.resume(tmp_path / "nothing")
-    with pytest.raises(RunFolderError, match="exists and is not empty; resume it"):
+    with pytest.raises(RunFolderError, match="exists and is not empty; go on with it: sparsyfed resume"):
         cluster.run(federated(cache), interrupted.path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from cluster.configuration.config import Config, code_digest
 from cluster.federation import Federation
-from cluster.records.checkpoint import CheckpointError, list_rounds, read_meta
+from cluster.records.checkpoint import CheckpointError, list_rounds, load_checkpoint, read_meta
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.references import UserError
 
@@ -94,14 +93,14 @@ def check_ground(found: Standing, federation: Federation, *, anyway: bool) -> bo
         Whether they have.
 
     Raises:
+        CheckpointError: The checkpoint is damaged.
         ChangedError: They have, and ``anyway`` is not set.
     """
     path = found.checkpoint
     if path is None:
         return False
-    meta = read_meta(path)
-    before: Mapping[str, str] = meta.get("stands_on", {})  # 0.1 kept none
-    now = stands_on(federation)
+    stored = load_checkpoint(path)
+    before, now = stored.stands_on, stands_on(federation)  # 0.1 kept none
     changed = [
         f"{words} ({before[key][:12]}, now {now[key][:12]})"
         for key, words in _WORDS.items()
@@ -109,7 +108,7 @@ def check_ground(found: Standing, federation: Federation, *, anyway: bool) -> bo
     ]
     if changed and not anyway:
         raise ChangedError(
-            f"{path.parent.parent}: changed since the checkpoint of round {meta['round']}: "
+            f"{path.parent.parent}: changed since the checkpoint of round {stored.state.round}: "
             f"{', '.join(changed)}. The rounds to come would be another run's. Put it back as it was; or go "
             "on knowingly with --anyway (in a script anyway=True)"
         )

@@ -6,9 +6,10 @@ byte a client for its tier, and a device costs nothing until it is drawn.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,31 +152,31 @@ class Trace:
     def read(cls, path: Path) -> Trace:
         """Read a CSV file with a header and the columns client (any number), start and end (seconds).
 
+        UTF-8, or UTF-16 with its mark; empty lines and those that begin with # are passed over.
+
         Raises:
             DeviceError: There is no such file, or a line is no interval.
         """
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if not {"client", "start", "end"} <= set(reader.fieldnames or ()):
-                    raise DeviceError(
-                        f"{path}: expected the columns client, start, end, found {reader.fieldnames}"
-                    )
-                intervals = []
-                for row in reader:
-                    try:
-                        client, start, end = int(row["client"]), float(row["start"]), float(row["end"])
-                        if not 0.0 <= start < end < math.inf:
-                            raise ValueError
-                    except (TypeError, ValueError):
-                        found = ",".join(str(row[key]) for key in ("client", "start", "end"))
-                        raise DeviceError(
-                            f"{path}, line {reader.line_num}: expected a client's number and "
-                            f"0 <= start < end in seconds, found {found}"
-                        ) from None
-                    intervals.append((client, start, end))
-        except OSError as error:
-            raise DeviceError(f"availability.path: {path} cannot be read: {error.strerror}") from None
+        columns = ("client", "start", "end")
+        place: dict[str, int] = {}
+        intervals = []
+        for number, cells in _rows(path):
+            if not place:
+                place = {name: index for index, name in enumerate(cells)}
+                if not set(columns) <= set(place):
+                    raise DeviceError(f"{path}: expected the columns client, start, end, found {cells}")
+                continue
+            found = [cells[place[name]] if place[name] < len(cells) else "None" for name in columns]
+            try:
+                client, start, end = int(found[0]), float(found[1]), float(found[2])
+                if not 0.0 <= start < end < math.inf:
+                    raise ValueError
+            except ValueError:
+                raise DeviceError(
+                    f"{path}, line {number}: expected a client's number and 0 <= start < end in seconds, "
+                    f"found {','.join(found)}"
+                ) from None
+            intervals.append((client, start, end))
         if not intervals:
             raise DeviceError(f"{path}: holds no interval, so that no client would ever be available")
         numbers, starts, ends = (np.array(column) for column in zip(*intervals, strict=True))
@@ -187,3 +188,19 @@ class Trace:
         time = simulated_s % float(self.ends.max())
         active = np.unique(self.rows[(self.starts <= time) & (time < self.ends)])
         return np.isin(clients % self.clients, active)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a CSV file that hold something, each with its number, and their cells."""
+    try:
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+        for number, line in enumerate(text.splitlines(), 1):
+            cells = [cell.strip() for cell in next(csv.reader([line]), [])]
+            if any(cells) and not cells[0].startswith("#"):
+                yield number, cells
+    except OSError as error:
+        raise DeviceError(f"availability.path: {path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DeviceError(f"availability.path: {path} is no CSV file in UTF-8 or UTF-16: {error}") from None

@@ -7,9 +7,8 @@ every version fits one version of torch only.
     logmel(samples, rate)           # float32 [64, 98]: mel bands x 10 ms
 """
 
-import io
-import wave
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -17,6 +16,13 @@ RATE = 16_000  # Hz that logmel works at
 MELS = 64
 WINDOW, HOP, FFT = 400, 160, 1024  # 25 ms, 10 ms; zero-padded so that the narrowest band holds a bin
 FLOOR = 1e-6  # power below which a band counts as silent
+
+
+_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
+_KINDS = {_PCM: "PCM", 2: "ADPCM", _FLOAT: "floats", 6: "A-law", 7: "mu-law", 0x55: "MP3"}
+_READABLE = {*((_PCM, width) for width in (1, 2, 3, 4)), (_FLOAT, 4), (_FLOAT, 8)}
+#: What follows a kind in the extensible form, and says that it means what it does in the simple one.
+_SUBFORMAT = bytes.fromhex("00000000 1000 8000 00aa00389b71")
 
 
 class AudioError(ValueError):
@@ -32,25 +38,64 @@ def read_wav(content: bytes) -> tuple[np.ndarray, int]:
     """Samples in [-1, 1], float64 [N], channels averaged, and their rate in Hz.
 
     Raises:
-        AudioError: Not uncompressed PCM of 8, 16, 24 or 32 bits, damaged, or without a sample.
+        AudioError: Neither uncompressed PCM of 8, 16, 24 or 32 bits nor floats of 32 or 64; cut short,
+            damaged, or without a sample.
     """
-    try:
-        with wave.open(io.BytesIO(content)) as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-    except (wave.Error, EOFError) as error:
-        raise AudioError(f"is no uncompressed WAV file: {error or 'it ends too early'}") from error
-    count = len(data) // (width * channels) * channels
+    chunks = dict(_chunks(content))
+    if b"fmt " not in chunks or b"data" not in chunks:
+        raise AudioError("is no uncompressed WAV file: it ends too early")
+    kind, channels, rate, bits = _format(chunks[b"fmt "])
+    width, data = (bits + 7) // 8, np.frombuffer(chunks[b"data"], np.uint8)
+    if (kind, width) not in _READABLE:
+        raise AudioError(
+            f"is no uncompressed WAV file: unknown format: {kind} ({_KINDS.get(kind, 'unknown')}) of {bits} "
+            f"bits; PCM of 8, 16, 24 or 32 bits is read, and floats of 32 or 64"
+        )
+    count = len(data) // (width * channels) * channels if channels else 0
     if count == 0 or rate <= 0:
         raise AudioError(f"has {count} samples at {rate} Hz")
     data = data[: count * width]
-    if width == 1:  # the one unsigned format
+    if kind == _FLOAT:
+        samples = data.view(f"<f{width}").astype(np.float64)
+        if not np.isfinite(samples).all():
+            raise AudioError("holds samples that are not finite")
+    elif width == 1:  # the one unsigned format
         samples = (data.astype(np.float64) - 128.0) / 128.0
     else:
         words = np.zeros((count, 4), np.uint8)
         words[:, 4 - width :] = data.reshape(count, width)
         samples = words.view("<i4")[:, 0] / 2.0**31
     return samples.reshape(-1, channels).mean(axis=1), rate
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of a WAV file's chunks, up to the samples."""
+    if not is_wav(content):
+        raise AudioError("is no uncompressed WAV file: it does not start with RIFF id and WAVE")
+    start = 12
+    while start + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, start)
+        body = content[start + 8 : start + 8 + size]
+        # Programs that write into a pipe cannot know the size: the samples end where the file does.
+        if len(body) < size and not (name == b"data" and size == 0xFFFFFFFF):
+            chunk = name.decode("ascii", "replace")
+            raise AudioError(f"is cut short: {len(body):,} of the {size:,} bytes of {chunk!r} are there")
+        yield name, body
+        if name == b"data":
+            return
+        start += 8 + size
+        # A chunk of an odd size is followed by a byte that fills it up, which some programs forget.
+        start += size % 2 if content[start : start + 4] not in (b"fmt ", b"data") else 0
+
+
+def _format(chunk: bytes) -> tuple[int, int, int, int]:
+    """Kind of the samples, channels, rate in Hz and bits a sample."""
+    if len(chunk) < 16:
+        raise AudioError("is no uncompressed WAV file: it ends too early")
+    kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunk)
+    if kind == _EXTENSIBLE and chunk[26:40] == _SUBFORMAT:
+        kind = struct.unpack_from("<H", chunk, 24)[0]  # what the simple form would have said
+    return kind, channels, rate, bits
 
 
 def one_second(samples: np.ndarray, rate: int, target: int) -> np.ndarray:

@@ -8,6 +8,7 @@ images hold the interpreter lock: two threads take 1.5 to 1.8 times as long as o
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from cluster.workload.tables import (
 
 USUAL_IMAGE_COLUMNS = ("image", "img", "audio")
 USUAL_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_DEEP = re.compile(
+    r";16[BLN]"
+)  # as PIL calls how 16 bits a channel are stored; ";16" alone is 5, 6 and 5 bits
 
 
 class _ColourFound(Exception):
@@ -226,7 +230,7 @@ def _decode_images(
 
     Raises:
         _ColourFound: `channels` is 1 and an image is not grey.
-        DataError: An image cannot be decoded, has another size, or more than 8 bits a channel.
+        DataError: An image cannot be decoded, moves, has another size, or more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -236,13 +240,19 @@ def _decode_images(
         content = _content(cell, place, "images")
         try:
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+            # PIL reads the colours of 16 bits as if they had 8, and tells only beforehand.
+            deep = image.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile[3])) for tile in image.tile)
+            frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a photo and its preview
             image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{place} cannot be decoded: {error}") from error
-        if image.mode.startswith(("I", "F")):
+        except Exception as error:  # of a damaged file a decoder may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{place} cannot be decoded: {reason}") from error
+        if deep:
             raise DataError(
-                f"{place} has pixels of mode {image.mode!r}; allowed are images with 8 bits a channel"
+                f"{place} has more than 8 bits a channel (mode {image.mode!r}); allowed are images with 8"
             )
+        if frames > 1:
+            raise DataError(f"{place} has {frames} frames; allowed are still images")
         if channels == 1 and image.mode not in ("L", "1"):
             raise _ColourFound
         size = image.size if size is None else size

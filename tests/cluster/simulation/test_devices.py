@@ -8,7 +8,7 @@ from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.simulation.clock import Device
-from cluster.simulation.devices import DeviceError, Devices
+from cluster.simulation.devices import DeviceError, Devices, Trace
 from cluster.simulation.profiles import PROFILES
 from tests.tiny_experiment import tiny_federation
 
@@ -158,6 +158,50 @@ def test_a_trace_is_followed_and_repeated(tmp_path):
 def test_a_bad_trace_names_file_and_line(tmp_path, text, message):
     with pytest.raises(DeviceError, match=message):
         devices(trace(tmp_path, text)).check(0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffclient,start,end\n4,0,10\n8,5,20\n".encode(),  # as Excel saves "CSV UTF-8"
+        "client,start,end\n4,0,10\n8,5,20\n".encode("utf-16"),
+        "\ufeffclient,start,end\r\n4,0,10\r\n8,5,20\r\n".encode("utf-16-be"),
+        b"client,start,end\r\n4,0,10\r\n\r\n8,5,20\r\n,,\r\n",
+        b"\n# recorded in spring\n client , start,end \n 4, 0 ,10\n\n  # and more\n8,5,20\n  \n",
+        b"client,start,end,note\n4,0,10\n8,5,20,late\n",
+        b'"end","client","start"\n"10","4","0"\n"20","8","5"',
+        b"client,start,end\r4,0,10\r8,5,20\r",
+    ],
+)
+def test_a_trace_is_read_as_other_programs_write_it(tmp_path, content):
+    (tmp_path / "trace.csv").write_bytes(content)
+    read = Trace.read(tmp_path / "trace.csv")
+    assert (read.rows.tolist(), read.starts.tolist(), read.ends.tolist()) == ([0, 1], [0, 5], [10, 20])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no interval"),
+        (b"\xff\xfe", "holds no interval"),
+        (b"client,start,end\n# nothing\n", "holds no interval"),
+        (
+            b"client;start;end\n1;2;3\n",
+            r"expected the columns client, start, end, found \['client;start;end'\]",
+        ),
+        (b"client,start,end\n# one\n\n1,nan,3\n", "line 4: .* found 1,nan,3"),
+        (b"client,start,end\n1,2\n", "line 2: .* found 1,2,None"),
+        (b"client,start,end\n1.5,2,3\n", "line 2: .* found 1.5,2,3"),
+        (b"client,start,end\n1,2,inf\n", "line 2: .* found 1,2,inf"),
+        (b"caf\xe9,start,end\n", "is no CSV file in UTF-8 or UTF-16"),
+        (b"\xff\xfec\x00l", "is no CSV file"),
+        (b"PK\x03\x04\x00\x00", "expected the columns"),
+    ],
+)
+def test_what_is_no_trace_says_so(tmp_path, content, message):
+    (tmp_path / "trace.csv").write_bytes(content)
+    with pytest.raises(DeviceError, match=message):
+        Trace.read(tmp_path / "trace.csv")
 
 
 def test_a_missing_trace_is_named(tmp_path):

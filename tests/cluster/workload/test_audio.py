@@ -1,6 +1,7 @@
 """Clips become spectrograms: exact WAV reading, bands where the tone is, normalised by train alone."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -18,6 +19,56 @@ def test_pcm_of_every_width_is_read_exactly(width):
     assert rate == 8_000
 
 
+def chunk(name, content, fill=True):
+    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2 if fill else 0)
+
+
+def chunked(form=None, data=b"\x00\x40\x00\xc0", before=b"", more=b"", size=None):
+    """A WAV file by hand: (kind, channels, bits), chunks before the samples, the samples."""
+    body = before
+    if form is not None:
+        kind, channels, bits = form
+        frame = channels * bits // 8
+        body += chunk(b"fmt ", struct.pack("<HHIIHH", kind, channels, 8000, 8000 * frame, frame, bits) + more)
+    samples = chunk(b"data", data)
+    if size is not None:
+        samples = b"data" + struct.pack("<I", size) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(body + samples)) + b"WAVE" + body + samples
+
+
+def extensible(kind, bits):
+    """What follows in the extensible form: its size, valid bits, speakers, and the kind as a GUID."""
+    guid = struct.pack("<H", kind) + bytes.fromhex("000000001000800000aa00389b71")
+    return struct.pack("<HHI", 22, bits, 4) + guid
+
+
+FLOATS = {bits: np.array([0.5, -0.5], f"<f{bits // 8}").tobytes() for bits in (32, 64)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        chunked((1, 1, 16)),
+        chunked((0xFFFE, 1, 16), more=extensible(1, 16)),
+        chunked((0xFFFE, 1, 24), b"\0\0\x40\0\0\xc0", more=extensible(1, 24)),
+        chunked((0xFFFE, 1, 8), b"\xc0\x40", more=extensible(1, 8)),
+        chunked((3, 1, 32), FLOATS[32]),
+        chunked((3, 1, 64), FLOATS[64]),
+        chunked((0xFFFE, 1, 32), FLOATS[32], more=extensible(3, 32)),
+        chunked((1, 1, 16), more=b"\0\0"),
+        chunked((1, 1, 16), before=chunk(b"LIST", b"odd")),
+        chunked((1, 1, 16), before=chunk(b"LIST", b"odd", fill=False)),
+        chunked((1, 1, 16)) + chunk(b"LIST", b"behind the samples")[:-3],
+        chunked((1, 1, 16), size=0xFFFFFFFF),  # written into a pipe
+        chunked((1, 1, 16), b"\x00\x40\x00\xc0\x01"),  # half a sample at the end
+        chunked((1, 2, 16), b"\x00\x40\x00\x40\x00\xc0\x00\xc0"),
+    ],
+)
+def test_every_form_of_uncompressed_samples_is_read_exactly(content):
+    samples, rate = audio.read_wav(content)
+    assert (samples.tolist(), rate) == ([0.5, -0.5], 8000)
+
+
 def test_channels_are_averaged():
     samples, _ = audio.read_wav(wav([0.5, 0.25, -0.5, -0.25], channels=2))
     assert samples.tolist() == [0.375, -0.375]
@@ -27,9 +78,19 @@ def test_channels_are_averaged():
     ("content", "problem"),
     [
         (b"fLaC" + bytes(40), "no uncompressed WAV file"),
-        (tone(300)[:20], "no uncompressed WAV file"),
+        (tone(300)[:20], "cut short: 0 of the 16 bytes of 'fmt '"),
+        (tone(300)[:36], "no uncompressed WAV file: it ends too early"),
+        (tone(300)[:-1], "cut short: 31,999 of the 32,000 bytes of 'data'"),
         (wav([]), "has 0 samples"),
-        (tone(300).replace(b"\x01\x00\x01\x00", b"\x03\x00\x01\x00", 1), "unknown format: 3"),  # floats
+        (chunked(data=b"\x01\x02"), "ends too early"),
+        (chunked((7, 1, 8)), r"unknown format: 7 \(mu-law\) of 8 bits; PCM of 8, 16, 24"),
+        (chunked((3, 1, 16)), "unknown format: 3 .floats. of 16 bits"),
+        (chunked((1, 1, 64)), "unknown format: 1 .PCM. of 64 bits"),
+        (chunked((1, 1, 40)), "unknown format: 1 .PCM. of 40 bits"),
+        (chunked((0xFFFE, 1, 16)), "unknown format: 65534"),
+        (chunked((1, 0, 16)), "has 0 samples"),
+        (chunked((3, 1, 32), np.array([0, np.nan], "<f4").tobytes()), "not finite"),
+        (chunked((3, 1, 64), np.array([0, -np.inf]).tobytes()), "not finite"),
     ],
 )
 def test_what_is_no_wav_file_says_so(content, problem):

@@ -1,0 +1,113 @@
+"""Every kind of image file becomes the pixels that it shows, or is refused by its row."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from cluster.workload.datasets import DataError, open_dataset, prepare
+from tests.cluster.workload.parquet_folders import encoded, pictures, write_split
+
+COLOUR = np.full((4, 4, 3), (204, 0, 51), np.uint8)  # in PIL's default palette
+GREY = pictures(1, (4, 4))[0]
+
+
+def decoded(tmp_path, content, label=0):
+    write_split(tmp_path / "set", "train", [content], [label])
+    write_split(tmp_path / "set", "test", [encoded(COLOUR)], [label])
+    folder = prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache")
+    return open_dataset(folder).train.images[0]
+
+
+def saved(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def with_text(text, compressed):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", text, zip=compressed)
+    return saved(Image.fromarray(COLOUR), pnginfo=info)
+
+
+def deep_png(colour, samples):
+    """A PNG of 1 x 1 pixels with 16 bits a channel, by hand."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, colour, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + struct.pack(f">{len(samples)}H", *samples))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def alpha(opacity):
+    return Image.fromarray(np.dstack([COLOUR, np.full((4, 4), opacity, np.uint8)]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(Image.fromarray(COLOUR).convert("P")),
+        saved(Image.fromarray(COLOUR).convert("P"), "GIF"),
+        saved(alpha(255)),
+        saved(alpha(7)),  # the colour below is kept, as torchvision keeps it
+        saved(Image.fromarray(COLOUR), "BMP"),
+        saved(Image.fromarray(COLOUR), "PPM"),
+        saved(Image.fromarray(COLOUR).convert("RGB"), "TIFF", compression="tiff_lzw"),
+        saved(Image.fromarray(COLOUR), "TIFF"),
+        saved(Image.fromarray(COLOUR), "WEBP", lossless=True),
+        saved(Image.fromarray(COLOUR).convert("CMYK"), "TIFF"),
+        with_text("a short remark", compressed=True),
+        with_text("x" * 1000, compressed=False),
+    ],
+)
+def test_kinds_of_files_with_the_same_pixels(tmp_path, content):
+    np.testing.assert_array_equal(decoded(tmp_path, content), COLOUR.transpose(2, 0, 1))
+
+
+def test_grey_with_transparency_is_colour_of_equal_channels(tmp_path):
+    content = saved(Image.fromarray(GREY).convert("LA"))
+    np.testing.assert_array_equal(decoded(tmp_path, content), np.stack([GREY] * 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (with_text("x" * 3_000_000, compressed=True), "cannot be decoded: .*too large"),
+        (encoded(COLOUR)[:-30], "cannot be decoded: "),
+        (encoded(COLOUR)[:40], "cannot be decoded: "),
+        (encoded(COLOUR).replace(b"IDAT", b"IDAX"), "cannot be decoded: "),
+        (
+            saved(Image.fromarray(np.tile(GREY, (20, 20))), "JPEG")[:300],
+            "cannot be decoded: Truncated File Read",
+        ),
+        (b"", "holds nothing"),
+        (b"<html>not found</html>", "cannot be decoded: cannot identify"),
+        (
+            saved(Image.fromarray(COLOUR), "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
+            "has 2 frames; allowed are still images",
+        ),
+        (
+            saved(Image.fromarray(COLOUR), "PNG", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
+            "has 2 frames",
+        ),
+        (
+            saved(Image.fromarray(COLOUR), "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
+            "has 2 frames",
+        ),
+        (encoded(np.zeros((4, 4), np.uint16)), "has more than 8 bits a channel .mode 'I;16'"),
+        (deep_png(2, (1000, 2000, 3000)), "has more than 8 bits a channel .mode 'RGB'"),
+        (deep_png(6, (1000, 2000, 3000, 65535)), "has more than 8 bits a channel"),
+        (deep_png(4, (1000, 65535)), "has more than 8 bits a channel"),
+        (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "has more than 8 bits a channel"),
+        (saved(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"), "has more than 8 bits a channel"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_by_their_row(tmp_path, content, match):
+    with pytest.raises(DataError, match="^image 0 in column 'image' of .*train.*parquet " + match):
+        decoded(tmp_path, content)

@@ -70,6 +70,14 @@ def test_kinds_of_files_with_the_same_pixels(tmp_path, content):
     np.testing.assert_array_equal(decoded(tmp_path, content), COLOUR.transpose(2, 0, 1))
 
 
+def test_rows_of_sixteen_bytes_are_not_taken_for_sixteen_bits(tmp_path):
+    pixels = pictures(1, (5, 5, 3))[0]
+    for split in ("train", "test"):
+        write_split(tmp_path / "set", split, [encoded(pixels, format="BMP")], [0])
+    folder = prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(open_dataset(folder).train.images[0], pixels.transpose(2, 0, 1))
+
+
 def test_grey_with_transparency_is_colour_of_equal_channels(tmp_path):
     content = saved(Image.fromarray(GREY).convert("LA"))
     np.testing.assert_array_equal(decoded(tmp_path, content), np.stack([GREY] * 3))

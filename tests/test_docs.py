@@ -23,7 +23,8 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+# A changelog also speaks of commands that are gone, and of options alone.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
 def test_every_command_parses(page):
     for words in commands(page):
         try:

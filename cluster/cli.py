@@ -307,6 +307,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     import signal
     import subprocess
 
+    import psutil
+
     root = Path(__file__).parent.parent
     if not (root / "tests" / "benchmarks" / "__main__.py").is_file():
         raise NoRepositoryError(
@@ -319,6 +321,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     for option in ("minutes", "device"):
         value = getattr(arguments, option)
         words += [f"--{option}", str(value)] if value is not None else []
+    if arguments.minutes is not None:  # they began with this process
+        words += ["--began", str(psutil.Process().create_time())]
     for option in ("output", "compare", "data", "resume", "draw"):
         path = getattr(arguments, option)
         words += [f"--{option}", str(Path(path).absolute())] if path else []

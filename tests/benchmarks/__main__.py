@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--began", type=float, help="when the minutes began, in seconds since 1970")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"))
@@ -96,7 +97,8 @@ def _gpu(arguments: argparse.Namespace) -> int:
         if not minutes > 0:
             raise command.GpuBenchmarkError(f"--minutes {minutes:g}: expected a number above 0")
         runs = arguments.resume or Path("runs/gpu")
-        return command.run(command.Options(minutes, arguments.data, runs, arguments.device or "cuda"))
+        device = arguments.device or "cuda"
+        return command.run(command.Options(minutes, arguments.data, runs, device, arguments.began))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

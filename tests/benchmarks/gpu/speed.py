@@ -106,9 +106,10 @@ def hosts_key(workload: str, method: str, processes: int) -> str:
     return f"{workload}: {method}, {processes} host process{'es' * (processes > 1)}"
 
 
-def items() -> list[Item]:
+def items(device: str) -> list[Item]:
     """What the aims and the paper's runs need comes first."""
-    cases = [(RESNET, method, "float32", True) for method in METHODS]
+    graphs_first = device == "cuda"
+    cases = [(RESNET, method, "float32", graphs_first) for method in METHODS]
     found = [_case(*case) for case in cases]
     found += [_hosts(RESNET, method, processes) for method in ("sparsyfed", "fedavg") for processes in HOSTS]
     found += [_kernels(method) for method in ("sparsyfed", "fedavg")]

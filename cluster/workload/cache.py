@@ -84,7 +84,8 @@ def ensure(folder: Path, decode: Callable[[Path], dict[str, Any]]) -> None:
 
     Args:
         folder: Folder in the cache, named after a fingerprint of what is decoded.
-        decode: Writes arrays into the folder it is given and returns what belongs beside them, as JSON.
+        decode: Writes arrays into the folder it is given and returns what belongs beside them, as JSON;
+            ``outside`` in it maps files that ``folder``'s name does not stand for to their :func:`state`.
 
     Raises:
         DataError: The cache cannot be written; or what ``decode`` raises.
@@ -154,12 +155,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _undamaged(folder: Path) -> bool:
-    """Whether the folder is complete and holds the bytes that were written."""
+    """Whether the folder holds the bytes that were written, and files beside its source are as they were."""
     with contextlib.suppress(DataError, OSError):
         read_meta(folder)
-        arrays = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["arrays"]
-        return all(digest(folder / name, folder.parent) == content for name, (_, content) in arrays.items())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if any(state(Path(file)) != then for file, then in meta.get("outside", {}).items()):
+            return False
+        arrays = meta["arrays"].items()
+        return all(digest(folder / name, folder.parent) == content for name, (_, content) in arrays)
     return False
+
+
+def state(file: Path) -> list[int]:
+    """What changes with a file's content: size and the times of the last change of content and inode."""
+    found = os.stat(file)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _seal(folder: Path, meta: dict[str, Any]) -> None:

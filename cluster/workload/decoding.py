@@ -36,6 +36,10 @@ _DEEP = re.compile(
 )  # as PIL calls how 16 bits a channel are stored; ";16" alone is 5, 6 and 5 bits
 
 
+#: Files that cells name instead of holding their bytes, and their state when they were read.
+Outside = dict[str, list[int]]
+
+
 class _ColourFound(Exception):
     """An image that is not grey was met while decoding to one channel."""
 
@@ -137,18 +141,19 @@ def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> d
         groups = list(tables["train"].column(group_column))
         values, group_names = group_codes(groups, f"{train.place}, {group_column!r}")
         cache.save(folder / "train-groups.npy", values)
-    names: dict[str, Any] = {"classes": classes, "group_names": group_names}
+    names: dict[str, Any] = {"classes": classes, "group_names": group_names, "outside": {}}
     first = next(tables["train"].column(image_column))
     content = first.get("bytes") if isinstance(first, dict) else first
     kind = train.features.get(image_column, {}).get("_type")
     if kind == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
-        return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel")
+        outside = names["outside"]
+        return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel", outside)
     if wanted.features is not None:
         raise DataError(
             f"data.features = {wanted.features!r} has no meaning for the images in column {image_column!r} "
             f"of {train.place}: leave it out"
         )
-    _decode_pictures(folder, tables, image_column)
+    _decode_pictures(folder, tables, image_column, names["outside"])
     return names
 
 
@@ -163,16 +168,25 @@ def _excluded(wanted: Sequence[str], classes: list[str], place: str) -> np.ndarr
     return np.array(sorted({classes.index(name) for name in wanted}))
 
 
-def _content(cell: Any, place: str, kind: str) -> bytes | str:
-    """Encoded bytes, or the path of a file that holds them."""
+def _content(cell: Any, place: str, kind: str, outside: Outside) -> bytes:
+    """Encoded bytes, from the cell or the file that it names, which is noted in ``outside``."""
     content = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(content, (bytes, str)):
         found = "nothing" if content is None else f"a value of type {type(content).__name__}"
         raise DataError(f"{place} holds {found}; allowed are encoded {kind} as bytes, or bytes with a path")
-    return content
+    if isinstance(content, bytes):
+        return content
+    file = Path(content).absolute()
+    try:
+        outside[str(file)] = cache.state(file)
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place} names a file that cannot be read: {error}") from error
 
 
-def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, features: str) -> dict[str, Any]:
+def _decode_clips(
+    folder: Path, tables: Mapping[str, Table], column: str, features: str, outside: Outside
+) -> dict[str, Any]:
     """Write the features of every clip, float32 [N, 1, H, W]; spectrograms with mean 0, deviation 1.
 
     Returns:
@@ -185,11 +199,10 @@ def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, featur
         written[split] = clips = cache.new_array(path, np.float32, (table.rows, 1, *shape))
         for row, cell in enumerate(table.column(column)):
             place = f"clip {row} in column {column!r} of {table.place}"
-            content = _content(cell, place, "WAV files")
+            content = _content(cell, place, "WAV files", outside)
             try:
-                content = Path(content).read_bytes() if isinstance(content, str) else content
                 clips[row, 0] = transform(*audio.read_wav(content))
-            except (OSError, audio.AudioError) as error:
+            except audio.AudioError as error:
                 raise DataError(f"{place} {error}") from error
             refuse_not_finite(clips[row : row + 1], place, row)
     mean, deviation = audio.moments(written["train"]) if normalised else (0.0, 1.0)
@@ -201,20 +214,25 @@ def _decode_clips(folder: Path, tables: Mapping[str, Table], column: str, featur
     return {"features": {"name": features, "mean": mean, "deviation": deviation}}
 
 
-def _decode_pictures(folder: Path, tables: Mapping[str, Table], column: str) -> None:
+def _decode_pictures(folder: Path, tables: Mapping[str, Table], column: str, outside: Outside) -> None:
     """Write every image, uint8 [N, C, H, W], grey if all of them are."""
     for channels in (1, 3):
         size: tuple[int, int] | None = None
         try:
             for split, table in tables.items():
-                size = _decode_images(folder / f"{split}-images.npy", table, column, channels, size)
+                size = _decode_images(folder / f"{split}-images.npy", table, column, channels, size, outside)
             return
         except _ColourFound:  # at the first image of nearly every colour data set
             continue
 
 
 def _decode_images(
-    path: Path, table: Table, column: str, channels: int, size: tuple[int, int] | None
+    path: Path,
+    table: Table,
+    column: str,
+    channels: int,
+    size: tuple[int, int] | None,
+    outside: Outside,
 ) -> tuple[int, int]:
     """Decode a column into uint8 [N, channels, H, W] at `path`.
 
@@ -224,6 +242,7 @@ def _decode_images(
         column: Its images: structs with `bytes` or `path`, or plain bytes.
         channels: 1 for grey or 3 for colour.
         size: (width, height) that every image must have; None lets the first image decide.
+        outside: Files that were read beside the table; added to.
 
     Returns:
         The size.
@@ -237,9 +256,9 @@ def _decode_images(
     pixels: np.memmap | None = None
     for row, cell in enumerate(table.column(column)):
         place = f"image {row} in column {column!r} of {table.place}"
-        content = _content(cell, place, "images")
+        content = _content(cell, place, "images", outside)
         try:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+            image = Image.open(io.BytesIO(content))
             # PIL reads the colours of 16 bits as if they had 8, and tells only beforehand.
             deep = image.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile[3])) for tile in image.tile)
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a photo and its preview

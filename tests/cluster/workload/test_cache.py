@@ -47,6 +47,23 @@ def test_equal_names_sizes_and_times_with_another_content_are_decoded_again(tmp_
     np.testing.assert_array_equal(images[0], images[1][::-1])
 
 
+def test_files_that_cells_name_are_looked_at_too(tmp_path):
+    pixels = pictures(2, (4, 4))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.png").write_bytes(encoded(pixels[0]))
+        write_split(tmp_path / "set", split, [{"bytes": None, "path": str(tmp_path / f"{split}.png")}], [0])
+    options = {"name": "mine", "path": str(tmp_path / "set"), "cache_dir": tmp_path / "cache"}
+    made = prepare(**options)
+    written = (made / "test-images.npy").stat().st_mtime_ns
+    assert (prepare(**options) / "test-images.npy").stat().st_mtime_ns == written
+    (tmp_path / "test.png").write_bytes(encoded(pixels[1]))
+    np.testing.assert_array_equal(open_dataset(prepare(**options)).test.images[0, 0], pixels[1])
+    (tmp_path / "test.png").unlink()
+    with pytest.raises(DataError, match=r"image 0 .* names a file that cannot be read: .*No such file"):
+        prepare(**options)
+    assert made.exists()  # what runs have mapped stays
+
+
 def test_what_a_function_returns_now_counts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_file_data.py").write_text(

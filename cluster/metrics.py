@@ -92,6 +92,7 @@ def round_metrics(
         "flops/sparse": float(flops_layers.sum()),
         "flops/layers": [float(flops) for flops in flops_layers],
         "clients/trained": len(reports),
+        "clients/steps": sum(report.steps for report in reports),
         "clients/refused": sum(report.refused is not None for report in reports),
         "clients/samples": samples,
     }

@@ -133,7 +133,7 @@ class StudyDisplay:
     def _now(self, job: Job) -> str:
         line = self._runs[job]
         name = f"trial {job.number}" if job.trial else f"seed {job.config.seed}"
-        return f"{name} {line['round'] if line else 0}/{self._plan.base.rounds}"
+        return f"{name} {line['round'] if line else 0}/{job.config.rounds}"
 
 
 def announce(console: Console, plan: Plan, folder: Path, title: str) -> None:

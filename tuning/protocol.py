@@ -1,8 +1,9 @@
 """The protocol: what every method was given and spent, which configuration is best, and what that is worth.
 
-Every method gets the same budget; trial 0 is its published default; a configuration is selected by its
-accuracy on validation data in the last round; the selected one is run anew on fresh seeds, the same for all
-methods, and only these runs are judged on test data.
+Every method gets the same budget of local training, a stage or a warm-up of its own included; trial 0 is its
+published default; a configuration is selected by its accuracy on validation data in the last round; the
+selected one is run anew on fresh seeds, the same for all methods, and only these runs are judged on test
+data.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class Tried:
         values: Its configuration, by key.
         accuracy: On validation data: in the last round, or of a pruned trial when that was decided.
         uplink_bytes: Bytes its clients sent.
-        client_rounds: Clients trained, summed over its rounds.
+        client_rounds: Trainings of a client for the experiment's local epochs; longer ones count as more.
         rounds: Rounds computed.
         seconds: Time its rounds took.
         reason: Why it failed.
+        steps: Local steps of its clients.
+        flops: Ideal sparse training FLOPs.
     """
 
     number: int
@@ -54,10 +57,12 @@ class Tried:
     values: dict[str, Any]
     accuracy: float | None
     uplink_bytes: int
-    client_rounds: int
+    client_rounds: float
     rounds: int
     seconds: float
     reason: str | None
+    steps: int = 0
+    flops: float = 0.0
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Tried:
@@ -73,6 +78,8 @@ class Tried:
             rounds=cost.rounds,
             seconds=cost.seconds,
             reason=trial.user_attrs.get("reason"),
+            steps=cost.steps,
+            flops=cost.flops,
         )
 
 
@@ -102,7 +109,7 @@ class MethodResult:
         return sum(trial.state == state for trial in self.tried)
 
     @property
-    def client_rounds(self) -> int:
+    def client_rounds(self) -> float:
         """Client-rounds that the search really spent."""
         return sum(trial.client_rounds for trial in self.tried)
 

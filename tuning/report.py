@@ -90,6 +90,7 @@ def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
         else:
             row += ["-", "-", "reference" if label == plan.reference else "-"]
         row += [f"{100 * _mean(finals, 'sparsity'):.1f}", f"{_mean(finals, 'uplink_bytes') / 1e6:.2f}"]
+        row.append(f"{_mean(finals, 'flops_sparse') / 1e9:,.0f}")
         rows.append([*row, _settings(results[label])])
     seeds = len(next(iter(values.values()), []))
     reference = plan.reference
@@ -102,7 +103,8 @@ def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
     missing = [label for label in results if label not in values]
     if missing:
         notes.append(f"Without final runs so far: {', '.join(missing)}.")
-    header = ["method", "test %", f"vs {reference}", "p", "verdict", "sparsity %", "MB up", "tuned values"]
+    header = ["method", "test %", f"vs {reference}", "p", "verdict", "sparsity %", "MB up", "GFLOP"]
+    header.append("tuned values")
     return Table("accuracy", "Tuned test accuracy", header, rows, notes)
 
 
@@ -117,16 +119,27 @@ def budget_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
                 str(len(result.tried)),
                 *(str(result.count(state)) for state in ("finished", "pruned", "failed")),
                 str(sum(trial.rounds for trial in result.tried)),
-                f"{spent:,}",
-                f"{max(0, given - spent):,}",
+                f"{spent:,.0f}",
+                f"{max(0, given - spent):,.0f}",
+                f"{sum(trial.steps for trial in result.tried):,}",
+                f"{sum(trial.flops for trial in result.tried) / 1e9:,.0f}",
                 f"{sum(trial.seconds for trial in result.tried):.0f}",
             ]
         )
-    unit = "client-rounds" if plan.pruned else f"{plan.section.trials} trials of {plan.base.rounds} rounds"
+    unit = "client-rounds" if plan.pruned else "trials"
     notes = [
         f"Every method was given {plan.budget:,} client-rounds ({plan.section.trials} x {plan.base.rounds} "
-        f"rounds x {plan.base.cohort} clients); the budget was counted in {unit}."
+        f"rounds x {plan.base.cohort} clients); the budget was counted in {unit}. A client-round is one "
+        "client's training for the local epochs of the experiment. What a method trains beside them, in a "
+        "stage or a warm-up of its own, is taken off its rounds."
     ]
+    for label, result in results.items():
+        best = result.best
+        rounds = plan.base.rounds if best is None else result.contender.trial_config(best.values).rounds
+        if rounds < plan.base.rounds:
+            notes.append(
+                f"{label}: its best configuration has {rounds} rounds of {plan.base.rounds}, for this."
+            )
     for label, result in results.items():
         if not result.contender.space:
             notes.append(
@@ -145,6 +158,8 @@ def budget_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
         "rounds",
         "client-rounds",
         "unused",
+        "local steps",
+        "GFLOP",
         "seconds",
     ]
     return Table("budget", "Tuning budget", header, rows, notes)
@@ -194,7 +209,7 @@ def trial_table(results: Mapping[str, MethodResult]) -> Table:
             trial.state,
             "-" if trial.accuracy is None else f"{100 * trial.accuracy:.2f}",
             str(trial.rounds),
-            str(trial.client_rounds),
+            f"{trial.client_rounds:,.0f}",
             f"{trial.uplink_bytes / 1e6:.3f}",
             json.dumps(trial.values, sort_keys=True),
         ]

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cluster.records.run_folder import RunFolder
+from tuning.budget import epochs_of
 from tuning.spaces import Dimension
 from tuning.storage import make_sampler, open_study
 from tuning.study import Contender, Plan
@@ -28,26 +29,37 @@ class Cost:
     """What a trial really spent.
 
     Attributes:
-        client_rounds: Clients trained, summed over its rounds.
+        client_rounds: Trainings of a client for the experiment's local epochs; longer ones count as more.
         rounds: Rounds computed.
         uplink_bytes: Bytes its clients sent.
         seconds: Time its rounds took.
+        steps: Local steps of its clients.
+        flops: Ideal sparse training FLOPs.
     """
 
-    client_rounds: int
+    client_rounds: float
     rounds: int
     uplink_bytes: int
     seconds: float
+    steps: int = 0
+    flops: float = 0.0
 
     @classmethod
     def of(cls, path: Path) -> Cost:
         """Read from the lines of a run's folder."""
         lines = RunFolder(path).rounds()
+        if not lines:
+            return cls(0, 0, 0, 0.0)
+        config = RunFolder(path).config()
+        epochs = epochs_of(config)
+        trained = sum(line["clients/trained"] * epochs(line["round"]) for line in lines)
         return cls(
-            client_rounds=sum(line["clients/trained"] for line in lines),
+            client_rounds=trained / config.local.epochs,
             rounds=sum(line["round"] > 0 for line in lines),
             uplink_bytes=sum(line["comm/uplink_bytes"] for line in lines),
             seconds=round(sum(line["time/round_s"] for line in lines), 3),
+            steps=sum(line.get("clients/steps", 0) for line in lines),  # not logged by 0.1
+            flops=sum(line["flops/sparse"] for line in lines),
         )
 
 

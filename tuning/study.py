@@ -29,6 +29,7 @@ from cluster.configuration.sections import Choice, Section
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge, stored_text
 from cluster.logins import place, problem
 from cluster.records.checkpoint import write_atomically
+from tuning.budget import rounds_within
 from tuning.spaces import Space, own_space, shared_space, with_values
 
 Objective = Literal["accuracy", "uplink_bytes"]
@@ -139,12 +140,20 @@ class Contender:
         return {key: dimension.default for key, dimension in self.space.items()}
 
     def trial_config(self, values: dict[str, Any]) -> Config:
-        """The experiment of a trial: these values, judged on validation data; test data is never read."""
-        return with_values(self.config, {**values, "evaluate_on": "validation"})
+        """The experiment of a trial: these values, judged on validation data; test data is never read.
+
+        What its method trains beside the rounds is taken off them; see :mod:`tuning.budget`.
+        """
+        return self._within_budget({**values, "evaluate_on": "validation"})
 
     def final_config(self, values: dict[str, Any], seed: int) -> Config:
         """The experiment that is reported: these values on a fresh seed, judged on test data."""
-        return with_values(self.config, {**values, "seed": seed})
+        return self._within_budget({**values, "seed": seed})
+
+    def _within_budget(self, values: dict[str, Any]) -> Config:
+        config = with_values(self.config, values)
+        rounds = rounds_within(config)
+        return config if rounds == config.rounds else with_values(config, {"rounds": rounds})
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class Plan:
 
     @property
     def whole_trial(self) -> int:
-        """Client-rounds of a trial that is not ended early."""
+        """Client-rounds that a trial may take."""
         return self.base.rounds * self.base.cohort
 
     @property
@@ -275,6 +284,7 @@ def plan_of(tree: Mapping[str, Any], name: str) -> Plan:
         where = f"study.methods: {entry.shown}"
         try:
             config = validate(merge(tree, {"algorithm": {"name": entry.name, **entry.options}}))
+            rounds_within(config)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         method = type(config.build_algorithm())

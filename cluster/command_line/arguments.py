@@ -102,8 +102,8 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "tune",
         "tune every method under one protocol",
         """
-        Tune every method of a study under one protocol and compare them fairly: the same number of trials of
-        the same length for each, trial 0 its published default, configurations selected on validation data
+        Tune every method of a study under one protocol and compare them fairly: the same number of trials with
+        as much local training for each, trial 0 its published default, configurations selected on validation data
         that no client holds. The best of each method then runs on fresh seeds and is judged on test data,
         with intervals and paired tests. Test data is not read before every search has ended.
 

@@ -102,10 +102,10 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "tune",
         "tune every method under one protocol",
         """
-        Tune every method of a study under one protocol and compare them fairly: the same number of trials with
-        as much local training for each, trial 0 its published default, configurations selected on validation data
-        that no client holds. The best of each method then runs on fresh seeds and is judged on test data,
-        with intervals and paired tests. Test data is not read before every search has ended.
+        Tune every method of a study under one protocol and compare them fairly: the same number of trials
+        with as much local training for each, trial 0 its published default, configurations selected on
+        validation data that no client holds. The best of each method then runs on fresh seeds and is judged
+        on test data, with intervals and paired tests. Test data is not read before every search has ended.
 
         Trials run side by side on the Ray cluster. A study that was interrupted, by Ctrl-C or a crash, goes
         on when the same command is given again: no trial is lost and none is run twice.""",

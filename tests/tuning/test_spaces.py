@@ -57,7 +57,7 @@ def test_a_range_of_the_study_replaces_the_declared_one():
 @pytest.mark.parametrize(
     ("field", "asked", "message"),
     [
-        ("bta", {"low": 1, "high": 2}, "plain_layers; did you mean beta"),
+        ("bta", {"low": 1, "high": 2}, "no such field; its fields: sparsity, beta, "),
         ("beta", {"low": 2, "high": 1}, "reversed or empty, low 2 is not below high 1"),
         ("beta", {"low": 1, "high": 9}, "9.0 is out of range; allowed: 1.0 to 4.0"),
         ("beta", {"low": 1.5, "high": 2}, "leaves out 1.25"),

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from rich.console import Console
@@ -12,7 +14,6 @@ from cluster import cli
 from cluster.actors import ray_session
 from cluster.actors.ray_session import ClusterError
 from cluster.records.run_folder import BusyError, RunFolder, RunFolderError
-from cluster.workload.datasets import DataError
 from tests.tuning.studies import finish, seen, tiny_plan, tiny_tree
 from tuning.command import report
 from tuning.coordinator import Coordinator, shares
@@ -112,18 +113,22 @@ def test_two_coordinators_do_not_share_a_study(whole):
 
 def test_test_data_is_not_read_before_every_search_has_ended(tmp_path, monkeypatch):
     plan = tiny_plan(tmp_path, STUDY | {"final_seeds": 1})
-    cluster.run(plan.contenders["topk"].trial_config({}), tmp_path / "first")  # decodes the data
-    (decoded,) = [path.parent for path in (tmp_path / "data").glob("*/meta.json")]
-    hidden = {path: path.rename(tmp_path / path.name) for path in decoded.glob("test-*.npy")}
-    assert len(hidden) == 2
-    with pytest.raises(DataError, match="test-images"):  # whoever reads it now is caught
-        cluster.run(plan.contenders["topk"].final_config({}, 1), tmp_path / "second")
+    load, opened = np.load, []
+
+    def seen_load(path, **options):
+        opened.append(Path(path).name)
+        return load(path, **options)
+
+    monkeypatch.setattr(np, "load", seen_load)
+    cluster.run(plan.contenders["topk"].final_config({}, 1), tmp_path / "judged")
+    assert "test-images.npy" in opened  # whoever reads it is caught
+    opened.clear()
     original, searched = Coordinator._final_runs, []
 
     def final_runs(self, results):
         searched.extend(trial for result in results.values() for trial in result.tried)
-        for path, kept in hidden.items():
-            kept.rename(path)
+        assert "train-images.npy" in opened
+        assert not [name for name in opened if name.startswith("test")]
         return original(self, results)
 
     monkeypatch.setattr(Coordinator, "_final_runs", final_runs)

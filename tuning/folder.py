@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,8 +96,17 @@ class StudyFolder:
         return self.mark()
 
     def mark(self) -> str:
-        """The mark under which a storage knows this folder."""
-        return self._mark.read_text(encoding="utf-8")
+        """The mark under which a storage knows this folder.
+
+        Raises:
+            RunFolderError: It is damaged.
+        """
+        text = self._mark.read_text(encoding="utf-8", errors="replace")
+        if not re.fullmatch(r"[0-9a-f]{32}", text):
+            raise RunFolderError(
+                f"{self._mark} is damaged: restore it, or begin anew with another --output and study.name"
+            )
+        return text
 
     @property
     def _mark(self) -> Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import optuna
@@ -15,7 +19,7 @@ from optuna.study import StudyDirection
 from cluster import seeding
 from cluster.configuration.trees import ConfigError
 from cluster.logins import LoginError, hidden, written_out
-from cluster.records.run_folder import BusyError
+from cluster.records.run_folder import BusyError, RunFolderError
 from cluster.records.sqlite_store import absolute_uri
 from tuning.study import Plan, SamplerSection
 
@@ -26,8 +30,41 @@ _BITS = 2**32
 
 
 def open_journal(folder: Path) -> BaseStorage:
-    """The journal file in a study's folder: the default, fast, and safe on a shared file system."""
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    """The journal file in a study's folder: the default, fast, and safe on a shared file system.
+
+    Raises:
+        RunFolderError: It is damaged; says where, and what can be saved.
+    """
+    path = folder / JOURNAL
+    try:
+        return JournalStorage(JournalFileBackend(str(path)))
+    except OSError:
+        raise
+    except Exception as error:  # Optuna plays the journal again, and fails by whatever its lines lead to
+        sound = _sound_lines(path)
+        raise RunFolderError(
+            f"{path}: line {sound + 1} is damaged or does not belong there ({type(error).__name__}). Restore "
+            f"the file; or keep the lines before it (head -n {sound}), and `sparsyfed tune` with the same "
+            "study goes on from there: what is complete in the folders of its trials is not computed again"
+        ) from None
+
+
+def _sound_lines(path: Path) -> int:
+    """How many lines from the first on are entries of a journal that follow from one another."""
+    lines = list(itertools.takewhile(_is_entry, path.read_bytes().splitlines(keepends=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / JOURNAL
+
+        def sound(count: int) -> bool:
+            copy.write_bytes(b"".join(lines[:count]))
+            try:
+                JournalStorage(JournalFileBackend(str(copy)))
+            except Exception:
+                return False
+            return True
+
+        # The first line that cannot be played makes every longer journal unplayable.
+        return bisect.bisect_left(range(1, len(lines) + 1), True, key=lambda count: not sound(count))
 
 
 def open_database(url: str) -> BaseStorage:
@@ -47,6 +84,13 @@ def open_database(url: str) -> BaseStorage:
     except Exception as error:  # SQLAlchemy has no common base for a bad dialect, address or login
         reason = hidden(str(error).strip().partition("\n")[0], url)
         raise ConfigError(f"study.storage: {url} cannot be opened ({reason}); {fix}") from None
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def heal_journal(folder: Path) -> None:

@@ -170,7 +170,7 @@ def read_folder(path: Path) -> Run:
             started=lines[0].get("timestamp", 0.0) if lines else 0.0,
             measures=None if result is None else result.get("measures", {}),
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
         return Run(path.name, str(path), {}, {}, status=f"cannot be read: {first_line(error)}")
 
 
@@ -297,8 +297,10 @@ def _artifact(client: MlflowClient, run: StoredRun, name: str) -> Path | None:
 
 
 def _last_row(path: Path) -> dict[str, float]:
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    return (
-        {name: float(text) for name, text in zip(rows[0][1:], rows[-1][1:], strict=True)} if rows[1:] else {}
-    )
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        last = zip(rows[0][1:], rows[-1][1:], strict=True) if rows[1:] else ()
+        return {name: float(text) for name, text in last}
+    except (ValueError, csv.Error):
+        return {}  # a table that was damaged since

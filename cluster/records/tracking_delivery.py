@@ -72,7 +72,13 @@ class Cursor:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             ending = values.pop("ending")
-            return cls(**values, ending=Ending(**ending) if ending else None)
+            cursor = cls(**values, ending=Ending(**ending) if ending else None)
+            texts, tables = (cursor.uri, cursor.experiment), (cursor.params, cursor.tags)
+            if not all(isinstance(each, str) for each in texts) or not all(
+                isinstance(each, dict) for each in (*tables, cursor.artifacts_logged)
+            ):
+                raise TypeError("a value is of another kind")
+            return cursor
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:

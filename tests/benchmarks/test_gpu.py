@@ -190,8 +190,19 @@ def test_a_result_is_kept_until_a_better_one_and_measured_again_on_another_devic
     assert second.done("case")
     second.put("case", "speed", Outcome("left out", "no time"))
     assert second.results["case"]["found"] == {"steps/s": 1.0}
-    assert not report.Book(path, {"device": "other", "torch": "2", "code": "a"}).done("case")
-    assert not report.Book(path, {"device": "one", "torch": "2", "code": "b"}).done("case")
+    assert "Found by earlier code" not in path.with_suffix(".md").read_text()
+    changed = report.Book(path, {"device": "one", "torch": "2", "code": "b"})
+    assert not changed.done("case")
+    changed.write()
+    assert "## Found by earlier code\n\n1: case" in path.with_suffix(".md").read_text()
+    changed.put("case", "speed", Outcome("failed", "it does not hold"))
+    assert changed.results["case"]["state"] == "failed"
+    other = report.Book(path, {"torch": "2", "code": "b"})
+    other.on("other")
+    assert not other.done("case")
+    assert other.results == {}
+    other.write()
+    assert [kept["key"] for kept in json.loads(path.read_text())["elsewhere"]] == ["case"]
 
 
 def test_the_picture_shows_runs_beside_the_authors(tmp_path):

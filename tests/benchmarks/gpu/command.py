@@ -118,8 +118,8 @@ def _one(item: Item, until: float, worker: Worker, book: report.Book, caught: li
         outcome = worker.run(
             item, until, lambda found: book.put(item.key, item.part, Outcome("going on", "", found))
         )
-    if item.key == "device":
-        book.turn["device"] = outcome.found.get("device", "")
+    if "device" in outcome.found:
+        book.on(outcome.found["device"])
     book.put(item.key, item.part, outcome)
     if outcome.state != "left out":
         print(f"{outcome.seconds:6.1f} s  {item.key}: {_in_short(outcome)}", flush=True)

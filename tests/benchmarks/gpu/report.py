@@ -36,14 +36,22 @@ class Book:
 
     def __init__(self, path: Path, turn: dict[str, Any]) -> None:
         self.path = path
-        stored = json.loads(path.read_text()) if path.exists() else {"turns": [], "results": {}}
+        stored = {"turns": [], "results": {}, "elsewhere": []}
+        stored |= json.loads(path.read_text()) if path.exists() else {}
         self.turns, self.results = [*stored["turns"], turn], stored["results"]
-        self.turn = turn
+        self._elsewhere, self.turn = stored["elsewhere"], turn
+
+    def on(self, device: str) -> None:
+        """Name this turn's device; what was found on another one is kept apart, the paper's runs go on."""
+        self.turn["device"] = device
+        for key, result in list(self.results.items()):
+            if result["part"] != "paper" and self.turns[result["turn"]].get("device") != device:
+                self._elsewhere.append({"key": key, **self.results.pop(key)})
 
     def put(self, key: str, part: str, outcome: Outcome) -> None:
-        """Keep a result and write both files; one that was left out does not replace one that was found."""
-        known = self.results.get(key)
-        if known is None or known["state"] != "done" or outcome.state == "done" or outcome.found:
+        """Keep a result and write both files; for want of time nothing replaces what was found."""
+        known = self.results.get(key, {"state": "left out"})
+        if known["state"] != "done" or outcome.state in ("done", "failed") or outcome.found:
             self.results[key] = {"part": part, **asdict(outcome), "turn": len(self.turns) - 1}
         self.write()
 
@@ -58,6 +66,7 @@ class Book:
     def write(self) -> None:
         """Write both files, each as a whole or not at all."""
         stored = {"format": FORMAT, "turns": self.turns, "results": self.results}
+        stored["elsewhere"] = self._elsewhere
         for path, text in (
             (self.path, json.dumps(stored, indent=1) + "\n"),
             (self.path.with_suffix(".md"), page(self.turns, self.results)),
@@ -91,6 +100,10 @@ def page(turns: Sequence[dict[str, Any]], results: Results) -> str:
         if phases := _run(results, method).get("phases"):
             shown = ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items() if seconds >= 5e-4)
             parts.append(f"Seconds of a round by phase, {method}: {shown}.")
+    codes = [turn.get("code") for turn in turns]
+    older = [key for key, r in results.items() if r["state"] != "left out" and codes[r["turn"]] != codes[-1]]
+    if older:
+        parts.append(f"## Found by earlier code\n\n{len(older)}: {'; '.join(older)}")
     left = list(_left_out(results))
     parts.append("## Left out\n\n" + (_table(["state", "why", "what"], left) if left else "Nothing."))
     return "\n\n".join(parts) + "\n"

@@ -170,8 +170,9 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
 def run_named(name: str) -> RunFolder | None:
     """The run's folder that ``name`` stands for, by its path or its ``config.yaml``'s; None for all else."""
     path = Path(name)
-    if path.name == "config.yaml" and is_file(path) and (path.parent / "checkpoints").is_dir():
-        path = path.parent
+    if path.name == "config.yaml" and is_file(path):
+        beside = ("checkpoints", "rounds.jsonl", "result.json")
+        path = path.parent if any((path.parent / each).exists() for each in beside) else path
     return RunFolder.open(path) if is_folder(path) else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cluster.configuration.config import Config, validate
-from cluster.configuration.foreign import sign
+from cluster.configuration.foreign import sign, whose
 from cluster.configuration.trees import read_stored, stored_text
 from cluster.disk import naming
 from cluster.records.checkpoint import write_atomically
@@ -116,8 +116,11 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration, and that this user wrote it here."""
-        write_atomically(self.config_file, stored_text(config.resolved()), mode=0o644)
-        sign(self.config_file)
+        file, text = self.config_file, stored_text(config.resolved())
+        if file.is_file() and file.read_bytes() == text and whose(file) is None:
+            return
+        write_atomically(file, text, mode=0o644)
+        sign(file)
 
     def rounds(self) -> list[dict[str, Any]]:
         """The stored lines, without a last one that is still being written or was torn by a crash.

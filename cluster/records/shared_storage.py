@@ -52,7 +52,7 @@ class SharedStorage:
             self._files, self._root = fsspec.core.url_to_fs(written_out("checkpoint_uri", self._uri))
         except LoginError:
             raise
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # no such system, a package that is missing, a host that is not there
             raise StorageError(f"checkpoint_uri: {uri}: {hidden(str(error), uri)}") from None
         except Exception as error:  # whatever else a file system raises: no login, no such host
             raise StorageError(f"checkpoint_uri: {uri}: {self._named(error)}") from None
@@ -185,6 +185,7 @@ def _here(name: str, content: bytes, path: Path) -> bytes:
     """A tracking store that was a file of the lost machine becomes one beside the run's new folder."""
     if name != "config.yaml":
         return content
+    parse(content)  # refuses what would explode
     tree = without_logins(yaml.safe_load(content))
     uri = (tree.get("tracking") or {}).get("uri") or ""
     if is_sqlite(uri) and not sqlite_file(uri).parent.is_dir():

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING
 
+from cluster.logins import masked
 from cluster.records.sqlite_store import (
     TrackingError,
     artifact_folder,
@@ -73,7 +74,7 @@ def check(uri: str, timeout_s: float = 5.0) -> None:
     else:
         hint = " (MLflow 3 has given up its file store)" if parts.scheme in ("", "file") else ""
         raise TrackingError(
-            f"tracking store {uri!r} is not supported{hint}; give sqlite:////folder/mlflow.db or the "
+            f"tracking store {masked(uri)!r} is not supported{hint}; give sqlite:////folder/mlflow.db or the "
             "http(s) address of an `mlflow server`, which may keep its data in any database"
         )
 

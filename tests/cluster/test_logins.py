@@ -90,6 +90,22 @@ def test_other_mistakes_in_the_same_section_do_not_repeat_it_either(tmp_path, ca
     assert "hunter2" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resume", "ftp://me:hunter2@host/runs/x"],
+        ["ui", "--store", "http://me:hunter2@host"],
+        ["compare", "digits", "--store", "postgresql://me:hunter2@host/db"],
+        ["tune", "study-digits", "study.storage=x://host/db?password=hunter2"],
+    ],
+)
+def test_what_is_typed_is_not_repeated(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "hunter2" not in said.out + said.err
+
+
 def test_a_variable_is_looked_up_where_it_is_used_and_nowhere_else(monkeypatch):
     monkeypatch.setenv("PASSWORD", PASSWORD)
     address = "postgresql://me:${PASSWORD}@host/db"
@@ -119,6 +135,8 @@ def test_storage_that_cannot_be_used_is_named_without_the_password(monkeypatch):
     with pytest.raises(ValueError, match=r"\$\{PASSWORD\}") as refused:
         SharedStorage("nosuchsystem-${PASSWORD}://x")
     assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"checkpoint_uri: ftp://me:\$\{PASSWORD\}@no-such-host.invalid"):
+        SharedStorage("ftp://me:${PASSWORD}@no-such-host.invalid/x")
     with pytest.raises(ValueError, match=r"study.storage: nosuch://me:\$\{PASSWORD\}@host/db") as refused:
         open_database("nosuch://me:${PASSWORD}@host/db")
     assert "hunter2" not in str(refused.value)

@@ -52,7 +52,7 @@ def test_run_shows_its_rounds_and_leaves_every_file(capsys: pytest.CaptureFixtur
     assert main(["run", *SMALL, "--output", "mine"]) == 0
     shown = capsys.readouterr().out
     assert {p.name for p in Path("mine").iterdir()} == {
-        "config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "checkpoints",
+        "config.yaml", ".config.yaml.here", "rounds.jsonl", "result.json", "model.safetensors", "checkpoints",
         "partition.png", "curves.png", "devices.png", "sparsity_per_layer.csv", "flops_per_layer.csv",
     }  # fmt: skip
     lines = [json.loads(line) for line in Path("mine/rounds.jsonl").read_text().splitlines()]

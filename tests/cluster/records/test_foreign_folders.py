@@ -62,6 +62,8 @@ def test_looking_at_a_folder_runs_nothing_of_it(evil, capsys, named):
     folder = changed(write_run(evil / "runs" / "one", [0.5, 0.6]), **CODE[named])
     assert main(["compare", "--output", "table"]) == 0
     assert main(["sync", str(folder)]) == 2  # it was never tracked
+    assert main(["describe", f"{folder}/config.yaml"]) == main(["describe", str(folder)])
+    capsys.readouterr()
     status = main(["describe", str(folder)])
     out = capsys.readouterr().out
     assert status == 0 if named != "extends" else 2

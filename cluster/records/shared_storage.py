@@ -52,7 +52,7 @@ class SharedStorage:
             self._files, self._root = fsspec.core.url_to_fs(written_out("checkpoint_uri", self._uri))
         except LoginError:
             raise
-        except Exception as error:  # no such system, a package that is missing, a host that is not there
+        except (ImportError, ValueError) as error:
             raise StorageError(f"checkpoint_uri: {uri}: {hidden(str(error), uri)}") from None
         except Exception as error:  # whatever else a file system raises: no login, no such host
             raise StorageError(f"checkpoint_uri: {uri}: {self._named(error)}") from None

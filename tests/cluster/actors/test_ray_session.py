@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from cluster.actors import ray_session
+from cluster.references import DataError
 from tests.tiny_experiment import tiny_federation
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -41,11 +42,17 @@ def test_user_code_is_shipped_once(tmp_path, monkeypatch, job, shipped):
 def test_only_nodes_that_may_hold_an_actor_decode_the_data(tmp_path, monkeypatch):
     found = {"here": {}, "big": {"class": "big"}, "small": {"class": "small", "zone": "a"}, "bare": {}}
     nodes = [{"NodeID": f"{i:056x}", "Alive": True, "Labels": found[name]} for i, name in enumerate(found)]
-    decoded = []
+    decoded, folder = [], tmp_path / "digits-0123"
+    folders = {}
 
     def options(*, num_cpus, scheduling_strategy):
         node = list(found)[int(scheduling_strategy.node_id, 16)]
-        return SimpleNamespace(remote=lambda **_: decoded.append(node))
+
+        def remote(**_):
+            decoded.append(node)
+            return folders.get(node, folder)
+
+        return SimpleNamespace(remote=remote)
 
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get", lambda results: results)
@@ -55,7 +62,7 @@ def test_only_nodes_that_may_hold_an_actor_decode_the_data(tmp_path, monkeypatch
 
     def decoding(**options):
         decoded.clear()
-        ray_session._decode_on_every_node(tiny_federation(tmp_path, execution="ray", **options))
+        ray_session._decode_on_every_node(tiny_federation(tmp_path, execution="ray", **options), folder)
         return decoded
 
     assert decoding() == ["big", "small", "bare"]
@@ -64,3 +71,7 @@ def test_only_nodes_that_may_hold_an_actor_decode_the_data(tmp_path, monkeypatch
     assert decoding(label={"class": "big"}, devices={"tiers": tiers}) == ["big"]
     tiers["weak"]["label"]["zone"] = "a"
     assert decoding(label={"class": "big"}, devices={"tiers": tiers}) == ["big", "small"]
+    folders["small"] = tmp_path / "digits-4567"
+    with pytest.raises(DataError, match=r"other data on node 0*2 than here: digits-4567 there, digits-01"):
+        decoding()
+    assert decoding(label={"class": "big"}) == ["big"]

@@ -4,8 +4,8 @@
     python -m tests.golden.resnet18 --data FOLDER --methods sparsyfed
 
 CIFAR-10, LDA 1, 95 %, 10 of 100 clients a round, the methods as the preset ``paper-methods`` has them. Three
-rounds of SparsyFed and one each of Top-K and ZeroFL take a quarter of an hour of one core. Interrupted, the same
-command goes on.
+rounds of SparsyFed and one each of Top-K and ZeroFL take a quarter of an hour of one core. Interrupted, the
+same command goes on.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_the_report_says_which_runs_to_compute_again():
 
 def test_the_versions_are_read_from_the_result(tmp_path):
     old, new, running = (write_run(tmp_path / name, [0.5]) for name in ("old", "new", "running"))
-    (old / "result.json").write_text(json.dumps({"accuracy": 0.5}))
-    (new / "result.json").write_text(json.dumps({"accuracy": 0.5, "measures": NEW}))
+    (old / "result.json").write_text(json.dumps({"complete": True}))
+    (new / "result.json").write_text(json.dumps({"complete": True, "measures": NEW}))
     versions = [version(read_folder(path), "flops/sparse") for path in (old, new, running)]
     assert versions == [1, 2, 0]

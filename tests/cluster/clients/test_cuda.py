@@ -53,8 +53,8 @@ def test_a_device_that_computes_something_else_is_found(tmp_path, monkeypatch):
 def test_a_resumed_run_that_forgot_something_is_found(tmp_path, monkeypatch):
     restore = cuda_checks.Driver._restore
 
-    def forgetful(self):
-        state = restore(self)
+    def forgetful(self, *place):
+        state = restore(self, *place)
         if state is not None:
             state.weights[0] += 1
         return state

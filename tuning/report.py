@@ -90,7 +90,7 @@ def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
         else:
             row += ["-", "-", "reference" if label == plan.reference else "-"]
         row += [f"{100 * _mean(finals, 'sparsity'):.1f}", f"{_mean(finals, 'uplink_bytes') / 1e6:.2f}"]
-        row.append(f"{_mean(finals, 'flops_sparse') / 1e9:,.0f}")
+        row.append(_gflop(_mean(finals, "flops_sparse")))
         rows.append([*row, _settings(results[label])])
     seeds = len(next(iter(values.values()), []))
     reference = plan.reference
@@ -122,7 +122,7 @@ def budget_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
                 f"{spent:,.0f}",
                 f"{max(0, given - spent):,.0f}",
                 f"{sum(trial.steps for trial in result.tried):,}",
-                f"{sum(trial.flops for trial in result.tried) / 1e9:,.0f}",
+                _gflop(sum(trial.flops for trial in result.tried)),
                 f"{sum(trial.seconds for trial in result.tried):.0f}",
             ]
         )
@@ -263,6 +263,10 @@ def _difference(found: Difference) -> str:
         if math.isnan(half) or (half < shown) == (not low <= 0.0 <= high):
             break
     return f"{mean:+.{digits}f}" if math.isnan(half) else f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:,.0f}" if flops >= 1e10 else f"{flops / 1e9:.2g}"
 
 
 def _p_value(p: float) -> str:

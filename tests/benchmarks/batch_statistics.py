@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.batch_statistics runs/paper-laptop
 
-Clients' running means and variances are those of the models that they trained, and are averaged like weights. A
-method that cuts after training sends other weights than those they belong to. For every finished run below some
-folders: test accuracy of the final model as it is, and with statistics drawn anew from training images.
+Clients' running means and variances are those of the models that they trained, and are averaged like weights;
+a method that cuts after training sends other weights than those they belong to. For every finished run below
+some folders: test accuracy of the final model as it is, and with statistics drawn anew from training images.
 """
 
 from __future__ import annotations

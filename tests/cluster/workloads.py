@@ -91,7 +91,7 @@ def speech_commands(folder, *, train=24, test=9):
         "label": {"_type": "ClassLabel", "names": list(WORDS)},
         "speaker_id": {"dtype": "string", "_type": "Value"},
     }
-    for split, rows in (("train", train), ("test", test)):
+    for split, rows in (("train", train), ("validation", test), ("test", test)):
         labels = [row % 3 for row in range(rows)]
         clips = [
             tone(300.0 * (code + 1), seconds=0.9, amplitude=0.1 + row / 100)

@@ -61,6 +61,8 @@ STUDY = {
         "shared": {"local.lr": {"low": 0.05, "high": 0.5, "log": True}},
     },
 }
+#: Two methods, each with two trials and one final run of two rounds.
+STUDY_LINES = 12
 #: Seconds after which a command counts as hung.
 PATIENCE_S = 600.0
 
@@ -96,7 +98,6 @@ class Chaos:
     def __init__(self, root: Path, random: random.Random) -> None:
         self.root, self.random = root, random
         self.kills: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
         for name, tree in (("tiny", TINY), ("study", STUDY)):
             tree["data"] = {**tree.get("data", {}), "cache": str(root / "cache")}
             (root / f"{name}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -117,10 +118,20 @@ class Chaos:
             raise Violation(f"hung for {PATIENCE_S:g} s")
         return process.exitcode
 
-    def after_a_while(self, process: BaseProcess, kind: str) -> bool:
-        """Wait for a random moment of a command of this kind; whether it still runs then."""
-        process.join(self.random.uniform(0.0, 1.0) * self.seconds[kind])
+    def after_a_while(self, process: BaseProcess, folder: Path, rounds: int = ROUNDS) -> bool:
+        """Wait for a random moment of a command that leads to so many lines; whether it still runs then.
+
+        It is counted in lines, then in seconds, so that it depends little on the speed of the machine.
+        """
+        written = self._lines(folder)
+        wanted = self.random.randint(written - 1, rounds)
+        while wanted >= written and self._lines(folder) < wanted and process.exitcode is None:
+            process.join(0.02)
+        process.join(self.random.uniform(0.0, 1.0 if wanted >= written else 5.0))
         return process.exitcode is None
+
+    def _lines(self, folder: Path) -> int:
+        return sum(path.read_bytes().count(b"\n") for path in folder.rglob("rounds.jsonl"))
 
     def kill(self, process: psutil.Process | BaseProcess, what: str) -> None:
         """SIGKILL."""
@@ -154,19 +165,15 @@ class Chaos:
     # --------------------------------------------------------------------------------------------- references
 
     def reference(self) -> None:
-        """The undisturbed runs and study, and how long each kind of command takes."""
+        """The undisturbed runs and study."""
         for kind, overrides in (("inline", ["execution=inline"]), ("ray", [])):
-            started = time.monotonic()
             folder = self.root / f"whole-{kind}"
             if self.wait(self.start(self.words(folder, *overrides), folder)) != 0:
                 raise Violation(f"the undisturbed run failed, see {folder}.log")
-            self.seconds[kind] = time.monotonic() - started
             self.check(folder)
-        started = time.monotonic()
         folder = self.root / "whole-study"
         if self.wait(self.start(["tune", "study.yaml", "--output", str(folder)], folder)) != 0:
             raise Violation(f"the undisturbed study failed, see {folder}.log")
-        self.seconds["tune"] = time.monotonic() - started
 
     def check(self, folder: Path) -> None:
         """One run equals the undisturbed one, and MLflow has it once."""
@@ -212,17 +219,17 @@ class Chaos:
 
     def driver_inline(self, folder: Path) -> None:
         """The process of an inline run is killed, up to three times."""
-        self._killed_command(folder, "inline", "execution=inline")
+        self._killed_command(folder, "execution=inline")
 
     def driver_ray(self, folder: Path) -> None:
         """The command is killed, and the private Ray with it."""
-        self._killed_command(folder, "ray")
+        self._killed_command(folder)
 
-    def _killed_command(self, folder: Path, kind: str, *overrides: str) -> None:
+    def _killed_command(self, folder: Path, *overrides: str) -> None:
         words = self.words(folder, *overrides)
         for _ in range(self.random.randint(1, 3)):
             process = self.start(self.go_on(folder, words), folder)
-            if not self.after_a_while(process, kind):
+            if not self.after_a_while(process, folder):
                 if process.exitcode != 0:
                     raise Violation(f"undisturbed, it ends with status {process.exitcode}")
                 break
@@ -235,7 +242,7 @@ class Chaos:
         """Client actors are killed while the run goes on."""
         process = self.start(self.words(folder), folder)
         for _ in range(self.random.randint(1, 3)):
-            if self.after_a_while(process, "ray"):
+            if self.after_a_while(process, folder):
                 self._kill_below(process, "ray::HostActor", "client actor")
         if self.wait(process) != 0:
             raise Violation(f"the run ends with status {process.exitcode}")
@@ -245,7 +252,7 @@ class Chaos:
         """The driver's actor is killed; the command says so, and the run is resumed."""
         words = self.words(folder)
         process = self.start(words, folder)
-        killed = self.after_a_while(process, "ray") and self._kill_below(
+        killed = self.after_a_while(process, folder) and self._kill_below(
             process, "ray::DriverActor", "driver"
         )
         if self.wait(process) not in ((0, 1, 2) if killed else (0,)):
@@ -290,7 +297,7 @@ class Chaos:
         try:
             uri = f"tracking.uri=http://127.0.0.1:{port}"
             process = self.start(self.words(folder, "execution=inline", uri), folder)
-            if self.after_a_while(process, "inline"):
+            if self.after_a_while(process, folder):
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
                 self.kills["tracking server"] += 1
@@ -316,7 +323,7 @@ class Chaos:
         words = ["tune", "study.yaml", "--output", str(folder)]
         for _ in range(self.random.randint(1, 3)):
             process = self.start(words, folder)
-            if not self.after_a_while(process, "tune"):
+            if not self.after_a_while(process, folder, STUDY_LINES):
                 break
             self.kill(process, "coordinator")
             process.join()
@@ -348,11 +355,7 @@ def main() -> int:
     chaos = Chaos(root, random.Random(arguments.seed))
     deadline = time.monotonic() + 60 * arguments.minutes
     chaos.reference()
-    print(
-        "undisturbed:",
-        ", ".join(f"{kind} {value:.1f} s" for kind, value in chaos.seconds.items()),
-        flush=True,
-    )
+    print(f"undisturbed runs and study done, the stories lie in {root}", flush=True)
     told: Counter[str] = Counter()
     bad = 0
     while time.monotonic() < deadline:

@@ -83,6 +83,22 @@ def local(words, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("token", [None, "wrong", "0" * 64])
+def test_without_the_heads_token_nothing_is_told(head, token):
+    dashboard, _, _ = head
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    for path in (
+        "/api/version",
+        "/api/jobs/",
+        "/nodes?view=summary",
+        "/api/v0/actors",
+        "/api/cluster_status",
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(dashboard + path, headers=headers), timeout=30)
+        assert refused.value.code in (401, 403), path
+
+
 def assert_same_results(found, expected):
     """Accuracy and model file, byte by byte."""
     results = [json.loads((folder / "result.json").read_text()) for folder in (found, expected)]

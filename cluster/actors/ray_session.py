@@ -150,7 +150,14 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
                 configure_logging=True,
                 **arguments,
             )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:
+        if local:
+            raise ClusterError(
+                f"address: the run's own Ray did not start ({str(error).partition(chr(10))[0]}); "
+                "where the machine is too busy for it, try again later, or use execution=inline"
+            ) from error
+        if not isinstance(error, (ConnectionError, RuntimeError, ValueError, TimeoutError)):
+            raise
         raise ClusterError(
             f"address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); "
             "start one with `ray start --head`, or use address=local"

@@ -75,3 +75,16 @@ def test_only_nodes_that_may_hold_an_actor_decode_the_data(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"other data on node 0*2 than here: digits-4567 there, digits-01"):
         decoding()
     assert decoding(label={"class": "big"}) == ["big"]
+
+
+def test_a_private_ray_that_does_not_start_is_one_line(monkeypatch):
+    def init(**arguments):
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ray_session.ClusterError, match=r"own Ray did not start \(The current .* startup\.\);"),
+        ray_session.connection("local"),
+    ):
+        pass

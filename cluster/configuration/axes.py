@@ -36,14 +36,14 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
         source: What the grid is called in messages.
         tree: The experiment with its section ``grid``.
         overrides: ``key=value``. One that names an axis narrows it: to these values, or to the pieces with
-            these labels.
+            these labels. One of a hyperparameter holds for every method of the grid that has it.
 
     Raises:
         ConfigError: An axis or override is wrong, or two different runs have one name.
     """
     tree = {key: value for key, value in tree.items() if key != "runs_at_once"}  # how, and not what, to run
     axes = _checked(source, tree.pop("grid"))
-    fixed = []
+    fixed, of_methods = [], {}
     for override in overrides:
         key, value = parse_override(override)
         if key in axes:
@@ -53,10 +53,15 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
             set_here = {leaf for _, piece in _pieces(axis, values) for leaf in _leaves(piece)}
             if any(leaf == key or leaf.startswith(f"{key}.") for leaf in set_here):
                 raise ConfigError(f"{source}: {override}: the grid itself varies {axis}; write {axis}=...")
-        fixed.append(override)
+        if _is_hyperparameter(key):
+            # Not on the base: a piece with another method would drop it again, in silence.
+            of_methods[key] = override
+        else:
+            fixed.append(override)
     tree = apply_overrides(tree, fixed)
     found: dict[str, Tree] = {}
     unknown = {axis for axis in axes if _is_hyperparameter(axis)}
+    unused = set(of_methods)
     for chosen in itertools.product(*(_pieces(axis, values) for axis, values in axes.items())):
         point, names = tree, []
         for axis, (_, piece) in zip(axes, chosen, strict=True):
@@ -71,14 +76,18 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
                 unknown.discard(axis)
                 point = merge(point, piece)
             names.append(name)
+        held = {key for key in of_methods if key.removeprefix("algorithm.") in _hyperparameters(method)}
+        unused -= held
+        point = apply_overrides(point, [of_methods[key] for key in sorted(held)])
         name = file_name("-".join(names)) or "run"
         if found.setdefault(name, point) != point:
             raise ConfigError(f"{source}: grid: two runs are named {name}")
     known = {field for method in registry() for field in _hyperparameters(method)}
-    for axis in unknown - {f"algorithm.{field}" for field in known}:
+    for axis in [*(unknown - {f"algorithm.{field}" for field in known}), *unused]:
         near = nearest(axis.removeprefix("algorithm."), known)
-        hint = f"; did you mean algorithm.{near}?" if near else ""
-        raise ConfigError(f"{source}: grid.{axis}: no method has this hyperparameter{hint}")
+        hint = f"; did you mean algorithm.{near}?" if near and f"algorithm.{near}" != axis else ""
+        where = f"{of_methods[axis]}: no method of this grid" if axis in unused else f"grid.{axis}: no method"
+        raise ConfigError(f"{source}: {where} has this hyperparameter{hint}")
     return found
 
 

@@ -31,7 +31,9 @@ def finished_run(folder, *overrides, **more):
     for line in lines:
         line |= {"masks/regrowth": line["round"], "masks/client_cut": 4.0 * line["round"]}
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "result.json").write_text(json.dumps({"config_hash": "c0", "code_hash": "abc"}))
+    (folder / "result.json").write_text(
+        json.dumps({"complete": True, "config_hash": "c0", "code_hash": "abc"})
+    )
     return folder
 
 

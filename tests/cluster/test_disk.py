@@ -7,6 +7,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,41 +74,38 @@ def test_a_name_that_is_there_already_is_kept():
 # ---------------------------------------------------------------------------------- a run on a full disk
 
 
-@pytest.fixture
-def small_files():
-    """Files may grow to so many bytes: the nearest to a full disk that every machine can play."""
+@contextmanager
+def small_files(size):
+    """Files may grow to so many bytes: the nearest to a full disk that every machine can play.
+
+    Only inside: the log that pytest writes may be a file too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_in_mid_run_is_one_line_and_nothing_is_lost(cache, tmp_path, small_files):
+def test_a_full_disk_in_mid_run_is_one_line_and_nothing_is_lost(cache, tmp_path):
     config = federated(cache)
     drive(RunFolder.create(tmp_path / "reference", config), Federation.of(config))
-    small_files((tmp_path / "reference" / "rounds.jsonl").stat().st_size * 3 // 5)
-    with pytest.raises(
-        DiskError, match=r"run/(rounds.jsonl|checkpoints/.*): File too large; files may not grow"
-    ):
+    size = (tmp_path / "reference" / "rounds.jsonl").stat().st_size * 3 // 5
+    says = r"run/(rounds.jsonl|checkpoints/.*): File too large; files may not grow"
+    with small_files(size), pytest.raises(DiskError, match=says):
         cluster.run(config, tmp_path / "run")
     kept = RunFolder(tmp_path / "run")
     assert kept.begun
     assert not list(kept.path.rglob("*.tmp"))
-    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert cluster.resume(kept.path).summary["complete"]
     assert_same_run(kept.path, tmp_path / "reference")
 
 
-def test_a_full_disk_at_the_start_leaves_nothing_that_could_be_neither_run_nor_resumed(
-    cache, tmp_path, small_files
-):
+def test_a_full_disk_at_the_start_leaves_nothing_that_could_be_neither_run_nor_resumed(cache, tmp_path):
     config = federated(cache)
     Federation.of(config)
-    small_files(100)
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(100), pytest.raises(OSError, match="File too large"):
         cluster.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

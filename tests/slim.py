@@ -13,13 +13,24 @@ import sys
 HIDDEN = ("ray", "mlflow", "optuna", "datasets", "matplotlib", "pandas", "scipy", "sklearn", "pytest")
 
 
-class _Hidden(importlib.abc.MetaPathFinder):
+class _Others(importlib.abc.MetaPathFinder):
+    """The finders that were there; they find no spec of what is hidden, as where it is not installed."""
+
+    def __init__(self, finders):
+        self.finders = finders
+
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+    def invalidate_caches(self):
+        for finder in self.finders:
+            getattr(finder, "invalidate_caches", lambda: None)()
 
 
-sys.meta_path.insert(0, _Hidden())
+sys.meta_path[:] = [_Others(list(sys.meta_path))]
 
 if __name__ == "__main__":
     _, module, *arguments = sys.argv

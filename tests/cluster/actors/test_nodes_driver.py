@@ -104,7 +104,13 @@ def test_a_signal_reaches_the_whole_process_group_and_the_run_still_ends_after_i
     command = [sys.executable, "-m", "cluster", "run", str(tmp_path / "experiment.yaml"), "rounds=5000"]
     command += ["address=local", "--output", str(tmp_path / "long")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Under nohup the tests hand on that SIGHUP is ignored, which a run respects.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith("round "):

@@ -133,6 +133,11 @@ def test_a_terminal_that_closes_ends_a_run_after_its_round(tmp_path, cache):
     assert (tmp_path / "run" / "checkpoints" / f"round-{rounds:06d}.safetensors").is_file()
 
 
+def hears_hangups():
+    """Tests under nohup hand on that SIGHUP is ignored, which a run respects."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def on_a_terminal(words, environment, until=None):
     """Run a command on a terminal of its own, which closes (and says so twice) where ``until`` says."""
     parent, child = pty.openpty()
@@ -144,6 +149,7 @@ def on_a_terminal(words, environment, until=None):
         env=environment,
         start_new_session=True,
         close_fds=True,
+        preexec_fn=hears_hangups,
     )
     os.close(child)
     shown = b""

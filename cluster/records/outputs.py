@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ from cluster.workload.partition import picture
 #: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
 #: flops/sparse: the weight gradient costs only the share of its entries that a method uses.
 MEASURES = {"flops/sparse": 2}
+
+
+def measures_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The versions of what some rounds' lines hold; 0 where an older version measured a part of them."""
+    # Version 0.1, which measured by the older rule, logged no client_cut.
+    return MEASURES if all("masks/client_cut" in line for line in lines) else dict.fromkeys(MEASURES, 0)
+
 
 _logger = logging.getLogger("sparsyfed.outputs")
 
@@ -56,7 +63,7 @@ def summary_of(
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
-        "measures": MEASURES,
+        "measures": measures_of(lines),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -129,7 +136,7 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
-        "measures": json.dumps(MEASURES),
+        "measures": json.dumps(measures_of(folder.rounds())),
         "git_sha": _git_sha(),
         "kind": "run",
         **section.tags,

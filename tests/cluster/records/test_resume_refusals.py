@@ -164,7 +164,14 @@ def test_a_checkpoint_of_older_rules_goes_on_where_they_make_no_difference(
     del stored.driver["rules"]  # as version 0.1 wrote it
     save_checkpoint(folder.checkpoints, stored, best_round=None)
     if reason is None:
-        assert cluster.resume(folder.path).summary["rounds"] == 5
+        lines = [json.loads(line) for line in folder.rounds_file.read_text().splitlines()]
+        for line in lines:
+            del line["masks/client_cut"]  # which 0.1 did not measure yet
+        folder.rounds_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = cluster.resume(folder.path).summary
+        assert summary["rounds"] == 5
+        # Its sparse FLOPs were counted by two rules.
+        assert summary["measures"] == {"flops/sparse": 0}
     else:
         with pytest.raises(
             CheckpointError, match=f"made by an older version, wh.*{reason}.*start the run anew"

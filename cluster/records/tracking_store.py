@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # A call may not hang for minutes (MLflow's defaults: 120 s, 7 retries); this module retries by itself.
 QUIET_DEFAULTS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from algorithms import ParameterLayout, ServerState
 from algorithms.masks import intersection_over_union
 from cluster import seeding
 from cluster.clients.client_evaluation import ClientEvaluation
-from cluster.configuration.config import Config, code_digest
+from cluster.configuration.config import code_digest
 from cluster.engine import Engine, Outcome
 from cluster.exchange import ClientError, ClientReport, EvaluationChunk
 from cluster.federation import Federation
@@ -34,7 +34,7 @@ from cluster.records.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from cluster.records.resuming import standing, stands_on, take_up
+from cluster.records.resuming import RULES, outdated, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.references import UserError
 from cluster.simulation.schedule import Snapshot, make_schedule
@@ -46,9 +46,6 @@ REFUSED_ROUNDS_LIMIT = 3
 
 #: Rounds between the global models whose supports are compared.
 OVERLAP_ROUNDS = 10
-
-#: Version of the rules by which rounds are computed and measured; see ``outdated``.
-RULES = 2
 
 #: Rows of one evaluation chunk.
 _CHUNK_ROWS = 256
@@ -392,20 +389,6 @@ class Driver:
             self._failed_rounds = int(stored.driver.get("failed_rounds", 0))
         self._waiting = stored.driver["waiting"]
         return stored.state
-
-
-def outdated(config: Config, rules: int) -> Iterator[str]:
-    """Why a checkpoint made under older ``rules`` cannot be continued; nothing where that is no matter."""
-    if rules >= RULES:
-        return
-    local, last = config.local, config.stop_after or config.rounds
-    if local.lr_final is not None and local.lr_horizon is not None and local.lr_horizon < last:
-        yield "which held the learning rate from local.lr_horizon on"
-    if config.algorithm.name == "zerofl":
-        yield "whose zerofl rounded the weights of a layer where SWAT takes the ceiling"
-    schedule = config.schedule
-    if config.devices.flops == "sparse" and (schedule.deadline is not None or schedule.name == "buffered"):
-        yield "which counted sparse FLOPs, and so who is late, by another rule"
 
 
 def _reasons(refused: Iterable[tuple[int, str]]) -> str:

@@ -18,12 +18,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from cluster.compare.groups import Group
 from cluster.compare.reading import Run, Series
 from cluster.compare.table import GIGA, HOUR, MEGA, bytes_to_reach, total_bytes
+from cluster.records.plots import COLOURS, MARKERS
 from cluster.statistics import mean_interval
 
-#: Blue, vermillion, green, purple, orange, sky blue, black; yellow is lost on white paper.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (8, 2, 2, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _MOST_TICKS = 7
 
@@ -136,7 +134,7 @@ def styles_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
             {
                 "color": COLOURS[colour],
                 "linestyle": _STYLES[turn % len(_STYLES)] if by_method or turn else "-",
-                "marker": _MARKERS[(turn if by_method else colour) % len(_MARKERS)],
+                "marker": MARKERS[(turn if by_method else colour) % len(MARKERS)],
             }
         )
     return styles

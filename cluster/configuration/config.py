@@ -11,14 +11,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import ChoiceError, build_choice
-from cluster.configuration.foreign import CHOICES, references_in
+from cluster.configuration.foreign import references_in
+from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
     AlgorithmChoice,
     ClientEvaluationSection,
@@ -38,8 +39,7 @@ from cluster.configuration.sections import (
     WireSection,
 )
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
-from cluster.logins import masked, problem
-from cluster.references import did_you_mean, nearest
+from cluster.logins import problem
 from cluster.simulation.samplers import Sampler, build_sampler
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
@@ -354,7 +354,7 @@ def validate(tree: Mapping[str, Any], *, inert: bool = False) -> Config:
     try:
         return Config.model_validate(dict(tree), context={"inert": inert})
     except ValidationError as error:
-        raise ConfigError(in_plain_words(error)) from None
+        raise ConfigError(in_plain_words(error, Config)) from None
 
 
 def code_digest() -> str:
@@ -380,46 +380,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def in_plain_words(error: ValidationError, root: type[Section] = Config, above: str = "") -> str:
-    """One line a mistake: the key, what was found, what is allowed.
-
-    Args:
-        error: What pydantic found.
-        root: The section that was validated.
-        above: Key of that section with a dot behind it; nothing for the whole configuration.
-    """
-    lines = []
-    for mistake in error.errors():
-        where = above + ".".join(str(part) for part in mistake["loc"])
-        if mistake["type"] == "extra_forbidden":
-            section: Any = root
-            for part in mistake["loc"][:-1]:
-                # Of a mapping of sections, such as the tiers by name, each value is one.
-                section = get_args(section)[1] if get_args(section) else section.model_fields[part].annotation
-            prefix = where.rpartition(".")[0]
-            known = list(section.model_fields)
-            near = nearest(mistake["loc"][-1], known)
-            hint = f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else ""
-            lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
-        elif mistake["type"] == "model_type":
-            named = f"{where}.name={mistake['input']}" if where in CHOICES else f"{where}.<key>=<value>"
-            lines.append(
-                f"{where}: a section of keys and values, found {_short(mistake['input'])}; write {named}"
-            )
-        elif mistake["type"] == "literal_error":
-            allowed = re.findall(r"'([^']*)'", mistake["ctx"]["expected"])
-            hint = did_you_mean(mistake["input"], allowed)
-            lines.append(f"{where}: {mistake['msg']}, found {_short(mistake['input'])}{hint}")
-        elif mistake["type"] == "value_error":
-            found = f"{where}: found {_short(mistake['input'])}; " if mistake["loc"] else ""
-            lines.append(found + str(mistake["ctx"]["error"]))
-        else:
-            lines.append(f"{where}: {mistake['msg']}, found {_short(mistake['input'])}")
-    return masked("\n".join(lines))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]} ... ({len(text):,} characters)"

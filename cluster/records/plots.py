@@ -19,13 +19,13 @@ _DEVICES_DRAWN = 2000
 
 #: Blue, vermillion, green, purple, orange, sky blue, black: those of Okabe and Ito, told apart by all.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def style(place: int) -> dict[str, Any]:
     """Colour and marker of the ``place``-th thing in a picture; the second time round they pair otherwise."""
     turn = place // len(COLOURS)
-    return {"color": COLOURS[place % len(COLOURS)], "marker": _MARKERS[(place + turn) % len(_MARKERS)]}
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + turn) % len(MARKERS)]}
 
 
 def finish(axes: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from cluster.federation import Federation
 from cluster.records.checkpoint import CheckpointError, list_rounds, load_checkpoint, read_meta
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.references import UserError
+
+#: Version of the rules by which rounds are computed and measured; see ``outdated``.
+RULES = 2
 
 _logger = logging.getLogger("sparsyfed.resuming")
 
@@ -166,3 +170,17 @@ def _sound_lines(file: Path, first_round: int) -> tuple[list[dict[str, Any]], in
         lines.append(line)
         size += len(text)
     return lines, size, None
+
+
+def outdated(config: Config, rules: int) -> Iterator[str]:
+    """Why a checkpoint made under older ``rules`` cannot be continued; nothing where that is no matter."""
+    if rules >= RULES:
+        return
+    local, last = config.local, config.stop_after or config.rounds
+    if local.lr_final is not None and local.lr_horizon is not None and local.lr_horizon < last:
+        yield "which held the learning rate from local.lr_horizon on"
+    if config.algorithm.name == "zerofl":
+        yield "whose zerofl rounded the weights of a layer where SWAT takes the ceiling"
+    schedule = config.schedule
+    if config.devices.flops == "sparse" and (schedule.deadline is not None or schedule.name == "buffered"):
+        yield "which counted sparse FLOPs, and so who is late, by another rule"

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cluster.compare.plots import COLOURS
+from cluster.records.plots import COLOURS
 from tests.benchmarks.authors_curves import EARLY_CURVES, EARLY_ROUNDS
 from tests.benchmarks.results import Row, read
 

@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cluster.compare.plots import COLOURS
 from cluster.compare.reading import find_folders
+from cluster.records.plots import COLOURS
 from cluster.records.run_folder import RunFolder
 
 NAMES = ("method", "seed", "round", "layer", "sparsity")

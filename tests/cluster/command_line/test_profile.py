@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
+from cluster.command_line import bench
 from cluster.command_line.profile import phases
 from cluster.records.run_folder import RunFolder
 from tests.tiny_experiment import run_inline, tiny_federation
@@ -64,7 +65,8 @@ def test_a_grid_has_no_profile(capsys):
 
 
 def test_bench_without_the_repository_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "cluster" / "cli.py"))
+    place = tmp_path / "site-packages" / "cluster" / "command_line" / "bench.py"
+    monkeypatch.setattr(bench, "__file__", str(place))
     assert cli.main(["bench"]) == 2
     assert "is no checkout; clone it and install it from there" in capsys.readouterr().err
 

@@ -1,13 +1,15 @@
 """What a method does: one file a method, both halves visible. Knows torch and numpy only.
 
-``registry()`` lists the methods. Adding one is adding one file here (or a ``module:attribute`` of your own).
+The methods are the files here, the machinery they share is in ``core``; start with ``fedavg``. ``registry()``
+lists them. Adding one is adding one file here, or a ``module:attribute`` of your own, for which everything
+that a method needs is importable from this package.
 """
 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from algorithms.aggregation import Grid, Total
-from algorithms.algorithm import (
+from algorithms.core.aggregation import Grid, Total
+from algorithms.core.algorithm import (
     Algorithm,
     Client,
     Instructions,
@@ -15,15 +17,27 @@ from algorithms.algorithm import (
     Visit,
     registry,
 )
-from algorithms.hyperparameters import Hyperparameter, hyperparameter, hyperparameters
-from algorithms.parameters import Entry, ParameterLayout
-from algorithms.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from algorithms.core.hyperparameters import Hyperparameter, hyperparameter, hyperparameters
+from algorithms.core.layers import ActivationPruning, Powerpropagation, prune_inputs, pruned_layers
+from algorithms.core.masks import (
+    cut_globally,
+    cut_to_top_k,
+    layer_counts,
+    layer_wise_top_k,
+    nonzero_mask,
+    random_mask,
+    target_count,
+    top_k_mask,
+)
+from algorithms.core.parameters import Entry, ParameterLayout
+from algorithms.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "SERVER_OPTIMIZERS",
+    "ActivationPruning",
     "Algorithm",
     "Client",
     "Entry",
@@ -31,11 +45,22 @@ __all__ = [
     "Hyperparameter",
     "Instructions",
     "ParameterLayout",
+    "Powerpropagation",
     "ServerOptimizer",
     "ServerState",
     "Total",
     "Visit",
+    "cut_globally",
+    "cut_to_top_k",
     "hyperparameter",
     "hyperparameters",
+    "layer_counts",
+    "layer_wise_top_k",
+    "nonzero_mask",
+    "prune_inputs",
+    "pruned_layers",
+    "random_mask",
     "registry",
+    "target_count",
+    "top_k_mask",
 ]

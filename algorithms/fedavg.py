@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from algorithms.algorithm import Algorithm
+from algorithms.core.algorithm import Algorithm
 
 
 @dataclass(frozen=True, kw_only=True)

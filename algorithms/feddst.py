@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from algorithms.aggregation import Total
-from algorithms.algorithm import Instructions, ServerState
+from algorithms.core.aggregation import Total
+from algorithms.core.algorithm import Instructions, ServerState
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.masks import exchangeable, layer_counts, prune_and_grow, top_of_union
+from algorithms.core.parameters import ParameterLayout
 from algorithms.fixed_mask import FixedMask, MaskedClient
-from algorithms.hyperparameters import hyperparameter
-from algorithms.masks import exchangeable, layer_counts, prune_and_grow, top_of_union
-from algorithms.parameters import ParameterLayout
 
 
 class FedDSTClient(MaskedClient):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.aggregation import Total
-from algorithms.algorithm import Algorithm, Client, ServerState
-from algorithms.hyperparameters import hyperparameter
-from algorithms.masks import (
+from algorithms.core.aggregation import Total
+from algorithms.core.algorithm import Algorithm, Client, ServerState
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.masks import (
     apportion,
     density_shares,
     layer_counts,
@@ -26,7 +26,7 @@ from algorithms.masks import (
     random_mask,
     target_count,
 )
-from algorithms.parameters import ParameterLayout
+from algorithms.core.parameters import ParameterLayout
 
 
 class MaskedClient(Client):

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.aggregation import Total
-from algorithms.algorithm import Algorithm, Instructions, ServerState
-from algorithms.fixed_mask import FixedMask, MaskedClient, inside, mean_of_holders
-from algorithms.hyperparameters import hyperparameter
-from algorithms.masks import (
+from algorithms.core.aggregation import Total
+from algorithms.core.algorithm import Algorithm, Instructions, ServerState
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.masks import (
     apportion,
     cut_globally,
     exchangeable,
@@ -29,8 +28,9 @@ from algorithms.masks import (
     top_of_union,
     uniform_scores,
 )
-from algorithms.parameters import ParameterLayout
-from algorithms.server_optimizers import ServerOptimizer
+from algorithms.core.parameters import ParameterLayout
+from algorithms.core.server_optimizers import ServerOptimizer
+from algorithms.fixed_mask import FixedMask, MaskedClient, inside, mean_of_holders
 
 
 class FlashClient(MaskedClient):

@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.algorithm import Algorithm, ServerState
-from algorithms.hyperparameters import hyperparameter
-from algorithms.layers import (
+from algorithms.core.algorithm import Algorithm, ServerState
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.layers import (
     ActivationPruning,
     Powerpropagation,
     draws_every_batch,
@@ -23,7 +23,7 @@ from algorithms.layers import (
     pruned_layers,
     spectral_exponent,
 )
-from algorithms.parameters import Entry, ParameterLayout
+from algorithms.core.parameters import Entry, ParameterLayout
 from algorithms.topk import TopKClient
 
 

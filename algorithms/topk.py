@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from algorithms.algorithm import Algorithm, Client
-from algorithms.hyperparameters import hyperparameter
-from algorithms.masks import cut_globally, cut_to_top_k
+from algorithms.core.algorithm import Algorithm, Client
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.masks import cut_globally, cut_to_top_k
 
 
 class TopKClient(Client):

@@ -12,17 +12,17 @@ from fnmatch import fnmatch
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.algorithm import Algorithm, Client
-from algorithms.hyperparameters import hyperparameter
-from algorithms.layers import (
+from algorithms.core.algorithm import Algorithm, Client
+from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.layers import (
     ActivationPruning,
     WeightPruning,
     draws_every_batch,
     prune_inputs,
     pruned_layers,
 )
-from algorithms.masks import ceiling_count, cut_to_top_k, target_count, top_k_mask
-from algorithms.parameters import Entry, ParameterLayout
+from algorithms.core.masks import ceiling_count, cut_to_top_k, target_count, top_k_mask
+from algorithms.core.parameters import Entry, ParameterLayout
 
 
 class ZeroFLClient(Client):

@@ -2,36 +2,40 @@
 
 From Python: ``cluster.run(cluster.resolve("quickstart", ["algorithm.beta=1.3"]))``.
 
-The way of a run is in the files here: ``cli`` -> ``execution`` -> ``driver`` -> ``engine``. What they use:
+The rooms, from the ground up; each imports only what stands below it (``tests/test_floors.py``):
 
+- ``references``, ``disk``, ``logins``, ``seeding``, ``statistics``, ``flops``: the ground
 - ``configuration``: every key, presets, overrides
-- ``command_line``: arguments, help, live progress, ``describe``
 - ``workload``: data sets, partitions, models
-- ``simulation``: devices, the simulated clock, who is asked and whose updates count
+- ``transport``: the wire, what goes down and what comes up
+- ``simulation``: devices, the simulated clock, who is asked, shifts of the data
+- ``exchange``, ``federation``: what driver and actors say to each other, and what they play with
 - ``clients``: local training and what surrounds it
-- ``transport``: the wire
-- ``actors``: Ray
 - ``records``: run folder, checkpoints, MLflow
+- ``rounds``: the driver, its schedules, what it measures
+- ``actors``: Ray
+- ``execution``, ``grid``: a run, many runs
 - ``compare``: runs side by side
+- ``command_line``, ``cli``: arguments, help, live progress, ``describe``
 """
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
+#: Where the public names live. Lazy: importing one of the rooms must not load torch and Ray for all of them.
+_PUBLIC = {
+    "Config": "cluster.configuration.config",
+    "ConfigError": "cluster.configuration.trees",
+    "Result": "cluster.execution",
+    "resolve": "cluster.configuration.config",
+    "resume": "cluster.execution",
+    "run": "cluster.execution",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Lazy: importing one of the room's modules must not load torch and Ray for all of them.
-    if name in ("run", "resume", "Result"):
-        from cluster import execution
-
-        return getattr(execution, name)
-    if name == "ConfigError":
-        from cluster.configuration import trees
-
-        return trees.ConfigError
-    if name in ("Config", "resolve"):
-        from cluster.configuration import config
-
-        return getattr(config, name)
-    raise AttributeError(f"module 'cluster' has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cluster' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

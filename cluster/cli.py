@@ -184,9 +184,9 @@ def _follow(
 ) -> int:
     """Show a run while it works and what it left; shared by ``run`` and ``resume``."""
     from cluster.command_line.progress import RunDisplay, conclude, shown
-    from cluster.driver import DivergedError, ReplayError
-    from cluster.execution import RunGoesOn
     from cluster.records.run_folder import RunFolder
+    from cluster.rounds.conduct import RunGoesOn
+    from cluster.rounds.driver import DivergedError, ReplayError
 
     try:
         with RunDisplay(console, config, done) as display:

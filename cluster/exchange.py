@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from algorithms import Instructions
 from cluster.configuration.config import Config
 from cluster.references import UserError
 from cluster.simulation.clock import Device
@@ -129,3 +130,28 @@ class ClientError(UserError):
     """A client's code raised; the message carries client, round, stage and the original traceback."""
 
     status = 1
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every actor gets for one round: one object in the store, arrays read without copying.
+
+    Attributes:
+        weights: w_t as the clients decode it, float32[size].
+        exact: w_t as the server holds it, for evaluation; the same array unless the downlink is lossy.
+        mask: The mask both sides hold, bool[prunable], or None.
+        instructions: The method's instructions.
+        lr: Learning rate of the round.
+        limit: Largest magnitude an update may hold (see ``Grid``).
+        samples: Samples of the whole cohort.
+        period: Number of shifts of the data so far, which tells who holds what.
+    """
+
+    weights: np.ndarray
+    exact: np.ndarray
+    mask: np.ndarray | None
+    instructions: Instructions
+    lr: float
+    limit: float
+    samples: int
+    period: int = 0

@@ -4,58 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from cluster.actors.ray_session import connected
-from cluster.clients.client import build_model
 from cluster.configuration.config import RESULT_FREE, Config, changes_results, validate
 from cluster.configuration.foreign import refuse_foreign_code, whose
 from cluster.configuration.trees import ConfigError, apply_overrides, read_stored
-from cluster.disk import naming, told_by_path
-from cluster.driver import Driver, Line
-from cluster.engine import Engine, InlineEngine
-from cluster.federation import Federation, prepare_arguments
+from cluster.federation import Federation, build_model, prepare_arguments
 from cluster.records import tracking
-from cluster.records.introduction import final_scalars
 from cluster.records.outputs import (
     default_folder,
-    make_tracker,
     missing_packages,
-    summary_of,
     with_tracking,
-    write_artifacts,
 )
 from cluster.records.resuming import check_ground, forget_later_rounds, standing
 from cluster.records.run_folder import RunFolder, RunFolderError, check_free
 from cluster.records.shared_storage import SharedStorage, is_uri
 from cluster.references import installed
-from cluster.workload.datasets import open_dataset, prepare
+from cluster.rounds.conduct import Progress, RunGoesOn, conduct, stop_on_signal
+from cluster.rounds.engine import InlineEngine
+from cluster.workload.datasets import open_dataset
+from cluster.workload.preparing import prepare
 
 if TYPE_CHECKING:
     import pandas
 
 _logger = logging.getLogger("sparsyfed.run")
-
-#: Seconds that the end of a run waits for a tracking server that is away.
-TRACKING_DEADLINE_S = 30.0
-
-Progress = Callable[[Line], None]
-
-
-class RunGoesOn(KeyboardInterrupt):
-    """Ctrl-C left a run that goes on without this process; the message says how to come back to it."""
 
 
 @dataclass(frozen=True)
@@ -241,71 +221,6 @@ def open_run(place: str | Path, output: str | Path | None = None, *, trust: bool
     return folder
 
 
-def conduct(
-    path: Path,
-    make_engine: Callable[[Config, Federation], Engine],
-    on_line: Progress,
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Run the experiment in ``path`` to its end on one engine; returns what ``result.json`` holds."""
-    folder = RunFolder.open(path)
-    with told_by_path(), folder.locked():
-        return _conduct(folder, make_engine, on_line, should_stop)
-
-
-def _conduct(
-    folder: RunFolder,
-    make_engine: Callable[[Config, Federation], Engine],
-    on_line: Progress,
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    config = folder.config()
-    torch.set_num_threads(config.threads)
-    federation = Federation.of(config)
-    engine = make_engine(config, federation)
-    try:
-        tracker = make_tracker(folder, config, federation)
-
-        def stored(line: Line) -> None:
-            if tracker is not None:
-                tracker.round_written()
-            on_line(line)
-
-        storage = SharedStorage.of_run(config.checkpoint_uri, folder.path) if config.checkpoint_uri else None
-
-        def push() -> None:
-            if storage is not None:
-                storage.push(folder)
-
-        driver = Driver(
-            folder, federation, engine, on_line=stored, should_stop=should_stop, on_checkpoint=push
-        )
-        if tracker is not None:
-            tracker.start()
-        started = time.perf_counter()
-        try:
-            last = driver.run()
-            summary = summary_of(folder, config, federation, last, time.perf_counter() - started)
-            folder.write_result(summary)
-            with naming(folder.path):
-                artifacts = write_artifacts(folder, federation)
-        except BaseException as error:
-            if tracker is not None:
-                status: tracking.Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-                tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
-            raise
-        if tracker is not None:
-            final = final_scalars(summary, folder.rounds())
-            delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
-            summary |= {"mlflow_run_id": tracker.run_id, "tracking_delivered": delivered}
-            folder.write_result(summary)
-        if storage is not None and not storage.push(folder, finished=True):
-            summary["checkpoint_uri_behind"] = True
-        return summary
-    finally:
-        engine.close()
-
-
 # ------------------------------------------------------------------------------------------- both ways
 
 
@@ -326,36 +241,6 @@ def _execute(
 
         summary = remote.drive(folder, config, on_line, should_stop)
     return Result(folder.path, summary)
-
-
-@contextmanager
-def stop_on_signal(also: Callable[[], Any] = lambda: None) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C, SIGTERM or SIGHUP into an event, where signals arrive.
-
-    A second one interrupts at once, except SIGHUP: shell and kernel both tell of a terminal that closes. One
-    that is ignored, as under ``nohup``, stays so.
-    """
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stopped.is_set() and number in (signal.SIGINT, signal.SIGTERM):
-            raise KeyboardInterrupt
-        stopped.set()
-        print("stopping after this round; press again to stop at once", file=sys.stderr, flush=True)
-        also()
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    old = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield stopped
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _preflight(config: Config, begun: Config | None = None) -> Federation:

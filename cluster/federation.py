@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import ParameterLayout
-from cluster.clients.client import build_model
-from cluster.clients.transfers import to_input
+from cluster import seeding
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, Workload
 from cluster.flops import LayerFlops, count_activations
 from cluster.references import default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
-from cluster.workload.datasets import Dataset, hold_out, open_dataset, prepare
+from cluster.workload import models
+from cluster.workload.datasets import Dataset, hold_out, open_dataset
 from cluster.workload.holdings import Partition
+from cluster.workload.inputs import to_input
 from cluster.workload.models import ModelError, check_model
 from cluster.workload.partition import partition
+from cluster.workload.preparing import prepare
 
 
 @dataclass(frozen=True)
@@ -177,3 +179,14 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "exclude_classes": data.exclude_classes,
         "cache_dir": cache,
     }
+
+
+def build_model(config: Config, dataset: Dataset) -> nn.Module:
+    """The plain module with the common initialisation of the configured seed."""
+    return models.build(
+        config.model.name,
+        input_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        seed=seeding.integer(config.seed, "initialisation"),
+        **config.model.options,
+    )

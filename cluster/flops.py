@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.parameters import ParameterLayout, dry_forward, prunable_layers
+from algorithms.core.parameters import ParameterLayout, dry_forward, prunable_layers
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ from cluster.actors import ray_session
 from cluster.configuration.axes import points
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
-from cluster.execution import Result, complete, run_or_resume, stop_on_signal
+from cluster.execution import Result, complete, run_or_resume
 from cluster.federation import Federation
 from cluster.records.csv_text import as_csv
 from cluster.records.run_folder import RunFolder
 from cluster.records.shared_storage import below
+from cluster.rounds.conduct import stop_on_signal
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str], ...] = (

@@ -23,12 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import zstandard
 
-from algorithms.aggregation import Grid, Total
-from algorithms.algorithm import Instructions
-from algorithms.parameters import Entry, ParameterLayout
-from cluster.clients.folding import fold_update
-from cluster.clients.local_training import Broadcast
-from cluster.configuration.config import resolve
+from algorithms.core.aggregation import Grid, Total
+from algorithms.core.parameters import Entry, ParameterLayout
+from cluster.transport.uplink import Uplink
 from cluster.transport.wire import Message, Shape, WireError, decode, encode
 from tests.naive_wire import FORMATS, HEADER, ITEM, checksum, read_naively
 
@@ -219,16 +216,14 @@ class Receiver:
 
     def __init__(self, case: Case, limit: float | None) -> None:
         self.case, self.limit = case, limit
-        self.config = resolve({"algorithm": {"name": "fedavg"}, "max_update_norm": limit})
         size, prunable, trained = case.shape.size, case.shape.prunable, case.shape.trained
         spans = [(0, prunable)], [(prunable, trained)], [(trained, size)]
         entries = [tuple(Entry(str(a), (b - a,), a, b) for a, b in part) for part in spans]
         self.layout = ParameterLayout(*entries)
         weights = np.linspace(-1, 1, size, dtype=np.float32)
         self.grid = Grid.for_round(weights, 10**6)
-        self.broadcast = Broadcast(
-            weights, weights, case.held, Instructions(1, 1, 0.0), 0.1, self.grid.limit, 10**6
-        )
+        self.weights = weights
+        self.uplink = Uplink(self.layout, "float32", differences=False, max_update_norm=limit)
         self.total = Total.zero(self.grid, self.layout)
         self.sum, self.samples = np.zeros(size), 0
 
@@ -265,12 +260,12 @@ class Receiver:
     def _fold(self, message: Message, values: np.ndarray) -> str:
         samples = 1 + self.samples % 7
         marks = self.total.high.tobytes(), self.total.low.tobytes(), self.total.votes.tobytes()
-        reason = fold_update(self.total, self.broadcast, 0, message, samples, self.layout, self.config)
+        reason = self.uplink.fold(self.total, 0, message, samples, self.weights)
         trained = self.case.shape.trained
         exact = values.astype(np.float64)
         good = bool(np.isfinite(exact).all() and (np.abs(exact) <= self.grid.limit).all())
         if self.limit is not None and good:
-            away = exact[:trained] - self.broadcast.weights[:trained]
+            away = exact[:trained] - self.weights[:trained]
             good = float(np.sqrt(sum(x * x for x in away.tolist()))) <= self.limit
         if good != (reason is None):
             raise Violation(f"an update that is {'good' if good else 'bad'}: {reason}")

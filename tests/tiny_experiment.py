@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from algorithms import ServerState
 from cluster.configuration.config import Config, resolve
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 
 if TYPE_CHECKING:
     from tests.naive import NaiveFederation
@@ -119,16 +119,16 @@ def run_inline(config: Config, folder: Path) -> InlineRun:
     layout = federation.layout
     uploads: dict[tuple[int, int], tuple[Weights, Mask | None]] = {}
     host, states = engine._host, []
-    fold = host._fold
+    fold = host._uplink.fold
 
-    def recording_fold(broadcast: Any, client: int, received: Any, samples: int) -> Any:
+    def recording_fold(total: Any, client: int, received: Any, samples: int, base: Any) -> Any:
         values = layout.split(torch.from_numpy(received.values.copy()))
         support = received.support
         by_name = None if support is None else layout.split(torch.from_numpy(support.copy()), layout.prunable)
-        uploads[broadcast.instructions.round, client] = (values, by_name)
-        return fold(broadcast, client, received, samples)
+        uploads[host._round, client] = (values, by_name)
+        return fold(total, client, received, samples, base)
 
-    host._fold = recording_fold
+    host._uplink.fold = recording_fold
     driver = Driver(
         RunFolder.create(folder, config), federation, engine, should_stop=lambda: states.append(driver.state)
     )

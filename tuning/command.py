@@ -12,10 +12,10 @@ import optuna
 from cluster.actors.ray_session import connected
 from cluster.command_line.progress import shown
 from cluster.configuration.config import flatten
-from cluster.execution import TRACKING_DEADLINE_S, stop_on_signal
 from cluster.federation import Federation
 from cluster.records import tracking
 from cluster.records.outputs import benchmark_name, with_tracking
+from cluster.rounds.conduct import TRACKING_DEADLINE_S, stop_on_signal
 from tuning.coordinator import Coordinator
 from tuning.folder import StudyFolder
 from tuning.progress import StudyDisplay, announce, conclude

@@ -23,11 +23,11 @@ from cluster.actors.actor_pool import PlacementError
 from cluster.actors.ray_session import ClusterError, room
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, merge
-from cluster.driver import DivergedError
 from cluster.exchange import ClientError
 from cluster.execution import complete, run_or_resume
 from cluster.records.run_folder import BusyError, RunFolder
 from cluster.records.shared_storage import below
+from cluster.rounds.driver import DivergedError
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, collect
 from tuning.search import Cost, Search

@@ -14,11 +14,10 @@ import numpy as np
 from algorithms import Total
 from cluster.actors.placement import Bundle
 from cluster.clients.client import ClientHost
-from cluster.clients.local_training import Broadcast
-from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Broadcast, ClientReport, EvaluationChunk, Task, Workload
 from cluster.federation import prepare_arguments
 from cluster.references import UserError
-from cluster.workload.datasets import prepare
+from cluster.workload.preparing import prepare
 
 #: Seconds between two questions whether a dead actor is back.
 PROBE_EVERY_S = 0.5

@@ -11,8 +11,8 @@ import numpy as np
 
 from cluster.actors.actor_pool import ActorPool
 from cluster.actors.placement import CostModel
-from cluster.engine import Evaluated
 from cluster.exchange import EvaluationChunk
+from cluster.rounds.engine import Evaluated
 
 
 @dataclass(frozen=True)

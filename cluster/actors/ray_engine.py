@@ -12,9 +12,8 @@ from cluster.actors.placement import Bundle, CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
 from cluster.clients.client import ClientHost
-from cluster.clients.local_training import Broadcast
-from cluster.engine import Outcome
-from cluster.exchange import EvaluationChunk, Task, Workload
+from cluster.exchange import Broadcast, EvaluationChunk, Task, Workload
+from cluster.rounds.engine import Outcome
 
 
 class RayEngine:
@@ -59,7 +58,7 @@ class RayEngine:
         chunks: Sequence[EvaluationChunk],
         meanwhile: Callable[[], None],
     ) -> Outcome:
-        """See :class:`cluster.engine.Engine`."""
+        """See :class:`cluster.rounds.engine.Engine`."""
         started = time.perf_counter()
         self._rounds.start(broadcast, tasks, chunks)
         dispatched = time.perf_counter()

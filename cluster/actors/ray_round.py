@@ -21,9 +21,8 @@ from algorithms import Total
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.ray_calls import Call, Crew, Evaluation
-from cluster.clients.local_training import Broadcast
-from cluster.engine import Evaluated, Outcome
-from cluster.exchange import ClientError, ClientReport, EvaluationChunk, Task
+from cluster.exchange import Broadcast, ClientError, ClientReport, EvaluationChunk, Task
+from cluster.rounds.engine import Evaluated, Outcome
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2

@@ -24,7 +24,7 @@ from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
 from cluster.references import DataError, UserError
 from cluster.simulation.devices import Devices
-from cluster.workload.datasets import prepare
+from cluster.workload.preparing import prepare
 
 
 class ClusterError(UserError):

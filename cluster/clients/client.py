@@ -14,22 +14,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
-from algorithms import Grid, ParameterLayout, Total
-from algorithms.masks import target_count
-from cluster import seeding
-from cluster.clients.folding import fold_update
+from algorithms import Grid, Total
+from algorithms.core.masks import target_count
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
-from cluster.clients.local_training import Broadcast, LocalSettings, Trained, Trainer
+from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
-from cluster.configuration.config import Config
-from cluster.exchange import ClientError, ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Broadcast, ClientError, ClientReport, EvaluationChunk, Task, Workload
+from cluster.federation import build_model
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
-from cluster.transport import wire
-from cluster.workload import models
-from cluster.workload.datasets import Dataset, Split, open_dataset
+from cluster.transport.uplink import Uplink
+from cluster.workload.datasets import Split, open_dataset
 
 _logger = logging.getLogger("sparsyfed.client")
 
@@ -71,12 +67,13 @@ class ClientHost:
             config.cuda_graphs,
         )
         self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
-        self.shape = wire_shape(self._trainer.layout)
-        # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
-        self._received = np.empty(self.shape.size, np.float32)
-        self._uplink: ThreadPoolExecutor | None = None
-        if self._device.type == "cuda":
-            self._uplink = ThreadPoolExecutor(1, "uplink")
+        self._uplink = Uplink(
+            self._trainer.layout,
+            config.wire.uplink,
+            differences=self._method.uploads_differences,
+            max_update_norm=config.max_update_norm,
+        )
+        self._sending = ThreadPoolExecutor(1, "uplink") if self._device.type == "cuda" else None
         self._total: Total | None = None
         self._round = -1
         self._broadcast: Broadcast | None = None
@@ -91,14 +88,14 @@ class ClientHost:
             GpuError: The first client took more GPU memory than this host's share.
         """
         broadcast = self._start_round(broadcast)
-        if self._uplink is None:
+        if self._sending is None:
             return [self._send(broadcast, task, *self._train(broadcast, task)) for task in tasks]
         reports, sending = [], None
         for task in tasks:
             trained = self._train(broadcast, task)
             if sending is not None:  # the arrays of one more client are safe from the next one
                 reports.append(sending.result())
-            sending = self._uplink.submit(self._send, broadcast, task, *trained)
+            sending = self._sending.submit(self._send, broadcast, task, *trained)
         return reports if sending is None else [*reports, sending.result()]
 
     def collect(self, round_number: int) -> Total | None:
@@ -204,33 +201,28 @@ class ClientHost:
         stage = "encode"
         try:
             marks = [time.perf_counter()]
-            message = wire.encode(
-                trained.values,
-                trained.support,
-                self.shape,
-                held=broadcast.mask,
-                value_format=self.config.wire.uplink,
-            )
+            posted = self._uplink.encode(trained.values, trained.support, broadcast.mask)
             marks.append(time.perf_counter())
             stage = "decode"
-            received = wire.decode(message, self.shape, held=broadcast.mask, out=self._received)
+            received = self._uplink.decode(posted.message, broadcast.mask)
             marks.append(time.perf_counter())
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
             flops = float(trained.flops_sparse.sum()) if sparse else trained.flops_dense
-            visit_s = task.device.duration(task.downlink_bytes, flops, len(message))
+            visit_s = task.device.duration(task.downlink_bytes, flops, len(posted.message))
             late, here = visit_s > task.deadline, visit_s < task.fold_before
             refused = None
             if here and not late:
-                refused = self._fold(broadcast, task.client, received, trained.samples)
+                assert self._total is not None
+                refused = self._uplink.fold(
+                    self._total, task.client, received, trained.samples, broadcast.weights
+                )
             marks.append(time.perf_counter())
         except Exception as error:
             reason = self._skip(error, task.client, broadcast.instructions.round, stage)
             return self._failed(broadcast, task, reason)
         phases = (seconds, marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2])
-        prunable = self.shape.prunable
-        sent = prunable if trained.support is None else int(np.count_nonzero(trained.support))
         return ClientReport(
             client=task.client,
             samples=trained.samples,
@@ -238,9 +230,9 @@ class ClientHost:
             loss=trained.loss,
             seconds=sum(phases),
             phases=phases,
-            uplink_bytes=len(message),
-            uplink_nonzero_bytes=wire.nonzero_bytes(trained.values, self.shape),
-            upload_density=sent / prunable,
+            uplink_bytes=len(posted.message),
+            uplink_nonzero_bytes=posted.nonzero_bytes,
+            upload_density=posted.density,
             regrown_before_cut=trained.regrown_before_cut,
             regrown=trained.regrown,
             deactivated=trained.deactivated,
@@ -250,7 +242,7 @@ class ClientHost:
             visit_s=visit_s,
             late=late,
             folded=here and not late and refused is None,
-            message=None if here or late else message,
+            message=None if here or late else posted.message,
         )
 
     def _failed(self, broadcast: Broadcast, task: Task, reason: str) -> ClientReport:
@@ -271,37 +263,10 @@ class ClientHost:
         _logger.warning(failure, exc_info=True)
         return f"failed in {what}"
 
-    def _fold(self, broadcast: Broadcast, client: int, received: wire.Message, samples: int) -> str | None:
-        """Fold what crossed the wire; returns why it was refused, if it was."""
-        assert self._total is not None
-        layout = self._trainer.layout
-        return fold_update(self._total, broadcast, client, received, samples, layout, self.config)
-
 
 def _same(first: Broadcast, second: Broadcast) -> bool:
     """Whether two broadcasts are copies of one: arrays out of the object store share its memory."""
     return first.weights.ctypes.data == second.weights.ctypes.data and all(
         getattr(first, name) == getattr(second, name)
         for name in ("instructions", "lr", "limit", "samples", "period")
-    )
-
-
-def build_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The plain module with the common initialisation of the configured seed."""
-    return models.build(
-        config.model.name,
-        input_shape=dataset.image_shape,
-        classes=len(dataset.classes),
-        seed=seeding.integer(config.seed, "initialisation"),
-        **config.model.options,
-    )
-
-
-def wire_shape(layout: ParameterLayout) -> wire.Shape:
-    """What sender and receiver both know of the vector."""
-    return wire.Shape(
-        prunable=layout.prunable_size,
-        trained=layout.trained_size,
-        size=layout.size,
-        layers=tuple((entry.start, entry.stop) for entry in layout.trained),
     )

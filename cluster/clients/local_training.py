@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from algorithms import Algorithm, Client, Instructions, ParameterLayout, Visit
-from algorithms.layers import pruned_layers
-from algorithms.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
+from algorithms import Algorithm, Client, ParameterLayout, Visit
+from algorithms.core.layers import pruned_layers
+from algorithms.core.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
 from cluster import seeding
 from cluster.clients.passes import EagerPasses, GraphPasses, Passes, Precision, arithmetic
-from cluster.clients.transfers import ClientData, Staging, to_input
+from cluster.clients.transfers import ClientData, Staging
+from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops
 from cluster.workload.datasets import Split
+from cluster.workload.inputs import to_input
 
 #: Images of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
 #: On a CPU the activations of more do not stay in its cache: 256 at once take ResNet-18 a third longer.
@@ -39,31 +41,6 @@ class LocalSettings:
     proximal: float
     precision: Precision = "float32"
     cuda_graphs: bool = False
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """What every actor gets for one round: one object in the store, arrays read without copying.
-
-    Attributes:
-        weights: w_t as the clients decode it, float32[size].
-        exact: w_t as the server holds it, for evaluation; the same array unless the downlink is lossy.
-        mask: The mask both sides hold, bool[prunable], or None.
-        instructions: The method's instructions.
-        lr: Learning rate of the round.
-        limit: Largest magnitude an update may hold (see ``Grid``).
-        samples: Samples of the whole cohort.
-        period: Number of shifts of the data so far, which tells who holds what.
-    """
-
-    weights: np.ndarray
-    exact: np.ndarray
-    mask: np.ndarray | None
-    instructions: Instructions
-    lr: float
-    limit: float
-    samples: int
-    period: int = 0
 
 
 @dataclass

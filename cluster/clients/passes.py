@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from algorithms.layers import ActivationPruning
+from algorithms.core.layers import ActivationPruning
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 

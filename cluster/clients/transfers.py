@@ -5,7 +5,6 @@ On the CPU the same calls are plain gathers and views.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.workload.datasets import Split
+from cluster.workload.inputs import from_read_only, normalised, to_input
 
 #: Share of a GPU's free memory that a resident split may take; a larger one is sent client by client.
 RESIDENT_SHARE = 0.25
@@ -82,25 +82,6 @@ class Staging:
         if key not in self._pinned:
             self._pinned[key] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
         return self._pinned[key]
-
-
-def to_input(images: np.ndarray, device: torch.device) -> Tensor:
-    """Model input of stored images: uint8 pixels as (x / 255 - 0.5) / 0.5, floats as they are."""
-    return normalised(from_read_only(np.ascontiguousarray(images)).to(device))
-
-
-def normalised(stored: Tensor) -> Tensor:
-    """See :func:`to_input`."""
-    if stored.dtype == torch.uint8:
-        return stored.float().div_(255.0).sub_(0.5).div_(0.5)
-    return stored.float()
-
-
-def from_read_only(array: np.ndarray) -> Tensor:
-    """A tensor over an array from the object store or a memory map; it is only ever read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -17,10 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
-from algorithms.masks import cut_to_top_k, target_count
+from algorithms.core.masks import cut_to_top_k, target_count
 from cluster import seeding
-from cluster.clients.client import wire_shape
-from cluster.clients.transfers import to_input
 from cluster.command_line.progress import local_actors, place, shown
 from cluster.configuration.choices import own_class
 from cluster.configuration.config import Config
@@ -31,6 +29,7 @@ from cluster.references import is_file, is_folder
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
+from cluster.workload.inputs import to_input
 from cluster.workload.partition import CLIENTS_DRAWN, picture
 
 #: Widest terminal rendering of the partition that is still a picture and not a wall.
@@ -265,7 +264,7 @@ def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...],
 def _bytes(console: Console, federation: Federation) -> None:
     """Messages of the real encoder, on the initial weights."""
     config, layout = federation.config, federation.layout
-    method, shape = config.build_algorithm(), wire_shape(layout)
+    method, shape = config.build_algorithm(), wire.Shape.of(layout)
     initial = federation.initial_weights
     state = method.initial_state(initial, layout, seeding.generator(config.seed, "server"))
     weights = state.weights.numpy()
@@ -294,7 +293,7 @@ def _bytes(console: Console, federation: Federation) -> None:
 def _devices(console: Console, federation: Federation) -> None:
     """What each tier is like, and how long a visit with a dense model takes its median device."""
     config, devices = federation.config, Devices(federation.config)
-    dense = wire.dense_bytes(wire_shape(federation.layout))
+    dense = wire.dense_bytes(wire.Shape.of(federation.layout))
     flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
     profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
     _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")

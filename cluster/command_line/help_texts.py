@@ -66,8 +66,8 @@ def _choices_text() -> str:
     """Every preset, method, model, server optimizer and partition with its first line, for ``--help``."""
     from algorithms import SERVER_OPTIMIZERS, registry
     from cluster.configuration.config import PartitionSection
+    from cluster.configuration.profiles import PROFILES
     from cluster.configuration.trees import presets
-    from cluster.simulation.profiles import PROFILES
     from cluster.simulation.samplers import SAMPLERS
     from cluster.workload.models import MODELS
 

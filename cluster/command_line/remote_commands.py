@@ -12,7 +12,8 @@ from cluster.actors.ray_session import ClusterError, connection
 from cluster.actors.remote import driver_at, drivers, follow, how_to_come_back, progress_of
 from cluster.command_line.progress import RunDisplay, announce, conclude, duration, percent, shown
 from cluster.configuration.config import validate
-from cluster.execution import Result, RunGoesOn
+from cluster.execution import Result
+from cluster.rounds.conduct import RunGoesOn
 
 
 def status(console: Console, address: str) -> int:

@@ -40,7 +40,7 @@ from cluster.configuration.sections import (
 )
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
 from cluster.logins import problem
-from cluster.simulation.samplers import Sampler, build_sampler
+from cluster.references import load_reference
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
@@ -261,10 +261,11 @@ class Config(Section):
         )
         return optimizer
 
-    def build_sampler(self) -> Sampler:
+    def build_sampler(self) -> Any:
         """Who is asked to train."""
         self._may_build("sampler")
-        return build_sampler(self.sampler.name, self.sampler.options)
+        build = load_reference("sampler.name", "cluster.simulation.samplers:build_sampler", ChoiceError)
+        return build(self.sampler.name, self.sampler.options)
 
     def values(self, section: Literal["algorithm", "server"]) -> dict[str, Any]:
         """Every hyperparameter by name; of code that is not to be imported those that the section gives."""

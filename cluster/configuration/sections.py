@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.configuration.plain_yaml import as_text, as_value
+from cluster.configuration.profiles import PROFILES
 from cluster.references import UserError, in_home
-from cluster.simulation.profiles import PROFILES
 
 
 class Section(BaseModel):

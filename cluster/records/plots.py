@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from cluster.clients.client import wire_shape
 from cluster.federation import Federation
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
@@ -92,7 +91,7 @@ def population(federation: Federation, path: Path) -> None:
     config, devices = federation.config, Devices(federation.config)
     clients = np.arange(0, config.partition.clients, -(-config.partition.clients // _DEVICES_DRAWN))
     drawn, tiers = devices.of(clients), devices.tiers[clients]
-    dense = wire.dense_bytes(wire_shape(federation.layout))
+    dense = wire.dense_bytes(wire.Shape.of(federation.layout))
     flops = federation.flops.dense(round(float(federation.sizes.mean())) * config.local.epochs)
     compute = np.array([device.compute for device in drawn]) / 1e9
     downlink = np.array([device.downlink for device in drawn]) / 1e6

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from algorithms.masks import apportion
+from algorithms.core.masks import apportion
 from cluster.configuration.choices import ChoiceError
 from cluster.references import UserError, did_you_mean, load_reference
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from algorithms import ParameterLayout
+
 ValueFormat = Literal["float32", "float16", "bfloat16", "int8"]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -45,6 +47,12 @@ class Shape:
     trained: int
     size: int
     layers: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, layout: ParameterLayout) -> Shape:
+        """The shape of a model's vector."""
+        layers = tuple((entry.start, entry.stop) for entry in layout.trained)
+        return cls(layout.prunable_size, layout.trained_size, layout.size, layers)
 
     def __post_init__(self) -> None:
         if not 0 <= self.prunable <= self.trained <= self.size < 2**31:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from algorithms import Algorithm, Grid, Instructions, ServerOptimizer, ServerState, Total
-from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import LocalSettings, Trainer
+from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
 
 

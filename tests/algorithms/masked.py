@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from algorithms import Algorithm, Grid, ServerOptimizer, ServerState, Total
 from cluster import seeding
-from cluster.clients.local_training import Broadcast, LocalSettings, Trained, Trainer
+from cluster.clients.local_training import LocalSettings, Trained, Trainer
+from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
 from tests.naive import NaiveFederation, NaiveVisit
 from tests.tiny_experiment import Mask, Weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from algorithms.core.server_optimizers import ServerOptimizer
 from algorithms.fedavg import FedAvg
-from algorithms.server_optimizers import ServerOptimizer
 from tests.algorithms.by_hand import one_round
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_same, run_inline, tiny_federation

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms import Entry
-from algorithms.masks import (
+from algorithms.core.masks import (
     apportion,
     density_shares,
     exchangeable,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from algorithms import ParameterLayout
-from algorithms.layers import spectral_exponent
+from algorithms.core.layers import spectral_exponent
 from algorithms.sparsyfed import SparsyFed
 from tests.algorithms.by_hand import one_round
 from tests.naive import NaiveFederation

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.masks import cut_to_top_k
+from algorithms.core.masks import cut_to_top_k
 from algorithms.topk import TopK
 from cluster.simulation.devices import Devices
 from tests.algorithms.by_hand import one_round

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from algorithms import Grid, Instructions, ParameterLayout, ServerState, Total, Visit
-from algorithms.layers import pruned_layers
-from algorithms.server_optimizers import ServerOptimizer
+from algorithms.core.layers import pruned_layers
+from algorithms.core.server_optimizers import ServerOptimizer
 from algorithms.zerofl import ZeroFL, ZeroFLClient
 
 UPLOADS = ("top_k_weights", "diff_on_top_k_weights", "top_k_weights_diff")

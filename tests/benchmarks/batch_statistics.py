@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cluster.clients.transfers import to_input
 from cluster.compare.reading import find_folders
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.workload.datasets import Split
+from cluster.workload.inputs import to_input
 
 CPU = torch.device("cpu")
 

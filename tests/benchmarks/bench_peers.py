@@ -14,9 +14,9 @@ from pathlib import Path
 
 import cluster
 from cluster.actors.ray_session import ray_engine
-from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
 from tests.benchmarks.bench_round import bench_cluster
 from tests.benchmarks.peers import workload
 from tests.benchmarks.report import Figure

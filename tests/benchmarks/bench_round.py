@@ -28,9 +28,9 @@ from torch.nn import functional as F
 import cluster
 from cluster.actors.ray_session import connection, private_cluster, ray_engine
 from cluster.command_line.profile import phases
-from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
 from cluster.workload import models
 from tests.benchmarks.report import Figure
 

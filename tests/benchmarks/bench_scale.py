@@ -32,10 +32,10 @@ from torch.nn import functional as F
 import cluster
 from algorithms import Grid, Total
 from cluster.actors.ray_session import ray_engine
-from cluster.driver import Driver
-from cluster.engine import Engine, InlineEngine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import Engine, InlineEngine
 from cluster.workload import models
 from cluster.workload.datasets import open_dataset
 

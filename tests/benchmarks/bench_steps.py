@@ -22,7 +22,8 @@ from algorithms import Algorithm, Client, Instructions
 from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
 from algorithms.zerofl import ZeroFL
-from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import LocalSettings, Trainer
+from cluster.exchange import Broadcast
 from cluster.workload import models
 from cluster.workload.datasets import Split
 from tests.benchmarks.report import Figure

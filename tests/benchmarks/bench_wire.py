@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from algorithms import Grid, ParameterLayout, Total
-from algorithms.masks import cut_to_top_k, target_count
-from cluster.clients.client import wire_shape
+from algorithms.core.masks import cut_to_top_k, target_count
 from cluster.transport.wire import Message, Shape, decode, dense_bytes, describe, encode
 from cluster.workload import models
 from tests.benchmarks.report import Figure
@@ -44,7 +43,7 @@ def _updates(name: str, count: int) -> list[Figure]:
     """What one update of 11 million weights at 95 % costs, and adding up ``count`` of them."""
     model = models.build("resnet18", input_shape=(3, 32, 32), classes=10, seed=0)
     layout = ParameterLayout.of(model)
-    shape, keep = wire_shape(layout), target_count(layout.prunable_size, 0.95)
+    shape, keep = Shape.of(layout), target_count(layout.prunable_size, 0.95)
     weights = layout.flatten(model)
     copies = iter([weights.clone() for _ in range(3)])
     cut_ms = _fastest(lambda: cut_to_top_k(next(copies)[: layout.prunable_size], keep), 3)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.clients import client as client_module
 from cluster.transport import downlink as downlink_module
+from cluster.transport import uplink as uplink_module
 from cluster.transport import wire
 
 
@@ -32,7 +32,7 @@ class Recorded:
 @pytest.fixture
 def uplink(monkeypatch):
     recorded = Recorded()
-    monkeypatch.setattr(client_module, "wire", recorded)
+    monkeypatch.setattr(uplink_module, "wire", recorded)
     return recorded
 
 

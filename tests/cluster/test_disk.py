@@ -118,7 +118,7 @@ class Stop(Exception):
 
 
 def fails_in_its_first_round(monkeypatch):
-    from cluster.driver import Driver
+    from cluster.rounds.driver import Driver
 
     def run(self):
         raise Stop("what really failed")

@@ -11,9 +11,9 @@ from cluster.actors.ray_session import ClusterError
 from cluster.cli import main
 from cluster.configuration.config import resolve
 from cluster.configuration.trees import ConfigError
-from cluster.driver import DivergedError
 from cluster.grid import expand, run_grid, shares_of, table
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.rounds.driver import DivergedError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import cluster
-from cluster.driver import DivergedError, Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import DivergedError, Driver
+from cluster.rounds.engine import InlineEngine
 from tests.cluster.observed import flat_upload
 from tests.tiny_experiment import run_inline, tiny_federation
 
@@ -56,12 +56,9 @@ def test_only_rounds_in_a_row_count(cache, tmp_path):
     config = tiny_federation(cache, rounds=6)
     federation = Federation.of(config)
     engine = InlineEngine(federation.workload())
-    fold = engine._host._fold
-
-    def refusing(broadcast, client, received, samples):
-        return fold(broadcast, client, received, samples) if broadcast.instructions.round == 3 else "planted"
-
-    engine._host._fold = refusing
+    host = engine._host
+    fold = host._uplink.fold
+    host._uplink.fold = lambda *update: fold(*update) if host._round == 3 else "planted"
     driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)
     with pytest.raises(DivergedError, match="last in round 6"):
         driver.run()

@@ -12,7 +12,8 @@ from algorithms import Grid, Instructions
 from algorithms.sparsyfed import SparsyFed, SparsyFedClient
 from algorithms.zerofl import ZeroFL, ZeroFLClient
 from cluster import seeding
-from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import LocalSettings, Trainer
+from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
 
 TRACES = Path(__file__).parent / "traces"

@@ -20,7 +20,6 @@ import numpy as np
 
 import cluster
 from cluster.configuration.config import Config, resolve, validate
-from cluster.driver import ReplayError
 from cluster.execution import complete, run_or_resume
 from cluster.federation import prepare_arguments
 from cluster.records.checkpoint import (
@@ -31,7 +30,9 @@ from cluster.records.checkpoint import (
     write_atomically,
 )
 from cluster.records.run_folder import RunFolder
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.rounds.driver import ReplayError
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.benchmarks.gpu.report import METHODS, key_of_run
 from tests.benchmarks.gpu.speed import RESNET, key_of
 from tests.benchmarks.gpu.worker import Context, Found, Item, LeftOut

@@ -25,8 +25,9 @@ from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
 from algorithms.topk import TopK
 from algorithms.zerofl import ZeroFL
-from cluster.clients.local_training import Broadcast, LocalSettings, Trainer
+from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.clients.passes import set_up_cuda
+from cluster.exchange import Broadcast
 from cluster.workload import models
 from cluster.workload.datasets import Split
 from tests.benchmarks.gpu.worker import Context, Found, Item, LeftOut

@@ -19,9 +19,9 @@ import cluster
 from cluster.actors import ray_round
 from cluster.actors.ray_session import ray_engine
 from cluster.clients.client import ClientHost
-from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
 from cluster.simulation.devices import Devices
 from tests.cluster.actors.three_nodes import add, assert_same_run, config, inline
 

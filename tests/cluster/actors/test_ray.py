@@ -14,9 +14,9 @@ from cluster.actors.actor_pool import PlacementError
 from cluster.actors.placement import ActorKind, Bundle
 from cluster.actors.ray_engine import RayEngine
 from cluster.actors.ray_session import ClusterError, ray_engine
-from cluster.driver import Driver
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.rounds.driver import Driver
 
 # A ResNet-18 of full width (11.2 million weights, BatchNorm) and clients of very unequal sizes: sums of this
 # many terms differ in the last bit somewhere if they are grouped differently.

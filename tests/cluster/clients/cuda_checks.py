@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from algorithms import registry
-from algorithms.layers import ActivationPruning
+from algorithms.core.layers import ActivationPruning
 from cluster.clients.gpu import CONTEXT_BYTES, GpuError, GpuMemory
 from cluster.clients.local_training import Trained
 from cluster.clients.passes import set_up_cuda
 from cluster.clients.transfers import Staging
 from cluster.configuration.config import Config
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from cluster.workload import models
 from tests.cluster.clients.tiny_visits import METHODS, play, trainer_of
 from tests.tiny_experiment import tiny_federation
@@ -168,7 +168,7 @@ def overlapped_uploads_change_nothing(device: torch.device, folder: Path) -> str
     for name in ("overlapped", "one-by-one", "again"):
         driver = _driver(config, folder / name)
         if name == "one-by-one":
-            driver.engine._host._uplink = None
+            driver.engine._host._sending = None
         driver.run()
         ends.append(driver.state.weights.numpy())
     return _same_bits(ends[0], ends[1], ends[2])

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 import cluster
-from cluster.clients.client import ClientHost
 from cluster.clients.local_training import Trainer
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.exchange import ClientError, ClientReport
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
+from cluster.transport.uplink import Uplink
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -52,14 +52,14 @@ def test_a_skipped_client_is_named_and_the_round_is_that_of_the_others(
     assert last["clients/refused_list"] == [[2, "failed in stage train: ValueError: planted failure"]]
     monkeypatch.undo()
     # The same weights as where the server refuses this client's update.
-    fold = ClientHost._fold
+    fold, folded = Uplink.fold, []
 
-    def refuse(self, broadcast, client, received, samples):
-        if (broadcast.instructions.round, client) == (2, 2):
-            return "refused"
-        return fold(self, broadcast, client, received, samples)
+    def refuse(self, total, client, *others):
+        folded.append(client)
+        # Every client is asked each round.
+        return "refused" if client == folded.count(client) == 2 else fold(self, total, client, *others)
 
-    monkeypatch.setattr(ClientHost, "_fold", refuse)
+    monkeypatch.setattr(Uplink, "fold", refuse)
     cluster.run(config(), tmp_path / "refused")
     models = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("skipped", "refused")]
     assert models[0] == models[1]

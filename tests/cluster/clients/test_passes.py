@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from algorithms.core.layers import ActivationPruning, prune_inputs
 from algorithms.fedavg import FedAvg
-from algorithms.layers import ActivationPruning, prune_inputs
 from cluster.clients.client import _same
 from cluster.clients.local_training import Trained
 from cluster.clients.passes import WARM_UP

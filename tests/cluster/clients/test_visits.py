@@ -7,10 +7,10 @@ import torch
 
 import algorithms
 from algorithms import Client, Visit
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from tests.tiny_experiment import tiny_federation
 
 

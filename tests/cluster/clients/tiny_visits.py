@@ -17,8 +17,9 @@ from algorithms.fixed_mask import FixedMask
 from algorithms.sparsyfed import SparsyFed
 from algorithms.topk import TopK
 from algorithms.zerofl import ZeroFL
-from cluster.clients.local_training import Broadcast, LocalSettings, Trained, Trainer
+from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import GraphPasses
+from cluster.exchange import Broadcast
 from cluster.workload import models
 from cluster.workload.datasets import Split
 from tests.tiny_experiment import tiny_images

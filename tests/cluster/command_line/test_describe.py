@@ -7,7 +7,6 @@ import pytest
 
 from algorithms import hyperparameters, registry
 from cluster.cli import main
-from cluster.clients.client import wire_shape
 from cluster.command_line.describe import method_named
 from cluster.configuration.config import resolve
 from cluster.federation import Federation
@@ -100,7 +99,7 @@ def test_the_bytes_are_those_of_the_encoder(capsys: pytest.CaptureFixture[str]) 
     # mlp on 64 pixels: 64*200 + 200 + 200*10 + 10 = 15,010 floats.
     federation = Federation.of(resolve(None, words))
     assert federation.layout.size == 15_010
-    assert wire.dense_bytes(wire_shape(federation.layout)) == 60_040
+    assert wire.dense_bytes(wire.Shape.of(federation.layout)) == 60_040
     rows = {row.split("  ")[0].strip(): row.split() for row in text.splitlines()}
     assert rows["dense float32 model"][-5:] == ["0.060", "MB", "0.60", "MB", "1.0x"]
     # Dense values as float16 take half: 30,020 bytes and a header.

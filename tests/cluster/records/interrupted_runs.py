@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from tests.tiny_experiment import tiny_federation
 
 ROUNDS = 5

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 import cluster
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from tests.cluster.observed import accuracy
 from tests.tiny_experiment import tiny_federation
 

@@ -186,7 +186,7 @@ KILL = """
 import os, signal, sys, time
 from pathlib import Path
 from cluster import execution
-from cluster.driver import Driver
+from cluster.rounds.driver import Driver
 from cluster.records.run_folder import RunFolder
 
 def die(*_, **__):

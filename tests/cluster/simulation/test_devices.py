@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import cluster
+from cluster.configuration.profiles import PROFILES
 from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import DeviceError, Devices, Trace
-from cluster.simulation.profiles import PROFILES
 from tests.tiny_experiment import tiny_federation
 
 TIERS = [

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.transport.holders import Holders
+from cluster.transport.downlink import Holders
 
 COHORTS = st.lists(st.tuples(st.sets(st.integers(0, 20)), st.booleans()), max_size=12)
 

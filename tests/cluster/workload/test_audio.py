@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cluster.workload import audio
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workloads import WORDS, speech_commands, tone, wav, write
 
 

@@ -12,7 +12,8 @@ import pytest
 import xxhash
 
 from cluster.workload import cache
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import encoded, pictures, write_dataset, write_split
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import pictures
 
 ROOT = Path(__file__).parents[3]

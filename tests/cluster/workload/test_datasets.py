@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.workload.datasets import DataError, hold_out, open_dataset, prepare
+from cluster.workload.datasets import DataError, hold_out, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import (
     encoded,
     fresh_process,

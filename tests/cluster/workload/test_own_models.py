@@ -8,7 +8,7 @@ from torch import nn
 
 import cluster
 from algorithms import ParameterLayout
-from algorithms.parameters import prunable_layers
+from algorithms.core.parameters import prunable_layers
 from cluster.federation import Federation
 from cluster.flops import LayerFlops
 from cluster.workload.models import ModelError, check_model

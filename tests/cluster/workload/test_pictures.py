@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import encoded, pictures, write_split
 
 COLOUR = np.full((4, 4, 3), (204, 0, 51), np.uint8)  # in PIL's default palette

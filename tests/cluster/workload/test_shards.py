@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.workload.datasets import DataError, open_dataset, prepare
+from cluster.workload.datasets import DataError, open_dataset
+from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import encoded, pictures
 
 

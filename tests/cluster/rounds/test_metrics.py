@@ -6,7 +6,7 @@ from torch import nn
 
 from algorithms import Grid, ParameterLayout, Total
 from cluster.exchange import ClientReport, EvaluationChunk
-from cluster.metrics import Downlink, evaluation_metrics, round_metrics
+from cluster.rounds.metrics import Downlink, evaluation_metrics, round_metrics
 
 # Two layers of 4 and 2 prunable weights; 3 biases.
 LAYOUT = ParameterLayout.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms.aggregation import Total
-from algorithms.masks import cut_to_top_k, target_count
-from algorithms.parameters import ParameterLayout
-from algorithms.server_optimizers import ServerOptimizer
+from algorithms.core.aggregation import Total
+from algorithms.core.masks import cut_to_top_k, target_count
+from algorithms.core.parameters import ParameterLayout
+from algorithms.core.server_optimizers import ServerOptimizer
 
 # --------------------------------------------------------------------------------------------- the server
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from cluster.driver import DivergedError, Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.driver import DivergedError, Driver
+from cluster.rounds.engine import InlineEngine
 from cluster.simulation.devices import Devices
 from tests.tiny_experiment import run_inline, tiny_federation
 
@@ -23,7 +23,7 @@ def these(clients=()):
 
 def only(clients):
     return {
-        "name": "tests.cluster.simulation.test_schedule:these",
+        "name": "tests.cluster.rounds.test_schedule:these",
         "clients": [int(client) for client in clients],
     }
 

@@ -17,15 +17,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from algorithms import ParameterLayout, ServerState
-from algorithms.masks import intersection_over_union
+from algorithms import Algorithm, ParameterLayout, ServerState
+from algorithms.core.masks import intersection_over_union
 from cluster import seeding
-from cluster.clients.client_evaluation import ClientEvaluation
 from cluster.configuration.config import code_digest
-from cluster.engine import Engine, Outcome
 from cluster.exchange import ClientError, ClientReport, EvaluationChunk
 from cluster.federation import Federation
-from cluster.metrics import Downlink, evaluation_metrics, round_metrics
 from cluster.records.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -37,9 +34,14 @@ from cluster.records.checkpoint import (
 from cluster.records.resuming import RULES, outdated, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.references import UserError
-from cluster.simulation.schedule import Snapshot, make_schedule
+from cluster.rounds.buffered import Buffered
+from cluster.rounds.client_evaluation import ClientEvaluation
+from cluster.rounds.engine import Engine, Outcome
+from cluster.rounds.metrics import Downlink, evaluation_metrics, round_metrics
+from cluster.rounds.schedule import Schedule, Snapshot
+from cluster.rounds.synchronous import Synchronous
 from cluster.simulation.shift import shift_metrics
-from cluster.transport.holders import Holders
+from cluster.transport.downlink import Holders
 
 #: Rounds in a row in which every update was refused, or every client failed, after which a run ends.
 REFUSED_ROUNDS_LIMIT = 3
@@ -393,3 +395,9 @@ class Driver:
 
 def _reasons(refused: Iterable[tuple[int, str]]) -> str:
     return "; ".join(f"client {client}: {reason}" for client, reason in refused)
+
+
+def make_schedule(federation: Federation, engine: Engine, method: Algorithm) -> Schedule:
+    """The configured schedule."""
+    kinds = {"synchronous": Synchronous, "buffered": Buffered}
+    return kinds[federation.config.schedule.name](federation, engine, method)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.clients.client_evaluation import ClientEvaluation, _spread
 from cluster.clients.local_training import Trainer, to_input
 from cluster.configuration.trees import ConfigError
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.exchange import ClientError, EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.rounds.client_evaluation import ClientEvaluation, _spread
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

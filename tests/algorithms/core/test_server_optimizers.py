@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from algorithms import SERVER_OPTIMIZERS
-from algorithms.server_optimizers import FedAdagrad, FedAdam, FedYogi, ServerOptimizer
+from algorithms.core.server_optimizers import FedAdagrad, FedAdam, FedYogi, ServerOptimizer
 
 W = torch.tensor([1.0, -2.0])
 MEAN = torch.tensor([1.5, -2.25])  # Delta = (0.5, -0.25)

@@ -15,8 +15,7 @@ import numpy as np
 
 from algorithms import Total
 from cluster.clients.client import ClientHost
-from cluster.clients.local_training import Broadcast
-from cluster.exchange import ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Broadcast, ClientReport, EvaluationChunk, Task, Workload
 
 Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
 

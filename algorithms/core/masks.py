@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.parameters import Entry
+from algorithms.core.parameters import Entry
 
 
 def target_count(size: int, sparsity: float) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from algorithms.masks import cut_to_top_k, drop_below, kth_largest, nonzero_mask
-from algorithms.parameters import prunable_layers
+from algorithms.core.masks import cut_to_top_k, drop_below, kth_largest, nonzero_mask
+from algorithms.core.parameters import prunable_layers
 
 #: In floats 0.07 * 100 is 7.000000000000001, whose ceiling would keep one too many.
 _JUST_BELOW_ONE = 1.0 - 2.0**-50

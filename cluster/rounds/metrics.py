@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from algorithms import ParameterLayout, Total
-from algorithms.masks import consensus, intersection_over_union
+from algorithms.core.masks import consensus, intersection_over_union
 from cluster.exchange import ClientReport, EvaluationChunk
 from cluster.records.run_folder import finite
 

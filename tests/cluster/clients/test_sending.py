@@ -11,6 +11,7 @@ from cluster.clients.local_training import Trainer
 from cluster.clients.transfers import Staging
 from cluster.exchange import ClientError
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.transport import wire
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -28,12 +29,12 @@ def overlapped(monkeypatch):
         array[...] = tensor.numpy()
         return array
 
-    class Uplink(ThreadPoolExecutor):
+    class Recorded(ThreadPoolExecutor):
         def submit(self, *work):
             threads.append(work)
             return super().submit(*work)
 
-    build, encode = client.ClientHost.__init__, client.wire.encode
+    build, encode = client.ClientHost.__init__, wire.encode
 
     def slow(*arguments, **options):
         time.sleep(0.1)  # long enough for the next client to be trained
@@ -41,9 +42,9 @@ def overlapped(monkeypatch):
 
     def with_uplink(self, workload, gpus=None):
         build(self, workload, gpus)
-        self._uplink = Uplink(1)
+        self._sending = Recorded(1)
 
-    monkeypatch.setattr(client.wire, "encode", slow)
+    monkeypatch.setattr(wire, "encode", slow)
     monkeypatch.setattr(Staging, "fetch", fetch)
     monkeypatch.setattr(client.ClientHost, "__init__", with_uplink)
     return threads
@@ -66,14 +67,14 @@ def test_what_is_sent_while_the_next_client_trains_is_the_same(tmp_path, request
 
 
 def test_what_fails_on_the_way_is_named(tmp_path, overlapped, monkeypatch):
-    encode = client.wire.encode
+    encode = wire.encode
 
     def fail(*arguments, **options):
         if len(overlapped) == 2:
             raise ValueError("planted failure")
         return encode(*arguments, **options)
 
-    monkeypatch.setattr(client.wire, "encode", fail)
+    monkeypatch.setattr(wire, "encode", fail)
     with pytest.raises(ClientError, match="failed in round 1, stage encode: ValueError: planted failure"):
         cluster.run(tiny_federation(tmp_path, cohort=6), tmp_path / "run")
 

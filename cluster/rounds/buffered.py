@@ -16,14 +16,12 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, ServerState, Total
 from cluster import seeding
-from cluster.clients.folding import fold_update
-from cluster.engine import Engine, Outcome
 from cluster.exchange import ClientReport, EvaluationChunk, Task
 from cluster.federation import Federation
+from cluster.rounds.engine import Engine, Outcome
+from cluster.rounds.schedule import IDLE_S, Round, Schedule, Snapshot
 from cluster.simulation.clock import Clock
 from cluster.simulation.samplers import SamplerError
-from cluster.simulation.schedule import IDLE_S, Round, Schedule, Snapshot
-from cluster.transport import wire
 from cluster.transport.downlink import Parcel
 
 #: Weights of updates are whole numbers of this share of a sample, so that totals stay exact.
@@ -279,10 +277,8 @@ class _Step:
             late, refused = self._too_old(flight), report.refused
             if not late and report.message is not None:
                 base = schedule._parcels[flight.version]
-                broadcast = schedule.broadcast(base, schedule.instruct(base.state), report.samples)
-                message = wire.decode(report.message, schedule.shape, held=broadcast.mask)
-                refused = fold_update(
-                    total, broadcast, report.client, message, weight, layout, schedule.config
+                refused = schedule.uplink.take(
+                    total, report.client, report.message, weight, base.received, base.mask
                 )
                 if refused is None and not schedule.method.uploads_differences:
                     moved = self._moved_since(base.state.weights)

@@ -10,15 +10,14 @@ from torch.nn import functional as F
 
 import cluster
 from algorithms.topk import TopKClient
-from cluster import driver as driver_module
-from cluster.clients.client import wire_shape
 from cluster.configuration.config import resolve
-from cluster.driver import Driver
-from cluster.engine import InlineEngine
 from cluster.federation import Federation
 from cluster.records import outputs
 from cluster.records.checkpoint import list_rounds
 from cluster.records.run_folder import RunFolder, comparable
+from cluster.rounds import driver as driver_module
+from cluster.rounds.driver import Driver
+from cluster.rounds.engine import InlineEngine
 from cluster.transport import wire
 from tests.cluster.observed import accuracy, flat_upload, support
 from tests.tiny_experiment import run_inline, tiny_federation
@@ -168,7 +167,7 @@ def test_a_client_is_sent_a_mask_once(cache, tmp_path):
     """Both sides hold the mask: a client met again gets values alone, and a new one all of it."""
     config = tiny_federation(cache, rounds=4, algorithm={"name": "fixed_mask", "sparsity": 0.8}, cohort=2)
     run = run_inline(config, tmp_path / "run")
-    shape, met, again = wire_shape(run.driver.layout), set(), 0
+    shape, met, again = wire.Shape.of(run.driver.layout), set(), 0
     for round_number, line in enumerate(run.lines, 1):
         state = run.states[round_number - 1]
         weights, mask = state.weights.numpy(), state.mask.numpy()
@@ -325,7 +324,7 @@ def test_a_lossy_downlink_is_what_clients_train_from(cache, tmp_path, value_form
     engine.run = recording
     driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)
     driver.run()
-    shape = wire_shape(driver.layout)
+    shape = wire.Shape.of(driver.layout)
     assert len(broadcasts) == 3  # two rounds, and the evaluation of the last
     for broadcast in broadcasts:
         kept = broadcast.exact[: shape.prunable] != 0

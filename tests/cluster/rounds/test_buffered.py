@@ -12,12 +12,12 @@ from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder, comparable
-from cluster.simulation import buffered
+from cluster.rounds import buffered
 from cluster.simulation.devices import Devices
 from cluster.simulation.samplers import SamplerError
 from cluster.transport import wire
 from tests.cluster.records.interrupted_runs import assert_same_run, drive
-from tests.cluster.simulation.test_schedule import INSTANT, assert_same_model, only, recorded, two_kinds
+from tests.cluster.rounds.test_schedule import INSTANT, assert_same_model, only, recorded, two_kinds
 from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -40,7 +40,7 @@ def by_hand(cache, **overrides):
     config = asynchronous(cache, **settings)
     fast, slow = (np.flatnonzero(Devices(config).tiers == index).tolist() for index in (0, 1))
     order = [fast[0], slow[0], fast[1], fast[2], slow[1], fast[0], slow[2]]
-    sampler = {"name": "tests.cluster.simulation.test_buffered:in_turn", "clients": order}
+    sampler = {"name": "tests.cluster.rounds.test_buffered:in_turn", "clients": order}
     return asynchronous(cache, **settings, sampler=sampler), order
 
 
@@ -95,7 +95,7 @@ def test_what_a_step_adds_up_to(cache, tmp_path):
 def test_without_staleness_it_is_the_synchronous_round_bit_for_bit(cache, tmp_path):
     even = {"tiers": {"a": {"share": 1.0, "latency": 1.0, **INSTANT}}}
     settings = {"rounds": 1, "devices": even, "algorithm": {"name": "topk", "sparsity": 0.8}}
-    sampler = {"name": "tests.cluster.simulation.test_buffered:in_turn", "clients": [4, 0, 5, 1, 2, 3]}
+    sampler = {"name": "tests.cluster.rounds.test_buffered:in_turn", "clients": [4, 0, 5, 1, 2, 3]}
     config = asynchronous(cache, buffer=3, concurrency=3, **settings, sampler=sampler)
     step = run_inline(config, tmp_path / "buffered")
     together = tiny_federation(cache, **settings, cohort=3, sampler=only([0, 4, 5]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.layers import (
+from algorithms.core.layers import (
     ActivationPruning,
     Powerpropagation,
     inverse_power,

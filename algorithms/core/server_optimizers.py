@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from algorithms.hyperparameters import hyperparameter
+from algorithms.core.hyperparameters import hyperparameter
 
 Moments = tuple[Tensor, ...]
 

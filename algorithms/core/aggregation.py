@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from algorithms.parameters import ParameterLayout
+from algorithms.core.parameters import ParameterLayout
 
 #: An update may hold values up to this many times the largest magnitude of the global model. Beyond it a
 #: client has diverged, and its update is refused like a non-finite one.

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.masks import (
+from algorithms.core.masks import (
     ceiling_count,
     consensus,
     cut_globally,
@@ -21,7 +21,7 @@ from algorithms.masks import (
     target_count,
     top_k_mask,
 )
-from algorithms.parameters import Entry
+from algorithms.core.parameters import Entry
 
 # Few distinct values, so that ties are the rule.
 TIED = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0, 3.0]), min_size=1, max_size=40)

@@ -1,0 +1,1 @@
+"""The machinery that methods share: the contract, the flat vector, totals, masks, layers."""

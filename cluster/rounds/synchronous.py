@@ -1,0 +1,99 @@
+"""Synchronous rounds of one cohort: over-selection and a deadline leave out who comes too late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from algorithms import Grid, ServerState, Total
+from cluster import seeding
+from cluster.exchange import Broadcast, EvaluationChunk
+from cluster.rounds.engine import Outcome
+from cluster.rounds.schedule import IDLE_S, Round, Schedule
+from cluster.simulation.clock import first_arrivals
+
+
+class Synchronous(Schedule):
+    """Rounds of one cohort: over-selection and a deadline leave out who comes too late.
+
+    Of ``over_selection`` x cohort clients that are asked, the first cohort updates count. A device that is
+    not available is not reached, one that drops out downloads the model and never answers, and one that
+    cannot make the deadline even with an empty upload is not troubled at all. The round is over when the
+    cohort is complete or nobody is left to wait for, else at the deadline; without one the server learns who
+    is gone.
+
+    Who is among the first is known when all are trained. What an actor can tell by itself it folds at once:
+    an update that comes before all but ``cohort`` clients possibly can. The few others travel to the driver.
+    """
+
+    def round(
+        self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]
+    ) -> Round:
+        """See :class:`Schedule`."""
+        section, started = self.config.schedule, self.clock.now
+        instructions = self.instruct(state)
+        number, wanted = instructions.round, instructions.cohort or self.config.cohort
+        rng = seeding.generator(self.config.seed, "cohort", number)
+        asked = self.draw(math.ceil(wanted * section.over_selection - 1e-9), number, rng)
+        reached = asked[self.devices.available(asked, started)]
+        parcel = self.sender.parcel(state)
+        tasks, bounds = self.tasks(reached, parcel, instructions)
+        deadline = math.inf if section.deadline is None else section.deadline
+        punctual = bounds <= deadline
+        sent = [task for task, may in zip(tasks, punctual, strict=True) if may]
+        clients = np.array([task.client for task in sent], np.int64)
+        self.sender.deliver(clients, parcel)
+        gone = self.devices.drop_outs(clients, number)
+        bounds = np.sort(bounds[punctual][~gone])
+        fold_before = float(bounds[wanted]) if len(bounds) > wanted else math.inf
+        playing = [
+            replace(task, deadline=deadline, fold_before=fold_before)
+            for task, lost in zip(sent, gone, strict=True)
+            if not lost
+        ]
+        samples = int(self.sizes(number)[clients[~gone]].sum())
+        broadcast = self.broadcast(parcel, instructions, samples)
+        prepared = time.perf_counter()
+        outcome = self.engine.run(broadcast, playing, chunks, meanwhile)
+        arrivals = {r.client: r.visit_s for r in outcome.reports if r.visit_s < math.inf}
+        first = first_arrivals(((s, client) for client, s in arrivals.items()), wanted, deadline)
+        self._settle(outcome, broadcast, set(first))
+        self.clock.now = started + self._length(first, arrivals, wanted, len(sent))
+        metrics = {
+            "time/simulated_s": self.clock.now,
+            "time/round_simulated_s": self.clock.now - started,
+            "clients/unavailable": len(asked) - len(reached),
+            "clients/stragglers": len(reached) - len(sent),
+            "clients/dropped": int(gone.sum()),
+            "clients/late": len(arrivals) - len(first),
+        }
+        return Round(outcome, self.downlink(sent, parcel), metrics, prepared)
+
+    def _settle(self, outcome: Outcome, broadcast: Broadcast, first: set[int]) -> None:
+        """Fold what actors left to decide; the rest of it is late."""
+        total, layout = outcome.total, self.federation.layout
+        for place, report in enumerate(outcome.reports):
+            if report.client not in first:
+                report = replace(report, late=report.refused is None, message=None)
+            elif report.message is not None:
+                total = total or Total.zero(
+                    Grid(broadcast.limit, broadcast.samples), layout, masked=self.method.masked
+                )
+                refused = self.uplink.take(
+                    total, report.client, report.message, report.samples, broadcast.weights, broadcast.mask
+                )
+                report = replace(report, refused=refused, message=None)
+            outcome.reports[place] = report
+        outcome.total = total if any(report.accepted for report in outcome.reports) else None
+
+    def _length(self, first: list[int], arrivals: dict[int, float], wanted: int, sent: int) -> float:
+        """Seconds until the server has no reason to wait any longer."""
+        if first and len(first) in (wanted, sent):
+            return arrivals[first[-1]]
+        if self.config.schedule.deadline is not None:
+            return self.config.schedule.deadline
+        return arrivals[first[-1]] if first else IDLE_S

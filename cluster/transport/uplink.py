@@ -1,0 +1,110 @@
+"""What clients send: an update as real bytes, decoded again, then folded into a total or refused.
+
+The same at a client's host and at the driver, which folds what a host cannot decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from algorithms import ParameterLayout, Total
+from cluster.transport import wire
+
+
+@dataclass(frozen=True)
+class Posted:
+    """An update on its way.
+
+    Attributes:
+        message: Its bytes.
+        nonzero_bytes: Four bytes a nonzero value, the paper's accounting.
+        density: Share of the prunable weights that travel.
+    """
+
+    message: bytes
+    nonzero_bytes: int
+    density: float
+
+
+class Uplink:
+    """Encodes, decodes, refuses and folds updates of one model.
+
+    Args:
+        layout: The model's layout.
+        value_format: Format of the values.
+        differences: Whether updates are w_i - w_t over the trained span.
+        max_update_norm: Distance from w_t beyond which an update is refused; None: no limit.
+    """
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        value_format: wire.ValueFormat,
+        *,
+        differences: bool,
+        max_update_norm: float | None,
+    ) -> None:
+        self.shape = wire.Shape.of(layout)
+        self._layout, self._format = layout, value_format
+        self._differences, self._limit = differences, max_update_norm
+        # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
+        self._decoded = np.empty(self.shape.size, np.float32)
+
+    def encode(self, values: np.ndarray, support: np.ndarray | None, held: np.ndarray | None) -> Posted:
+        """An update as bytes.
+
+        Args:
+            values: float32[size], +0.0 outside the support.
+            support: bool[prunable], or None for all of it.
+            held: The mask that both sides hold, bool[prunable], or None.
+        """
+        message = wire.encode(values, support, self.shape, held=held, value_format=self._format)
+        prunable = self.shape.prunable
+        sent = prunable if support is None else int(np.count_nonzero(support))
+        return Posted(message, wire.nonzero_bytes(values, self.shape), sent / prunable)
+
+    def decode(self, message: bytes, held: np.ndarray | None) -> wire.Message:
+        """An update as the server reads it; its values last until the next one is decoded."""
+        return wire.decode(message, self.shape, held=held, out=self._decoded)
+
+    @np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
+    def fold(
+        self, total: Total, client: int, received: wire.Message, samples: int, base: np.ndarray
+    ) -> str | None:
+        """Fold a decoded update into ``total``; returns why it was refused, if it was.
+
+        Args:
+            total: Where it goes.
+            client: Who sent it.
+            received: What :meth:`decode` returned.
+            samples: Its weight, n_i.
+            base: w_t as the client received it, float32[size].
+        """
+        values, limit = received.values, self._limit
+        if limit is not None:
+            trained = self._layout.trained_size
+            reference = 0.0 if self._differences else base[:trained]
+            distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
+            if not distance <= limit:
+                return (
+                    f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
+                )
+        try:
+            total.fold(client, values, received.support, samples, self._layout, received.positions)
+        except OverflowError as error:
+            return f"its update cannot be averaged: {error}"
+        return None
+
+    def take(
+        self,
+        total: Total,
+        client: int,
+        message: bytes,
+        samples: int,
+        base: np.ndarray,
+        held: np.ndarray | None,
+    ) -> str | None:
+        """Decode and fold a message; see :meth:`fold`."""
+        return self.fold(total, client, self.decode(message, held), samples, base)

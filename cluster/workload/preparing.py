@@ -1,0 +1,120 @@
+"""The one slow step: decode a data set into arrays, once a node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.references import DataError, did_you_mean
+from cluster.workload import cache
+from cluster.workload.shards import parquet_files
+
+FORMAT_VERSION = 2  # part of every fingerprint: raise it when the arrays written below change
+
+
+def prepare(
+    *,
+    name: str,
+    path: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    features: str | None = None,
+    exclude_classes: Sequence[str] = (),
+    cache_dir: Path,
+) -> Path:
+    """Decode a data set into arrays once per node and return their folder.
+
+    The folder is `cache_dir/<name>-<fingerprint>`. The fingerprint is computed before decoding, from what was
+    asked (name, columns, splits, revision) and from the content: a hash of every local file, or of the arrays
+    that a user's function returns, which is called every time. A hub repository is identified by its name and
+    `revision` alone, so that a prepared one needs no network: pin `revision`, or delete the folder, where the
+    repository may change. Processes that ask at the same time wait for one of them; an interrupted decode
+    leaves nothing that is used, and a folder that was damaged since is decoded again.
+
+    Args:
+        name: `digits`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function without
+            arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8 [N, H,
+            W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes` and
+            `train_groups`. With `path` it is only a name.
+        path: Folder with `<split>-*.parquet`, `<split>.parquet` or `<split>/*.parquet`, directly or in its
+            subfolder `data`.
+        image_column: Column of encoded images or WAV clips; inferred from the features or the usual names.
+        label_column: Column of integer or text labels; inferred likewise.
+        group_column: Column whose values (writer, speaker, device) define the natural partition.
+        revision: Branch, tag or commit of the hub repository.
+        data_dir: Folder of the hub repository that holds the files, where it has several data sets.
+        train_split: Split, or prefix of the local files, to train on.
+        test_split: The same for the test set.
+        features: What spoken clips become: `logmel` (64 mel bands x 98 frames, normalised by the mean and
+            standard deviation of train; the default) or `waveform8k` (1 x 8000 raw samples).
+        exclude_classes: Classes whose samples are left out, such as `_silence_`.
+        cache_dir: Folder that holds the prepared data sets of this node.
+
+    Raises:
+        DataError: See the class; every cause has its own message.
+    """
+    columns = {"image_column": image_column, "label_column": label_column, "group_column": group_column}
+    asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
+    asked |= {"train_split": train_split, "test_split": test_split, "data_dir": data_dir}
+    asked |= {"features": features, "exclude_classes": list(exclude_classes)}
+    generated = path is None and (name == "digits" or ":" in name)
+    of_tables = {**columns, "revision": revision, "data_dir": data_dir, "features": features}
+    for key, value in {**of_tables, "exclude_classes": list(exclude_classes) or None}.items():
+        if generated and value is not None:
+            raise DataError(f"data.{key} = {value!r} has no meaning for data.name = {name!r}: leave it out")
+    of_hub = {"name": name if name == "digits" else None, "revision": revision, "data_dir": data_dir}
+    for key, value in of_hub.items():
+        if path is not None and value is not None:
+            raise DataError(
+                f"data.{key} = {value!r} has no meaning with data.path = {path!r}: leave one of them out"
+            )
+    cache_dir = Path(cache_dir)
+
+    def ensure(content: Any, decode: Callable[[Path], dict[str, Any]]) -> Path:
+        text = json.dumps({**asked, "content": content}, sort_keys=True)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        folder = cache_dir / f"{_file_name(name)}-{fingerprint}"
+        cache.ensure(folder, lambda part: {"name": name, "fingerprint": fingerprint, **decode(part)})
+        return folder
+
+    if generated:
+        from cluster.workload.arrays import Arrays
+
+        if name == "digits":
+            return ensure(None, lambda folder: Arrays.digits().write(folder))
+        # One process of a node at a time holds the arrays, whose hash is only known when they are there.
+        with cache.locked(cache_dir / _file_name(name)):
+            arrays = Arrays.returned_by(name)
+            return ensure(arrays.digest(), arrays.write)
+
+    from cluster.workload import decoding
+
+    wanted = decoding.Wanted(columns, features, exclude_classes)
+    if path is not None:
+        files = [parquet_files(Path(path), split) for split in (train_split, test_split)]
+        try:
+            content = [[(file.name, cache.digest(file, cache_dir)) for file in part] for part in files]
+        except OSError as error:
+            raise DataError(f"data.path: {error.filename} cannot be read: {error.strerror}") from error
+        return ensure(content, lambda folder: decoding.decode_parquet(folder, wanted, files=files))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DataError(
+            f"data.name = {name!r} is no data set: use 'digits', a hub repository 'owner/name', your own "
+            f"'module:attribute', or give data.path, a folder of parquet files"
+            f"{did_you_mean(name, ['digits'])}"
+        )
+    hub = decoding.Hub(name, revision, data_dir, (train_split, test_split))
+    return ensure(None, lambda folder: decoding.decode_hub(folder, wanted, hub))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)

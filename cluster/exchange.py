@@ -16,7 +16,7 @@ from cluster.workload.holdings import Partition
 
 
 @dataclass(frozen=True)
-class Workload:
+class HostSetup:
     """What a host needs to play any client; made once by the driver, read by every host without copying.
 
     Attributes:
@@ -35,7 +35,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """One client to play.
 
     Attributes:

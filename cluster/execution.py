@@ -232,7 +232,7 @@ def _execute(
         with stop_on_signal() as stopped:
             summary = conduct(
                 folder.path,
-                lambda _, federation: InlineEngine(federation.workload()),
+                lambda _, federation: InlineEngine(federation.setup()),
                 on_line,
                 lambda: stopped.is_set() or should_stop(),
             )

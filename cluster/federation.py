@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from algorithms import ParameterLayout
 from cluster import seeding
 from cluster.configuration.config import Config
-from cluster.exchange import EvaluationChunk, Workload
+from cluster.exchange import EvaluationChunk, HostSetup
 from cluster.flops import LayerFlops, count_activations
 from cluster.references import default_cache
 from cluster.simulation.devices import Devices
@@ -149,9 +149,9 @@ class Federation:
             for start in range(0, length, rows)
         ]
 
-    def workload(self) -> Workload:
+    def setup(self) -> HostSetup:
         """What an actor needs to play any client."""
-        return Workload(
+        return HostSetup(
             config=self.config,
             folder=self.dataset.folder,
             partition=self.partition,

@@ -115,7 +115,7 @@ class InlineRun:
 def run_inline(config: Config, folder: Path) -> InlineRun:
     """Run ``config`` in this process, in the new folder ``folder``; records every update that was folded."""
     federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
+    engine = InlineEngine(federation.setup())
     layout = federation.layout
     uploads: dict[tuple[int, int], tuple[Weights, Mask | None]] = {}
     host, states = engine._host, []

@@ -14,7 +14,7 @@ import numpy as np
 from algorithms import Total
 from cluster.actors.placement import Bundle
 from cluster.clients.client import ClientHost
-from cluster.exchange import Broadcast, ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
 from cluster.federation import prepare_arguments
 from cluster.references import UserError
 from cluster.workload.preparing import prepare
@@ -22,7 +22,7 @@ from cluster.workload.preparing import prepare
 #: Seconds between two questions whether a dead actor is back.
 PROBE_EVERY_S = 0.5
 
-MakeHost = Callable[[Workload, float], ClientHost]
+MakeHost = Callable[[HostSetup, float], ClientHost]
 
 
 class PlacementError(UserError):
@@ -51,16 +51,16 @@ class HostActor:
     raises would be dead for good.
     """
 
-    def __init__(self, make: MakeHost, workload: Workload, gpus: float) -> None:
-        self._make, self._workload, self._gpus = make, workload, gpus
+    def __init__(self, make: MakeHost, setup: HostSetup, gpus: float) -> None:
+        self._make, self._setup, self._gpus = make, setup, gpus
         self._built: ClientHost | None = None
 
     @property
     def _host(self) -> ClientHost:
         if self._built is None:
-            if not self._workload.folder.exists():  # a node that joined after the run had begun
-                prepare(**prepare_arguments(self._workload.config))
-            self._built = self._make(self._workload, self._gpus)
+            if not self._setup.folder.exists():  # a node that joined after the run had begun
+                prepare(**prepare_arguments(self._setup.config))
+            self._built = self._make(self._setup, self._gpus)
         return self._built
 
     def ready(self) -> Place:
@@ -70,9 +70,9 @@ class HostActor:
         _ = self._host
         return Place(os.getpid(), ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids())))
 
-    def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
+    def play(self, broadcast: Broadcast, assignments: Sequence[Assignment]) -> list[ClientReport]:
         """See :meth:`ClientHost.play`."""
-        return self._host.play(broadcast, tasks)
+        return self._host.play(broadcast, assignments)
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
@@ -92,9 +92,9 @@ class ActorPool:
     dispatched again by the round, never by Ray.
 
     Args:
-        workload: What there is to play.
+        setup: What there is to play.
         bundles: What to reserve.
-        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+        make_host: Builds the host of an actor from the setup and the actor's GPUs.
         placement_timeout: Seconds until actors that cannot be placed are an error.
 
     Raises:
@@ -106,7 +106,7 @@ class ActorPool:
     """
 
     def __init__(
-        self, workload: Workload, bundles: Sequence[Bundle], make_host: MakeHost, placement_timeout: float
+        self, setup: HostSetup, bundles: Sequence[Bundle], make_host: MakeHost, placement_timeout: float
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -116,7 +116,7 @@ class ActorPool:
         self.down: dict[int, float] = {}
         self._group = self._reserve(bundles, placement_timeout)
         # Kept for as long as the actors: a restarted actor reads its constructor's argument again.
-        self._workload = ray.put(workload)
+        self._setup = ray.put(setup)
         actor, token = ray.remote(HostActor), secrets.token_hex(3)
         self._hosts: list[Any] = []
         for place, bundle in enumerate(bundles):
@@ -130,7 +130,7 @@ class ActorPool:
                     max_task_retries=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, place),
                 )
-                self._hosts.append(options.remote(make_host, self._workload, kind.gpus))
+                self._hosts.append(options.remote(make_host, self._setup, kind.gpus))
         try:
             # Starting is slow on a busy machine, and no reason to give up.
             self.places()

@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 
 from cluster.configuration.config import Config
-from cluster.exchange import ClientReport, EvaluationChunk, Task
+from cluster.exchange import Assignment, ClientReport, EvaluationChunk
 
 #: Room for rounding when resource amounts are compared.
 _EPSILON = 1e-9
@@ -222,9 +222,15 @@ class CostModel:
             self._chunks[chunk.client is not None] = (known + chunk.seconds) / 2
 
 
-def longest_first(tasks: Sequence[Task], sizes: np.ndarray, costs: CostModel) -> list[Task]:
+def longest_first(assignments: Sequence[Assignment], sizes: np.ndarray, costs: CostModel) -> list[Assignment]:
     """The order in which clients are handed out; ties by index."""
-    return sorted(tasks, key=lambda task: (-costs.work(task.client, int(sizes[task.client])), task.client))
+    return sorted(
+        assignments,
+        key=lambda assignment: (
+            -costs.work(assignment.client, int(sizes[assignment.client])),
+            assignment.client,
+        ),
+    )
 
 
 def call_seconds(share: float) -> float:

@@ -69,7 +69,7 @@ class Call:
     Attributes:
         actor: Who was called.
         method: ``play``, ``collect``, ``evaluate`` or ``ready``.
-        work: Its tasks or chunks.
+        work: Its assignments or chunks.
         evaluation: Where its chunks belong.
         seconds: What it is expected to take, as far as that is known.
         limit_s: Seconds after which its actor counts as hung.

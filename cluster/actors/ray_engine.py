@@ -12,7 +12,7 @@ from cluster.actors.placement import Bundle, CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
 from cluster.clients.client import ClientHost
-from cluster.exchange import Broadcast, EvaluationChunk, Task, Workload
+from cluster.exchange import Assignment, Broadcast, EvaluationChunk, HostSetup
 from cluster.rounds.engine import Outcome
 
 
@@ -20,11 +20,11 @@ class RayEngine:
     """Client actors on the connected cluster, fed longest expected client first.
 
     Args:
-        workload: What there is to play.
+        setup: What there is to play.
         sizes: Samples of every client, int64[clients].
         bundles: The actors, as they are reserved.
         kind_of: Name of the kind of actors that plays a client; by default there is only the common kind.
-        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+        make_host: Builds the host of an actor from the setup and the actor's GPUs.
         placement_timeout: Seconds until actors that cannot be placed are an error.
 
     Raises:
@@ -33,7 +33,7 @@ class RayEngine:
 
     def __init__(
         self,
-        workload: Workload,
+        setup: HostSetup,
         sizes: np.ndarray,
         bundles: Sequence[Bundle],
         *,
@@ -41,8 +41,8 @@ class RayEngine:
         make_host: MakeHost = ClientHost,
         placement_timeout: float = 30.0,
     ) -> None:
-        config = workload.config
-        self._pool = ActorPool(workload, bundles, make_host, placement_timeout)
+        config = setup.config
+        self._pool = ActorPool(setup, bundles, make_host, placement_timeout)
         skip = config.on_client_error == "skip"
         self._rounds = Rounds(Crew(self._pool, sizes, CostModel(), kind_of, config.client_timeout_s, skip))
 
@@ -54,13 +54,13 @@ class RayEngine:
     def run(
         self,
         broadcast: Broadcast,
-        tasks: Sequence[Task],
+        assignments: Sequence[Assignment],
         chunks: Sequence[EvaluationChunk],
         meanwhile: Callable[[], None],
     ) -> Outcome:
         """See :class:`cluster.rounds.engine.Engine`."""
         started = time.perf_counter()
-        self._rounds.start(broadcast, tasks, chunks)
+        self._rounds.start(broadcast, assignments, chunks)
         dispatched = time.perf_counter()
         meanwhile()
         resumed = time.perf_counter()

@@ -21,7 +21,7 @@ from algorithms import Total
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.ray_calls import Call, Crew, Evaluation
-from cluster.exchange import Broadcast, ClientError, ClientReport, EvaluationChunk, Task
+from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk
 from cluster.rounds.engine import Evaluated, Outcome
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
@@ -59,7 +59,9 @@ class Rounds:
         self._probe_at: dict[int, float] = {}
         self._evaluations: deque[Evaluation] = deque()  # oldest first; the last one is this round's
 
-    def start(self, broadcast: Broadcast, tasks: Sequence[Task], chunks: Sequence[EvaluationChunk]) -> None:
+    def start(
+        self, broadcast: Broadcast, assignments: Sequence[Assignment], chunks: Sequence[EvaluationChunk]
+    ) -> None:
         """Begin a round."""
         actors, kinds = len(self._pool), self._pool.kinds
         for reference in [r for r, call in self._calls.items() if call.method in ("play", "collect")]:
@@ -67,13 +69,13 @@ class Rounds:
             self._queues[self._calls.pop(reference).actor].remove(reference)
         self._number = broadcast.instructions.round
         self._broadcast = self._ray.put(broadcast)
-        self._tasks = {task.client: task for task in tasks}
+        self._tasks = {assignment.client: assignment for assignment in assignments}
         self._evaluations = deque(one for one in self._evaluations if not one.done)
         self._evaluations.append(Evaluation(self._broadcast, self._number, deque(chunks)))
-        self._waiting: dict[str, deque[Task]] = {kind: deque() for kind in kinds}
+        self._waiting: dict[str, deque[Assignment]] = {kind: deque() for kind in kinds}
         self._work = dict.fromkeys(kinds, 0.0)  # what waits, in average samples
-        for task in longest_first(tasks, self._crew.sizes, self._crew.costs):
-            self._wait_for(task)
+        for assignment in longest_first(assignments, self._crew.sizes, self._crew.costs):
+            self._wait_for(assignment)
         self._reports: dict[int, ClientReport] = {}
         self._played: list[set[int]] = [set() for _ in range(actors)]  # and not yet collected
         self._uncollected_s = [0.0] * actors
@@ -184,14 +186,14 @@ class Rounds:
                 return kind
         return None
 
-    def _take(self, kind: str, actor: int) -> list[Task]:
+    def _take(self, kind: str, actor: int) -> list[Assignment]:
         waiting, pace = self._waiting[kind], self._crew.costs.pace(actor)
         room = 0.0 if pace is None else call_seconds(self._share(kind, actor, pace)) / pace
-        taken: list[Task] = []
+        taken: list[Assignment] = []
         while waiting:
             work = self._work_of(waiting[0])
             # A client that lost its actor before is played alone: if it does so again, it is known which.
-            alone = any(task.client in self._losses for task in [*taken[:1], waiting[0]])
+            alone = any(assignment.client in self._losses for assignment in [*taken[:1], waiting[0]])
             if taken and (alone or work / 2 > room):
                 break
             taken.append(waiting.popleft())
@@ -218,13 +220,13 @@ class Rounds:
         evaluation.running += len(taken)
         self._call(actor, "evaluate", taken, evaluation)
 
-    def _wait_for(self, task: Task) -> None:
-        kind = self._crew.kind_of(task.client)
-        self._waiting[kind].append(task)
-        self._work[kind] += self._work_of(task)
+    def _wait_for(self, assignment: Assignment) -> None:
+        kind = self._crew.kind_of(assignment.client)
+        self._waiting[kind].append(assignment)
+        self._work[kind] += self._work_of(assignment)
 
-    def _work_of(self, task: Task) -> float:
-        return self._crew.costs.work(task.client, int(self._crew.sizes[task.client]))
+    def _work_of(self, assignment: Assignment) -> float:
+        return self._crew.costs.work(assignment.client, int(self._crew.sizes[assignment.client]))
 
     def _call(
         self, actor: int, method: str, work: Sequence[Any] = (), evaluation: Evaluation | None = None
@@ -233,7 +235,7 @@ class Rounds:
         arguments: tuple[Any, ...] = ()
         if method == "play":
             arguments = (self._broadcast, work)
-            seconds = sum(self._work_of(task) for task in work) * (costs.pace(actor) or 0.0)
+            seconds = sum(self._work_of(assignment) for assignment in work) * (costs.pace(actor) or 0.0)
         elif method == "collect":
             arguments = (self._number,)
         elif evaluation is not None:

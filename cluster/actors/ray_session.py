@@ -37,7 +37,7 @@ def ray_engine(config: Config, federation: Federation, make_host: MakeHost = Cli
     Args:
         config: The experiment.
         federation: Data and partition.
-        make_host: Builds the host of an actor from the workload and the actor's GPUs.
+        make_host: Builds the host of an actor from the setup and the actor's GPUs.
 
     Raises:
         PlacementError: They were not placed in time; names asked and free resources.
@@ -52,7 +52,7 @@ def ray_engine(config: Config, federation: Federation, make_host: MakeHost = Cli
 
     _decode_on_every_node(config, federation.dataset.folder)
     return RayEngine(
-        federation.workload(),
+        federation.setup(),
         federation.sizes,
         bundles(kinds, _nodes(), config.actors, config.cohort),
         kind_of=kind_of,

@@ -20,7 +20,7 @@ from algorithms.core.masks import target_count
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
-from cluster.exchange import Broadcast, ClientError, ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk, HostSetup
 from cluster.federation import build_model
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
@@ -34,7 +34,7 @@ class ClientHost:
     """Plays clients on one resident model.
 
     Args:
-        workload: What there is to play.
+        setup: What there is to play.
         gpus: GPUs this host was given, a share of one or whole ones; by default what the configuration gives
             every actor. Above 0 it trains on CUDA.
 
@@ -42,8 +42,8 @@ class ClientHost:
         GpuError: It was given a GPU and torch sees none.
     """
 
-    def __init__(self, workload: Workload, gpus: float | None = None) -> None:
-        config = self.config = workload.config
+    def __init__(self, setup: HostSetup, gpus: float | None = None) -> None:
+        config = self.config = setup.config
         torch.set_num_threads(config.threads)
         share = config.gpus_per_actor if gpus is None else gpus
         self._device = device_for(share)
@@ -51,9 +51,9 @@ class ClientHost:
         if self._device.type == "cuda":
             set_up_cuda()
             self._memory = GpuMemory(share)
-        dataset = open_dataset(workload.folder)
-        self._workload = workload
-        self._dataset, held_out = dataset, workload.validation
+        dataset = open_dataset(setup.folder)
+        self._setup = setup
+        self._dataset, held_out = dataset, setup.validation
         self._validation = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
         self._method = config.build_algorithm()
         model = build_model(config, dataset)
@@ -78,7 +78,7 @@ class ClientHost:
         self._round = -1
         self._broadcast: Broadcast | None = None
 
-    def play(self, broadcast: Broadcast, tasks: Sequence[Task]) -> list[ClientReport]:
+    def play(self, broadcast: Broadcast, assignments: Sequence[Assignment]) -> list[ClientReport]:
         """Play each client and fold its decoded update into this host's partial total of the round.
 
         On a GPU one client's update crosses the wire while the next client trains.
@@ -89,13 +89,16 @@ class ClientHost:
         """
         broadcast = self._start_round(broadcast)
         if self._sending is None:
-            return [self._send(broadcast, task, *self._train(broadcast, task)) for task in tasks]
+            return [
+                self._send(broadcast, assignment, *self._train(broadcast, assignment))
+                for assignment in assignments
+            ]
         reports, sending = [], None
-        for task in tasks:
-            trained = self._train(broadcast, task)
+        for assignment in assignments:
+            trained = self._train(broadcast, assignment)
             if sending is not None:  # the arrays of one more client are safe from the next one
                 reports.append(sending.result())
-            sending = self._sending.submit(self._send, broadcast, task, *trained)
+            sending = self._sending.submit(self._send, broadcast, assignment, *trained)
         return reports if sending is None else [*reports, sending.result()]
 
     def collect(self, round_number: int) -> Total | None:
@@ -179,25 +182,27 @@ class ClientHost:
 
     def _rows(self, client: int, period: int) -> np.ndarray:
         """Rows of the training split that a client holds after so many shifts of the data."""
-        partition = self._workload.shifted[period - 1] if period else self._workload.partition
+        partition = self._setup.shifted[period - 1] if period else self._setup.partition
         return partition.client(client)
 
-    def _train(self, broadcast: Broadcast, task: Task) -> tuple[Trained | str, float]:
+    def _train(self, broadcast: Broadcast, assignment: Assignment) -> tuple[Trained | str, float]:
         """A client's update, or why it was skipped, and the seconds that it took."""
-        rows, started = self._rows(task.client, broadcast.period), time.perf_counter()
+        rows, started = self._rows(assignment.client, broadcast.period), time.perf_counter()
         trained: Trained | str
         try:
-            trained = self._trainer.visit(task.client, rows, task.sparsity, broadcast)
+            trained = self._trainer.visit(assignment.client, rows, assignment.sparsity, broadcast)
             if self._memory is not None:
-                self._memory.check(task.client)
+                self._memory.check(assignment.client)
         except Exception as error:
-            trained = self._skip(error, task.client, broadcast.instructions.round, "train")
+            trained = self._skip(error, assignment.client, broadcast.instructions.round, "train")
         return trained, time.perf_counter() - started
 
-    def _send(self, broadcast: Broadcast, task: Task, trained: Trained | str, seconds: float) -> ClientReport:
+    def _send(
+        self, broadcast: Broadcast, assignment: Assignment, trained: Trained | str, seconds: float
+    ) -> ClientReport:
         """Have an update cross the wire, and fold what arrives where that can be told here."""
         if isinstance(trained, str):
-            return self._failed(broadcast, task, trained)
+            return self._failed(broadcast, assignment, trained)
         stage = "encode"
         try:
             marks = [time.perf_counter()]
@@ -210,21 +215,21 @@ class ClientHost:
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
             flops = float(trained.flops_sparse.sum()) if sparse else trained.flops_dense
-            visit_s = task.device.duration(task.downlink_bytes, flops, len(posted.message))
-            late, here = visit_s > task.deadline, visit_s < task.fold_before
+            visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
+            late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
             refused = None
             if here and not late:
                 assert self._total is not None
                 refused = self._uplink.fold(
-                    self._total, task.client, received, trained.samples, broadcast.weights
+                    self._total, assignment.client, received, trained.samples, broadcast.weights
                 )
             marks.append(time.perf_counter())
         except Exception as error:
-            reason = self._skip(error, task.client, broadcast.instructions.round, stage)
-            return self._failed(broadcast, task, reason)
+            reason = self._skip(error, assignment.client, broadcast.instructions.round, stage)
+            return self._failed(broadcast, assignment, reason)
         phases = (seconds, marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2])
         return ClientReport(
-            client=task.client,
+            client=assignment.client,
             samples=trained.samples,
             steps=trained.steps,
             loss=trained.loss,
@@ -245,9 +250,9 @@ class ClientHost:
             message=None if here or late else posted.message,
         )
 
-    def _failed(self, broadcast: Broadcast, task: Task, reason: str) -> ClientReport:
-        samples = len(self._rows(task.client, broadcast.period))
-        return ClientReport.failed(task.client, samples, len(self._trainer.layout.prunable), reason)
+    def _failed(self, broadcast: Broadcast, assignment: Assignment, reason: str) -> ClientReport:
+        samples = len(self._rows(assignment.client, broadcast.period))
+        return ClientReport.failed(assignment.client, samples, len(self._trainer.layout.prunable), reason)
 
     def _skip(self, error: Exception, client: int, round_number: int, stage: str) -> str:
         """Why a client that failed is skipped; raises where ``on_client_error`` or the error forbids it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from algorithms import Algorithm, Grid, ServerState, Total
 from cluster import seeding
-from cluster.exchange import ClientReport, EvaluationChunk, Task
+from cluster.exchange import Assignment, ClientReport, EvaluationChunk
 from cluster.federation import Federation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.schedule import IDLE_S, Round, Schedule, Snapshot
@@ -39,7 +39,7 @@ class Flight:
         sequence: Number of its dispatch, which decides ties.
         version: Rounds completed when it got the model.
         start: Simulated seconds of its dispatch.
-        task: Its visit.
+        assignment: Its visit.
         bound: Simulated seconds before which it cannot be back.
         lost: Whether it drops out; its place is free again at ``bound``.
         report: What came of the visit; None until it is played.
@@ -48,7 +48,7 @@ class Flight:
     sequence: int
     version: int
     start: float
-    task: Task
+    assignment: Assignment
     bound: float
     lost: bool
     report: ClientReport | None = None
@@ -85,7 +85,15 @@ class Buffered(Schedule):
     def snapshot(self) -> Snapshot:
         """See :class:`Schedule`; what was played already is played again after a restart."""
         flights = [
-            (f.sequence, f.version, f.start, f.task.client, f.task.downlink_bytes, f.bound, f.lost)
+            (
+                f.sequence,
+                f.version,
+                f.start,
+                f.assignment.client,
+                f.assignment.downlink_bytes,
+                f.bound,
+                f.lost,
+            )
             for f in self._flights.values()
         ]
         bases = {version: parcel.state.weights for version, parcel in self._parcels.items()}
@@ -98,17 +106,17 @@ class Buffered(Schedule):
         for version, weights in snapshot.bases.items():
             self._parcels[version] = self.sender.parcel(replace(state, round=version, weights=weights))
         for sequence, version, start, client, downlink_bytes, bound, lost in flights:
-            task = Task(
+            assignment = Assignment(
                 client,
                 self.devices.sparsity(client, self.method.sparsity),
                 self.devices.of([client])[0],
                 downlink_bytes,
             )
-            self._take_off(Flight(sequence, version, start, task, bound, lost))
+            self._take_off(Flight(sequence, version, start, assignment, bound, lost))
 
     def _take_off(self, flight: Flight) -> None:
         # Updates go to the driver, in the order of which they are folded.
-        flight.task = replace(flight.task, fold_before=-math.inf)
+        flight.assignment = replace(flight.assignment, fold_before=-math.inf)
         self._flights[flight.sequence] = flight
         if flight.lost:
             self.clock.schedule(flight.bound, flight.sequence, flight.sequence)
@@ -127,7 +135,7 @@ class _Step:
         self._schedule, self._state, self._chunks, self._meanwhile = schedule, state, chunks, meanwhile
         self._parcel = schedule.sender.parcel(state)
         schedule._parcels[state.round] = self._parcel
-        self._asked: list[Task] = []
+        self._asked: list[Assignment] = []
         self._arrived: list[Flight] = []
         self._outcome = Outcome(None, [])
         self._unavailable = self._lost = 0
@@ -174,20 +182,22 @@ class _Step:
             client = self._find()
             if client is None:
                 return
-            tasks, bounds = schedule.tasks(np.array([client]), self._parcel, schedule.instruct(self._state))
+            assignments, bounds = schedule.assignments(
+                np.array([client]), self._parcel, schedule.instruct(self._state)
+            )
             schedule.sender.deliver([client], self._parcel)
-            self._asked += tasks
+            self._asked += assignments
             sequence, now = schedule._sequence, schedule.clock.now
             lost = bool(schedule.devices.drop_outs(np.array([client]), sequence)[0])
             bound = now + float(bounds[0])
-            schedule._take_off(Flight(sequence, self._state.round, now, tasks[0], bound, lost))
+            schedule._take_off(Flight(sequence, self._state.round, now, assignments[0], bound, lost))
             schedule._sequence += 1
 
     def _find(self) -> int | None:
         """A client that is available, on the ground and not yet asked on this version."""
         schedule, now = self._schedule, self._schedule.clock.now
-        blocked = {flight.task.client for flight in schedule._flights.values()}
-        blocked |= {task.client for task in self._asked}
+        blocked = {flight.assignment.client for flight in schedule._flights.values()}
+        blocked |= {assignment.client for assignment in self._asked}
         if len(blocked) == schedule.config.partition.clients:
             return None
         rng = seeding.generator(schedule.config.seed, "cohort", schedule._sequence, int(now))
@@ -202,7 +212,7 @@ class _Step:
 
     def _wait(self) -> None:
         """Nobody is in flight and nobody could be asked: try again later."""
-        if len({task.client for task in self._asked}) == self._schedule.config.partition.clients:
+        if len({assignment.client for assignment in self._asked}) == self._schedule.config.partition.clients:
             raise SamplerError(
                 f"all {len(self._asked)} clients were asked in round {self._state.round + 1} and "
                 f"{len(self._arrived)} answered, of {self._schedule._size} that a server step needs; "
@@ -226,21 +236,23 @@ class _Step:
         for version in sorted({flight.version for flight in pending}):
             flights = [flight for flight in pending if flight.version == version]
             chunks = self._chunks if version == self._state.round else []
-            reports = {r.client: r for r in self._run(version, [f.task for f in flights], chunks).reports}
+            reports = {
+                r.client: r for r in self._run(version, [f.assignment for f in flights], chunks).reports
+            }
             for flight in flights:
-                report = reports[flight.task.client]
+                report = reports[flight.assignment.client]
                 flight.report = report
                 # A client that failed and was skipped is back when it could have been.
                 arrival = flight.start + report.visit_s if report.visit_s < math.inf else flight.bound
                 schedule.clock.schedule(arrival, flight.sequence, flight.sequence)
 
-    def _run(self, version: int, tasks: list[Task], chunks: Sequence[EvaluationChunk]) -> Outcome:
+    def _run(self, version: int, assignments: list[Assignment], chunks: Sequence[EvaluationChunk]) -> Outcome:
         schedule, parcel = self._schedule, self._schedule._parcels[version]
         instructions = schedule.instruct(parcel.state)
         sizes = schedule.sizes(instructions.round)
-        samples = sum(int(sizes[task.client]) for task in tasks)
+        samples = sum(int(sizes[assignment.client]) for assignment in assignments)
         broadcast = schedule.broadcast(parcel, instructions, samples)
-        played = schedule.engine.run(broadcast, tasks, chunks, self._meanwhile)
+        played = schedule.engine.run(broadcast, assignments, chunks, self._meanwhile)
         self._meanwhile = lambda: None
         outcome = self._outcome
         if chunks:
@@ -278,7 +290,7 @@ class _Step:
             if not late and report.message is not None:
                 base = schedule._parcels[flight.version]
                 refused = schedule.uplink.take(
-                    total, report.client, report.message, weight, base.received, base.mask
+                    total, report.client, report.message, weight, base.decoded, base.mask
                 )
                 if refused is None and not schedule.method.uploads_differences:
                     moved = self._moved_since(base.state.weights)

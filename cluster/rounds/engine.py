@@ -15,7 +15,7 @@ import numpy as np
 
 from algorithms import Total
 from cluster.clients.client import ClientHost
-from cluster.exchange import Broadcast, ClientReport, EvaluationChunk, Task, Workload
+from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
 
 Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
 
@@ -51,15 +51,15 @@ class Engine(Protocol):
     def run(
         self,
         broadcast: Broadcast,
-        tasks: Sequence[Task],
+        assignments: Sequence[Assignment],
         chunks: Sequence[EvaluationChunk],
         meanwhile: Callable[[], None],
     ) -> Outcome:
-        """Play ``tasks`` on ``broadcast``, and begin to evaluate its model on ``chunks``.
+        """Play ``assignments`` on ``broadcast``, and begin to evaluate its model on ``chunks``.
 
         Args:
             broadcast: The round.
-            tasks: Clients to play; none to evaluate only.
+            assignments: Clients to play; none to evaluate only.
             chunks: What to evaluate the global model on.
             meanwhile: Called once the first work is handed out.
         """
@@ -75,13 +75,13 @@ class InlineEngine:
 
     actors = 1
 
-    def __init__(self, workload: Workload) -> None:
-        self._host = ClientHost(workload)
+    def __init__(self, setup: HostSetup) -> None:
+        self._host = ClientHost(setup)
 
     def run(
         self,
         broadcast: Broadcast,
-        tasks: Sequence[Task],
+        assignments: Sequence[Assignment],
         chunks: Sequence[EvaluationChunk],
         meanwhile: Callable[[], None],
     ) -> Outcome:
@@ -90,9 +90,9 @@ class InlineEngine:
         started = time.perf_counter()
         evaluated = self._host.evaluate(broadcast, chunks) if chunks else []
         seconds = {"evaluate": time.perf_counter() - started}
-        if not tasks:
+        if not assignments:
             return Outcome(None, [], lambda: evaluated, seconds=seconds)
-        reports = self._host.play(broadcast, tasks)
+        reports = self._host.play(broadcast, assignments)
         total = self._host.collect(broadcast.instructions.round)
         return Outcome(total, reports, lambda: evaluated, seconds=seconds)
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from algorithms import Algorithm, Grid, Instructions, ServerState
-from cluster.exchange import Broadcast, EvaluationChunk, Task
+from cluster.exchange import Assignment, Broadcast, EvaluationChunk
 from cluster.federation import Federation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.metrics import Downlink
@@ -143,7 +143,7 @@ class Schedule(ABC):
     def broadcast(self, parcel: Parcel, instructions: Instructions, samples: int) -> Broadcast:
         """What every actor gets for clients with ``samples`` samples together."""
         return Broadcast(
-            weights=parcel.received,
+            weights=parcel.decoded,
             exact=parcel.exact,
             mask=parcel.mask,
             instructions=instructions,
@@ -153,9 +153,9 @@ class Schedule(ABC):
             period=period_of(self.config.shift, instructions.round),
         )
 
-    def tasks(
+    def assignments(
         self, clients: np.ndarray, parcel: Parcel, instructions: Instructions
-    ) -> tuple[list[Task], np.ndarray]:
+    ) -> tuple[list[Assignment], np.ndarray]:
         """The visits of some clients, and before when each cannot be over, float64[n] in seconds.
 
         Known before training are the download, the latency and the dense FLOPs; a device that exploits zeros
@@ -163,17 +163,17 @@ class Schedule(ABC):
         """
         epochs = instructions.epochs or self.config.local.epochs
         default, spares = self.method.sparsity, self.config.devices.flops == "sparse"
-        sizes, tasks, bounds = self.sizes(instructions.round), [], []
+        sizes, assignments, bounds = self.sizes(instructions.round), [], []
         for client, device in zip(clients.tolist(), self.devices.of(clients), strict=True):
             size = self.sender.bytes_for(client, parcel)
             samples = int(sizes[client]) * epochs
             bounds.append(device.duration(size, 0.0 if spares else self.federation.flops.dense(samples), 0))
-            tasks.append(Task(client, self.devices.sparsity(client, default), device, size))
-        return tasks, np.array(bounds)
+            assignments.append(Assignment(client, self.devices.sparsity(client, default), device, size))
+        return assignments, np.array(bounds)
 
-    def downlink(self, sent: Iterable[Task], parcel: Parcel) -> Downlink:
+    def downlink(self, sent: Iterable[Assignment], parcel: Parcel) -> Downlink:
         """What clients were sent, beside the paper's accounting and dense models."""
-        sizes = [task.downlink_bytes for task in sent]
+        sizes = [assignment.downlink_bytes for assignment in sent]
         return Downlink(
             sum(sizes),
             wire.nonzero_bytes(parcel.exact, self.shape) * len(sizes),

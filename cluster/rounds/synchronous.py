@@ -41,18 +41,18 @@ class Synchronous(Schedule):
         asked = self.draw(math.ceil(wanted * section.over_selection - 1e-9), number, rng)
         reached = asked[self.devices.available(asked, started)]
         parcel = self.sender.parcel(state)
-        tasks, bounds = self.tasks(reached, parcel, instructions)
+        assignments, bounds = self.assignments(reached, parcel, instructions)
         deadline = math.inf if section.deadline is None else section.deadline
         punctual = bounds <= deadline
-        sent = [task for task, may in zip(tasks, punctual, strict=True) if may]
-        clients = np.array([task.client for task in sent], np.int64)
+        sent = [assignment for assignment, may in zip(assignments, punctual, strict=True) if may]
+        clients = np.array([assignment.client for assignment in sent], np.int64)
         self.sender.deliver(clients, parcel)
         gone = self.devices.drop_outs(clients, number)
         bounds = np.sort(bounds[punctual][~gone])
         fold_before = float(bounds[wanted]) if len(bounds) > wanted else math.inf
         playing = [
-            replace(task, deadline=deadline, fold_before=fold_before)
-            for task, lost in zip(sent, gone, strict=True)
+            replace(assignment, deadline=deadline, fold_before=fold_before)
+            for assignment, lost in zip(sent, gone, strict=True)
             if not lost
         ]
         samples = int(self.sizes(number)[clients[~gone]].sum())

@@ -38,7 +38,7 @@ class Parcel:
         return None if self.state.mask is None else self.state.mask.numpy()
 
     @cached_property
-    def received(self) -> np.ndarray:
+    def decoded(self) -> np.ndarray:
         """w_t as clients decode it, float32[size]; the same array unless the downlink is lossy."""
         return self.exact if self.value_format == "float32" else wire.decode(self._full, self.shape).values
 

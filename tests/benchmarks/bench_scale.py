@@ -107,9 +107,7 @@ def measure_rounds(
     started = time.perf_counter()
     federation = Federation.of(config)
     described = time.perf_counter() - started
-    engine: Engine = (
-        InlineEngine(federation.workload()) if arguments.inline else ray_engine(config, federation)
-    )
+    engine: Engine = InlineEngine(federation.setup()) if arguments.inline else ray_engine(config, federation)
     run_folder = RunFolder.create(folder / f"run-{population}-{cohort}", config)
     driver = Driver(run_folder, federation, engine)
     spawn = multiprocessing.get_context("spawn")

@@ -55,7 +55,7 @@ def test_divergence_in_the_last_rounds_is_no_success_when_resumed(cache, tmp_pat
 def test_only_rounds_in_a_row_count(cache, tmp_path):
     config = tiny_federation(cache, rounds=6)
     federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
+    engine = InlineEngine(federation.setup())
     host = engine._host
     fold = host._uplink.fold
     host._uplink.fold = lambda *update: fold(*update) if host._round == 3 else "planted"

@@ -69,7 +69,7 @@ def pfl_cnn(width: int = 32) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Workload:
+class HostSetup:
     """A model, its small stand-in for rehearsals, and a client."""
 
     model: Callable[[], nn.Module]
@@ -86,11 +86,11 @@ def _product(name: str, shape: tuple[int, int, int], **options: Any) -> Callable
 
 _CIFAR, _DIGITS = (3, 32, 32), (1, 8, 8)
 WORKLOADS = {
-    "resnet18, batch 16": Workload(
+    "resnet18, batch 16": HostSetup(
         _product("resnet18", _CIFAR), _product("resnet18", _CIFAR, width=8), _CIFAR, 500, 16
     ),
-    "pfl cnn, batch 10": Workload(pfl_cnn, partial(pfl_cnn, 4), _CIFAR, 50, 10),
-    "quickstart cnn, batch 16": Workload(
+    "pfl cnn, batch 10": HostSetup(pfl_cnn, partial(pfl_cnn, 4), _CIFAR, 50, 10),
+    "quickstart cnn, batch 16": HostSetup(
         _product("small_cnn", _DIGITS), _product("small_cnn", _DIGITS), _DIGITS, 48, 16, epochs=5
     ),
 }

@@ -20,7 +20,7 @@ from cluster.actors.placement import (
     kinds_of,
     longest_first,
 )
-from cluster.exchange import ClientReport, EvaluationChunk, Task
+from cluster.exchange import Assignment, ClientReport, EvaluationChunk
 from cluster.simulation.clock import Device
 
 TWO_NODES = [Node(8, 2, {"class": "big"}), Node(8, 2, {"class": "small"})]
@@ -173,7 +173,7 @@ def test_slow_actors_and_costly_clients_are_told_apart():
 def test_the_longest_expected_client_comes_first_and_ties_go_by_index():
     costs = CostModel()
     costs.learn(0, [report(0, 10, 1.0), report(1, 10, 16.0)])
-    tasks = [Task(client, 0.5, Device(1.0, 1.0, 1.0, 0.0), 0) for client in range(4)]
+    tasks = [Assignment(client, 0.5, Device(1.0, 1.0, 1.0, 0.0), 0) for client in range(4)]
     # Client 1 costs four times its ten samples.
     order = longest_first(tasks, np.array([10, 10, 30, 10]), costs)
     assert [task.client for task in order] == [1, 2, 0, 3]

@@ -134,7 +134,7 @@ def test_actors_that_cannot_be_placed_name_asked_and_free(local_ray, tmp_path):
     federation = Federation.of(settings)
     with pytest.raises(PlacementError, match=r"2 actors with 3 CPU .* free now: .*CPU.*4"):
         RayEngine(
-            federation.workload(), federation.sizes, [Bundle(ActorKind("", 3), 1)] * 2, placement_timeout=5
+            federation.setup(), federation.sizes, [Bundle(ActorKind("", 3), 1)] * 2, placement_timeout=5
         )
 
 

@@ -12,7 +12,7 @@ from cluster.actors import ray_round
 from cluster.actors.placement import CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
-from cluster.exchange import ClientError, EvaluationChunk, Task
+from cluster.exchange import Assignment, ClientError, EvaluationChunk
 
 CENTRAL = [EvaluationChunk("test", start, start + 5) for start in (0, 5)]
 TRAINED = [EvaluationChunk("test", 0, 10, client=client) for client in range(18)]
@@ -159,7 +159,7 @@ def scripted(monkeypatch):
 
 
 def tasks(count):
-    return [Task(client, 0.0, None, 0) for client in range(count)]
+    return [Assignment(client, 0.0, None, 0) for client in range(count)]
 
 
 def round_(number):

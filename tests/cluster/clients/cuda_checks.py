@@ -223,7 +223,7 @@ def _config(folder: Path, kind: str, **settings: object) -> Config:
 
 def _parts(config: Config) -> tuple[Federation, InlineEngine]:
     federation = Federation.of(config)
-    return federation, InlineEngine(federation.workload())
+    return federation, InlineEngine(federation.setup())
 
 
 def _driver(config: Config, folder: Path) -> Driver:

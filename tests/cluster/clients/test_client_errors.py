@@ -134,7 +134,7 @@ def reports(*kinds):
 def test_only_refused_updates_are_taken_for_divergence(config, tmp_path, kinds, counts):
     federation = Federation.of(config())
     driver = Driver(
-        RunFolder.create(tmp_path / "run", config()), federation, InlineEngine(federation.workload())
+        RunFolder.create(tmp_path / "run", config()), federation, InlineEngine(federation.setup())
     )
     driver._without_update(reports(*kinds))
     assert (driver._refused_rounds, driver._failed_rounds) == counts

@@ -36,7 +36,7 @@ def after_three_rounds(tmp_path, method):
     more = {"readjust_interval": 1} if method == "feddst" else {}
     config = tiny_federation(tmp_path, algorithm={"name": method, **more}, rounds=5, on_client_error="skip")
     federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
+    engine = InlineEngine(federation.setup())
     driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)
     for _ in range(3):
         driver._round()

@@ -28,7 +28,7 @@ def drive(folder, federation, *, killed_at=None):
         if line["round"] == killed_at:
             raise Killed
 
-    driver = Driver(folder, federation, InlineEngine(federation.workload()), on_line=on_line)
+    driver = Driver(folder, federation, InlineEngine(federation.setup()), on_line=on_line)
     if killed_at is None:
         return driver.run()
     with pytest.raises(Killed):

@@ -77,7 +77,7 @@ def test_integer_buffers_are_restored_at_each_start(cache, tmp_path):
     """The counter says how many batches this client has seen, not its predecessors on the same actor."""
     config = tiny_federation(cache, rounds=1, model={"name": "tests.tiny_experiment:tiny_model"})
     federation = Federation.of(config)
-    engine = InlineEngine(federation.workload())
+    engine = InlineEngine(federation.setup())
     trainer, counts = engine._host._trainer, []
     visit = trainer.visit
 

@@ -147,8 +147,8 @@ def test_an_interrupted_run_judges_alike(tmp_path, cache):
             raise Killed
 
     with pytest.raises(Killed):
-        Driver(folder, federation, InlineEngine(federation.workload()), on_line=killed).run()
-    Driver(folder, federation, InlineEngine(federation.workload())).run()
+        Driver(folder, federation, InlineEngine(federation.setup()), on_line=killed).run()
+    Driver(folder, federation, InlineEngine(federation.setup())).run()
     assert [comparable(line) for line in folder.rounds()] == [comparable(line) for line in whole.lines]
     written = [(tmp_path / name / "clients.csv").read_bytes() for name in ("cut", "whole")]
     assert written[0] == written[1]

@@ -228,7 +228,7 @@ def test_a_run_that_is_stopped_is_evaluated(cache, tmp_path, monkeypatch):
     federation = Federation.of(config)
     folder = RunFolder.create(tmp_path / "run", config)
     asked = iter([True, False, True])  # before round 1, where it is too early, before rounds 2 and 3
-    driver = Driver(folder, federation, InlineEngine(federation.workload()), should_stop=lambda: next(asked))
+    driver = Driver(folder, federation, InlineEngine(federation.setup()), should_stop=lambda: next(asked))
     last = driver.run()
     assert last["round"] == 2
     assert ["test/accuracy" in line for line in folder.rounds()] == [False, True]
@@ -314,7 +314,7 @@ def test_a_lossy_uplink_is_averaged_as_it_was_decoded(cache, tmp_path, value_for
 def test_a_lossy_downlink_is_what_clients_train_from(cache, tmp_path, value_format):
     config = tiny_federation(cache, algorithm=TOPK, wire={"downlink": value_format})
     federation = Federation.of(config)
-    engine, broadcasts = InlineEngine(federation.workload()), []
+    engine, broadcasts = InlineEngine(federation.setup()), []
     run = engine.run
 
     def recording(broadcast, *arguments):
@@ -358,6 +358,6 @@ def test_the_support_is_compared_with_that_of_ten_rounds_before(cache, tmp_path)
     # A run that went on from round 15 has kept the support of round 10.
     half = resolve(config.dump() | {"stop_after": 15})
     folder = RunFolder.create(tmp_path / "half", half)
-    Driver(folder, Federation.of(half), InlineEngine(Federation.of(half).workload())).run()
-    Driver(folder, Federation.of(config), InlineEngine(Federation.of(config).workload())).run()
+    Driver(folder, Federation.of(half), InlineEngine(Federation.of(half).setup())).run()
+    Driver(folder, Federation.of(config), InlineEngine(Federation.of(config).setup())).run()
     assert folder.rounds()[19]["masks/overlap_10"] == run.lines[19]["masks/overlap_10"]

@@ -46,7 +46,7 @@ def members(config):
 def recorded(config, folder):
     """A run, and what the engine was asked and reported in each round."""
     federation = Federation.of(config)
-    engine, calls = InlineEngine(federation.workload()), []
+    engine, calls = InlineEngine(federation.setup()), []
     play = engine.run
 
     def recording(broadcast, tasks, chunks, meanwhile):

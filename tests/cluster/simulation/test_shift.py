@@ -50,7 +50,7 @@ def test_clients_train_on_the_partition_of_the_round(cache, tmp_path):
     config = shifted(cache, round=3, every=2, partition={"name": "iid"})
     federation = Federation.of(config)
     assert len(federation.shifted) == 2
-    engine, seen = InlineEngine(federation.workload()), {}
+    engine, seen = InlineEngine(federation.setup()), {}
     visit = engine._host._trainer.visit
 
     def recording(client, rows, sparsity, broadcast):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.compare.histories import histories
 from cluster.configuration.choices import ChoiceError
 from cluster.configuration.config import flatten, validate
 from cluster.configuration.plain_yaml import as_value
@@ -232,8 +233,11 @@ def read_experiment(uri: str, name: str, rule: str = "") -> list[Run]:
     if not stored:
         passes = f" passes the filter {rule!r}" if rule else ""
         raise ComparisonError(f"no run of experiment {name!r}{passes or ' is left'} in {uri}")
+    logged = {key: [run.info.run_id for run in stored if key in run.data.metrics] for key in METRICS}
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda run: _read_stored(client, run), stored))
+        found = pool.map(lambda key: histories(client, key, logged[key]), METRICS)
+        points = dict(zip(METRICS, found, strict=True))
+        return list(pool.map(lambda run: _read_stored(client, run, points), stored))
 
 
 def _search(client: MlflowClient, uri: str, name: str, rule: str) -> list[StoredRun]:
@@ -260,13 +264,14 @@ def _search(client: MlflowClient, uri: str, name: str, rule: str) -> list[Stored
     return runs
 
 
-def _read_stored(client: MlflowClient, run: StoredRun) -> Run:
+def _read_stored(
+    client: MlflowClient, run: StoredRun, points: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> Run:
     series = {}
-    for key in METRICS:
-        if key in run.data.metrics:
-            points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
-            rounds = np.array(sorted(points), np.int64)
-            series[key] = Series(rounds, np.array([points[step] for step in rounds.tolist()], np.float64))
+    for key, of_runs in points.items():
+        if own := of_runs.get(run.info.run_id):
+            rounds, values = zip(*sorted(own.items()), strict=True)
+            series[key] = Series(np.array(rounds, np.int64), np.array(values, np.float64))
     layers = _artifact(client, run, LAYERS_FILE)
     clients = _artifact(client, run, CLIENTS_FILE)
     return Run(
@@ -286,12 +291,15 @@ def _read_stored(client: MlflowClient, run: StoredRun) -> Run:
 
 def _artifact(client: MlflowClient, run: StoredRun, name: str) -> Path | None:
     """A file kept with the run; None where there is none or its place cannot be reached."""
+    from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.uri import append_to_uri_path
 
     if run.info.status == "RUNNING":
         return None  # files come with the end
-    try:
-        return Path(client.download_artifacts(run.info.run_id, name))
+    try:  # by its place: the client would ask the store five times for what the run says itself
+        place = append_to_uri_path(run.info.artifact_uri, name)
+        return Path(download_artifacts(place, tracking_uri=client.tracking_uri))
     except (MlflowException, OSError):
         return None
 

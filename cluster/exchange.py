@@ -12,7 +12,7 @@ from algorithms import Instructions
 from cluster.configuration.config import Config
 from cluster.references import UserError
 from cluster.simulation.clock import Device
-from cluster.workload.holdings import Partition
+from cluster.workload.partition import Partition
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from cluster.references import default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload import models
-from cluster.workload.datasets import Dataset, hold_out, open_dataset
-from cluster.workload.holdings import Partition
+from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import to_input
 from cluster.workload.models import ModelError, check_model
-from cluster.workload.partition import partition
+from cluster.workload.partition import Partition
+from cluster.workload.partitioners import partition
 from cluster.workload.preparing import prepare
 
 
@@ -66,7 +66,9 @@ class Federation:
             DataError, PartitionError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
-        kept, validation = hold_out(dataset.train.labels, config.data.validation, config.partition_seed)
+        kept, validation = stratified_split(
+            dataset.train.labels, config.data.validation, config.partition_seed
+        )
         labels = dataset.train.labels
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):

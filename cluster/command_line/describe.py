@@ -30,7 +30,7 @@ from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
 from cluster.workload.inputs import to_input
-from cluster.workload.partition import CLIENTS_DRAWN, picture
+from cluster.workload.partition_picture import CLIENTS_DRAWN, picture
 
 #: Widest terminal rendering of the partition that is still a picture and not a wall.
 _CLASSES_DRAWN = 20

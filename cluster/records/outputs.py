@@ -19,7 +19,7 @@ from cluster.records import introduction, tracking
 from cluster.records.plots import curves, population
 from cluster.records.run_folder import RunFolder
 from cluster.references import file_name, installed
-from cluster.workload.partition import picture
+from cluster.workload.partition_picture import picture
 
 #: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
 #: flops/sparse: the weight gradient costs only the share of its entries that a method uses.

@@ -14,7 +14,7 @@ import xxhash
 
 from cluster.references import DataError, did_you_mean, load_reference
 from cluster.workload import cache
-from cluster.workload.datasets import hold_out
+from cluster.workload.datasets import stratified_split
 from cluster.workload.labels import LabelCodes, group_codes
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
@@ -116,7 +116,7 @@ class Arrays:
         stored = load_digits()
         images = np.rint(stored.images * (255 / 16)).astype(np.uint8)
         labels = stored.target.astype(np.int64)
-        train, test = hold_out(labels, DIGITS_TEST_SAMPLES / labels.size, DIGITS_SPLIT_SEED)
+        train, test = stratified_split(labels, DIGITS_TEST_SAMPLES / labels.size, DIGITS_SPLIT_SEED)
         arrays = {"train_images": images[train], "train_labels": labels[train]}
         return cls.of(arrays | {"test_images": images[test], "test_labels": labels[test]}, "digits")
 

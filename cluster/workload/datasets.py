@@ -91,19 +91,19 @@ def _open(folder: Path, name: str, mmap_mode: Literal["r"] | None = None) -> np.
         raise cache.incomplete(folder, error) from error
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Set a stratified share of the training samples aside, to select hyperparameters on.
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a stratified share of samples: validation data of the training split, or the digits' test split.
 
-    Every class gives its share; what rounding leaves over goes to the largest remainders, so the validation
-    set has exactly round(fraction N) samples and each class is within one sample of its share.
+    Every class gives its share; what rounding leaves over goes to the largest remainders, so that
+    exactly round(fraction N) samples are drawn and each class is within one sample of its share.
 
     Args:
         labels: int64 [N].
-        fraction: Share held out, in [0, 1); 0 holds nothing out.
+        fraction: Share drawn, in [0, 1).
         seed: The only source of randomness.
 
     Returns:
-        (kept, validation): sorted int64 indices that together are 0..N-1.
+        (rest, drawn): sorted int64 indices that together are 0..N-1.
 
     Raises:
         DataError: `fraction` is outside [0, 1), or above 0 but too small for a single sample.
@@ -118,7 +118,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     # In integers, so that equal remainders tie exactly: the lower class gives first.
     quotas, remainders = np.divmod(counts * total, max(labels.size, 1))
     quotas[np.argsort(-remainders, kind="stable")[: total - quotas.sum()]] += 1
-    held = np.zeros(labels.size, dtype=bool)
+    drawn = np.zeros(labels.size, dtype=bool)
     for code, quota in enumerate(quotas):
-        held[generator.permutation(np.flatnonzero(codes == code))[:quota]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        drawn[generator.permutation(np.flatnonzero(codes == code))[:quota]] = True
+    return np.flatnonzero(~drawn), np.flatnonzero(drawn)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cluster.configuration.config import resolve
-from cluster.configuration.trees import load_tree, presets
+from cluster.configuration.trees import load_tree
 from cluster.grid import expand
 from cluster.records.run_folder import RunFolder
 from tuning.study import load_plan

@@ -8,7 +8,7 @@ from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
 from cluster.simulation.shift import first_round_of, partition_of, period_of, rows_of, shift_metrics
-from cluster.workload.partition import PartitionError
+from cluster.workload.partitioners import PartitionError
 from tests.cluster.records.interrupted_runs import assert_same_run, drive
 from tests.tiny_experiment import tiny_federation
 

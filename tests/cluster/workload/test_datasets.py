@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.workload.datasets import DataError, hold_out, open_dataset
+from cluster.workload.datasets import DataError, open_dataset, stratified_split
 from cluster.workload.preparing import prepare
 from tests.cluster.workload.parquet_folders import (
     encoded,
@@ -309,13 +309,13 @@ def test_options_without_meaning_are_refused(tmp_path):
 # --- validation
 
 
-def test_hold_out_by_hand():
+def test_stratified_split_by_hand():
     # 6 of class 0, 3 of class 1, 1 of class 2; 0.4 of 10 is 4 samples: shares 2.4, 1.2 and 0.4, so 2, 1
     # and 0, and the one left over goes to the largest remainder; 0.4 and 0.4 tie, and the lower class gives.
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 2])
-    kept, held = hold_out(labels, 0.4, seed=3)
-    assert np.bincount(labels[held], minlength=3).tolist() == [3, 1, 0]
-    assert sorted([*kept, *held]) == list(range(10))
+    rest, drawn = stratified_split(labels, 0.4, seed=3)
+    assert np.bincount(labels[drawn], minlength=3).tolist() == [3, 1, 0]
+    assert sorted([*rest, *drawn]) == list(range(10))
 
 
 @settings(max_examples=60, deadline=None)
@@ -324,27 +324,27 @@ def test_hold_out_by_hand():
     fraction=st.floats(0, 0.99),
     seed=st.integers(0, 2**32),
 )
-def test_hold_out_is_stratified_complete_and_seeded(labels, fraction, seed):
+def test_stratified_split_is_stratified_complete_and_seeded(labels, fraction, seed):
     total = round(fraction * labels.size)
     if fraction > 0 and total == 0:
         with pytest.raises(DataError, match="not one sample"):
-            hold_out(labels, fraction, seed)
+            stratified_split(labels, fraction, seed)
         return
-    kept, held = hold_out(labels, fraction, seed)
-    assert kept.dtype == held.dtype == np.int64
-    assert held.size == total
-    np.testing.assert_array_equal(np.union1d(kept, held), np.arange(labels.size))
-    assert np.all(np.diff(held) > 0)
-    assert np.all(np.diff(kept) > 0)
+    rest, drawn = stratified_split(labels, fraction, seed)
+    assert rest.dtype == drawn.dtype == np.int64
+    assert drawn.size == total
+    np.testing.assert_array_equal(np.union1d(rest, drawn), np.arange(labels.size))
+    assert np.all(np.diff(drawn) > 0)
+    assert np.all(np.diff(rest) > 0)
     share = np.bincount(labels) * total / labels.size
-    assert np.all(np.abs(np.bincount(labels[held], minlength=share.size) - share) < 1)
-    np.testing.assert_array_equal(hold_out(labels, fraction, seed)[1], held)
+    assert np.all(np.abs(np.bincount(labels[drawn], minlength=share.size) - share) < 1)
+    np.testing.assert_array_equal(stratified_split(labels, fraction, seed)[1], drawn)
 
 
-def test_hold_out_differs_by_seed_and_refuses_nonsense():
+def test_stratified_split_differs_by_seed_and_refuses_nonsense():
     labels = np.arange(100) % 2
-    assert hold_out(labels, 0.0, 1)[1].size == 0
-    assert hold_out(labels, 0.1, 1)[1].tolist() != hold_out(labels, 0.1, 2)[1].tolist()
+    assert stratified_split(labels, 0.0, 1)[1].size == 0
+    assert stratified_split(labels, 0.1, 1)[1].tolist() != stratified_split(labels, 0.1, 2)[1].tolist()
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(DataError, match=r"outside \[0, 1\)"):
-            hold_out(labels, fraction, 1)
+            stratified_split(labels, fraction, 1)

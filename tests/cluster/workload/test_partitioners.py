@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cluster.workload import partition as module
-from cluster.workload.partition import PARTITIONS, ListedPartition, PartitionError, partition, picture
+from cluster.workload import partitioners as module
+from cluster.workload.partition import ListedPartition
+from cluster.workload.partition_picture import picture
+from cluster.workload.partitioners import PARTITIONS, PartitionError, partition
 
 #: The kinds that list every client's samples; `sampled` has a file of its own.
 LISTED = tuple(name for name in PARTITIONS if name != "sampled")
@@ -216,7 +218,7 @@ def test_dirichlet_is_unbalanced_and_leaves_nobody_empty():
     assert np.abs(even - 100).max() <= 10
 
 
-def test_hold_out_stays_out():
+def test_validation_data_stays_out():
     available = np.arange(0, 100, 2)
     for name in LISTED:
         parts = partition(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster import seeding
-from cluster.workload.holdings import SampledPartition
-from cluster.workload.partition import partition, picture
+from cluster.workload.partition import SampledPartition
+from cluster.workload.partition_picture import picture
+from cluster.workload.partitioners import partition
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_same, run_inline, tiny_federation
 

@@ -186,7 +186,8 @@ def _follow(
     from cluster.command_line.progress import RunDisplay, conclude, shown
     from cluster.records.run_folder import RunFolder
     from cluster.rounds.conduct import RunGoesOn
-    from cluster.rounds.driver import DivergedError, ReplayError
+    from cluster.rounds.ledger import ReplayError
+    from cluster.rounds.setbacks import DivergedError
 
     try:
         with RunDisplay(console, config, done) as display:

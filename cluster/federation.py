@@ -111,7 +111,7 @@ class Federation:
     @cached_property
     def training_bytes(self) -> int:
         """Bytes that training takes on a device: weights, gradient and a batch's activations, float32."""
-        trained = self.layout.trained_size * (2 if self.config.build_algorithm().reparameterised else 1)
+        trained = self.layout.trained_size * (2 if self.config.method.reparameterised else 1)
         activations = self.config.local.batch_size * count_activations(self.model, self._example)
         return 4 * (self.layout.size + trained + activations)
 

@@ -86,7 +86,7 @@ class NaiveFederation:
     def __init__(self, config: Config) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
-        self.options = config.build_algorithm()
+        self.options = config.method
         federation = Federation.of(config)
         self.module = copy.deepcopy(federation.model).train()
         self.partition = federation.partition

@@ -20,7 +20,7 @@ def instructions_of(config: Config) -> Callable[[int], Instructions]:
 
     The method is asked with a state that holds no weights, and a mask from its second round on.
     """
-    method = config.build_algorithm()
+    method = config.method
 
     def of(number: int) -> Instructions:
         mask = torch.empty(0, dtype=torch.bool) if number > method.first_round else None
@@ -44,7 +44,7 @@ def rounds_within(config: Config) -> int:
     """
     told, epochs = instructions_of(config), epochs_of(config)
     whole = left = config.rounds * config.cohort * config.local.epochs
-    for number in range(config.build_algorithm().first_round, config.rounds + 1):
+    for number in range(config.method.first_round, config.rounds + 1):
         left -= (told(number).cohort or config.cohort) * epochs(number)
         if left < 0 and number <= 1:
             raise ConfigError(

@@ -27,7 +27,7 @@ from cluster.exchange import ClientError
 from cluster.execution import complete, run_or_resume
 from cluster.records.run_folder import BusyError, RunFolder
 from cluster.records.shared_storage import below
-from cluster.rounds.driver import DivergedError
+from cluster.rounds.setbacks import DivergedError
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, collect
 from tuning.search import Cost, Search

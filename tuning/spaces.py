@@ -96,7 +96,7 @@ def own_space(
                 f"{where}.search.{field}: no such field; its fields: {', '.join(declared) or 'none'}"
                 + did_you_mean(field, declared)
             )
-    values = vars(config.build_algorithm())
+    values = vars(config.method)
     space: Space = {}
     for field, parameter in declared.items():
         key, value = f"algorithm.{field}", values[field]

@@ -288,7 +288,7 @@ def plan_of(tree: Mapping[str, Any], name: str) -> Plan:
             rounds_within(config)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        method = type(config.build_algorithm())
+        method = type(config.method)
         fixed = [field for field in entry.options if field not in entry.search]
         space = own_space(where, method, config, fixed, entry.search) | shared_space(section.shared, config)
         contenders[entry.shown] = Contender(entry.shown, config, space)

@@ -21,7 +21,7 @@ from cluster.actors.ray_session import ClusterError, connection, ray_engine
 from cluster.configuration.config import Config, code_digest
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.conduct import RunGoesOn, conduct, stop_on_signal
-from cluster.rounds.driver import Line
+from cluster.rounds.ledger import Line
 
 #: Ray namespace of every driver, whichever job started it.
 NAMESPACE = "sparsyfed"

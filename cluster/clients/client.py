@@ -55,7 +55,7 @@ class ClientHost:
         self._setup = setup
         self._dataset, held_out = dataset, setup.validation
         self._validation = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
-        self._method = config.build_algorithm()
+        self._method = config.method
         model = build_model(config, dataset)
         settings = LocalSettings(
             config.seed,

@@ -187,7 +187,7 @@ def _model(console: Console, federation: Federation) -> None:
     layout, flops = federation.layout, federation.flops
     config = federation.config
     unknown = config.inert and ":" in config.algorithm.name
-    sparsity = config.algorithm.options.get("sparsity") if unknown else config.build_algorithm().sparsity
+    sparsity = config.algorithm.options.get("sparsity") if unknown else config.method.sparsity
     prunable = layout.prunable_size
     _heading(console, "model", f"{federation.config.model.name}: {layout.trained_size:,} trained parameters")
     table = _table("prunable layer", "shape", "weights", "share", "forward kFLOP a sample")
@@ -264,7 +264,7 @@ def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...],
 def _bytes(console: Console, federation: Federation) -> None:
     """Messages of the real encoder, on the initial weights."""
     config, layout = federation.config, federation.layout
-    method, shape = config.build_algorithm(), wire.Shape.of(layout)
+    method, shape = config.method, wire.Shape.of(layout)
     initial = federation.initial_weights
     state = method.initial_state(initial, layout, seeding.generator(config.seed, "server"))
     weights = state.weights.numpy()
@@ -317,7 +317,7 @@ def _devices(console: Console, federation: Federation) -> None:
 def _memory(console: Console, federation: Federation, process: int) -> None:
     """An estimate from the arrays that an actor holds (`Trainer` and `Total`)."""
     config, layout, dataset = federation.config, federation.layout, federation.dataset
-    method = config.build_algorithm()
+    method = config.method
     vectors = 4 * (2 * layout.size + layout.trained_size * (2 if method.reparameterised else 1))
     total = 16 * layout.size + (12 if method.masked else 4) * layout.prunable_size
     image = int(np.prod(dataset.image_shape))

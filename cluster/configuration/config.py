@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ class Config(Section):
         self._inert = bool((info.context or {}).get("inert") and self.references)
         problems = []
         for key, build in (
-            ("algorithm", self.build_algorithm),
+            ("algorithm", lambda: self.method),
             ("server", self.build_server),
             ("sampler", self.build_sampler),
         ):
@@ -173,7 +174,7 @@ class Config(Section):
         if abs(sum(tier.share for tier in kinds.values()) - 1.0) > 1e-6:
             shares = ", ".join(f"{name} {tier.share:g}" for name, tier in kinds.items())
             yield f"devices.tiers: shares must sum to 1, found {shares}"
-        method = self.build_algorithm()
+        method = self.method
         if all(tier.sparsity is None for tier in kinds.values()):
             return
         if not method.unequal_sparsity:
@@ -191,7 +192,7 @@ class Config(Section):
             )
 
     def _schedule_problems(self) -> Iterator[str]:
-        section, method = self.schedule, self.build_algorithm()
+        section, method = self.schedule, self.method
         if section.name == "synchronous":
             others = ["buffer", "concurrency", "max_staleness"]
         else:
@@ -245,7 +246,8 @@ class Config(Section):
         """Whether it names code that is not to be imported; see :func:`validate`."""
         return self._inert
 
-    def build_algorithm(self) -> Algorithm:
+    @cached_property
+    def method(self) -> Algorithm:
         """The method with its hyperparameters."""
         self._may_build("algorithm")
         choice = self.algorithm
@@ -271,7 +273,7 @@ class Config(Section):
         """Every hyperparameter by name; of code that is not to be imported those that the section gives."""
         if self._left_alone(section):
             return dict(getattr(self, section).options)
-        return dict(vars(self.build_algorithm() if section == "algorithm" else self.build_server()))
+        return dict(vars(self.method if section == "algorithm" else self.build_server()))
 
     def _left_alone(self, section: str) -> bool:
         return self._inert and ":" in getattr(self, section).name

@@ -32,7 +32,7 @@ def group_name(config: Config) -> str:
 
 def description(config: Config, folder: Path) -> str:
     """What a run is, in Markdown: method, data, training, and the command that continues it."""
-    method, data, partition, local = config.build_algorithm(), config.data, config.partition, config.local
+    method, data, partition, local = config.method, config.data, config.partition, config.local
     # What is zero, off or none goes without saying; the parameters have it all.
     settings = [
         f"{parameter.name} {value}"
@@ -86,7 +86,7 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
 
 
 def _method(config: Config) -> str:
-    sparsity = getattr(config.build_algorithm(), "sparsity", None)
+    sparsity = getattr(config.method, "sparsity", None)
     name = config.algorithm.name.rpartition(":")[2]
     return f"{name}-{sparsity:g}" if sparsity else name
 

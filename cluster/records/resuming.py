@@ -14,7 +14,7 @@ import torch
 
 from cluster.configuration.config import Config, code_digest
 from cluster.federation import Federation
-from cluster.records.checkpoint import CheckpointError, list_rounds, load_checkpoint, read_meta
+from cluster.records.checkpoint import Checkpoint, CheckpointError, list_rounds, load_checkpoint, read_meta
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.references import UserError
 
@@ -22,6 +22,9 @@ from cluster.references import UserError
 RULES = 2
 
 _logger = logging.getLogger("sparsyfed.resuming")
+
+#: What a checkpoint keeps of the driver and cannot be without.
+_NEEDED = ("totals", "held", "simulated_s", "flight", "refused_rounds", "waiting")
 
 #: What a run stands on, in words; a change of any could change its result.
 _WORDS = {"data": "the data", "partition": "the partition", "code": "sparsyfed's code", "torch": "torch"}
@@ -65,7 +68,7 @@ def standing(folder: RunFolder, config: Config) -> Standing:
         RunFolderError: There are checkpoints, and the lines cover none of them; says which line is wrong.
         CheckpointError: The checkpoint is damaged, of another version, or of another configuration.
     """
-    first_round = config.build_algorithm().first_round
+    first_round = config.method.first_round
     lines, size, problem = _sound_lines(folder.rounds_file, first_round)
     last = first_round + len(lines) - 1
     rounds = list_rounds(folder.checkpoints)
@@ -83,6 +86,27 @@ def standing(folder: RunFolder, config: Config) -> Standing:
             "all rounds again"
         )
     return Standing(lines, size, problem, None)
+
+
+def load_resumable(path: Path, config: Config) -> Checkpoint:
+    """Read the checkpoint that a run continues from.
+
+    Raises:
+        CheckpointError: It is damaged, of another version, or made by rules that no longer hold.
+    """
+    stored = load_checkpoint(path)
+    missing = [key for key in _NEEDED if key not in stored.driver]
+    if missing:
+        raise CheckpointError(
+            f"{path} was made by another version of sparsyfed and lacks {', '.join(missing)}: finish the "
+            "run with that version, or start it anew"
+        )
+    for reason in outdated(config, int(stored.driver.get("rules", 1))):
+        raise CheckpointError(
+            f"{path} was made by an older version, {reason}: start the run anew, or finish it with "
+            "sparsyfed 0.1"
+        )
+    return stored
 
 
 def check_ground(found: Standing, federation: Federation, *, anyway: bool) -> bool:

@@ -25,8 +25,9 @@ from cluster.records.outputs import (
 )
 from cluster.records.run_folder import RunFolder
 from cluster.records.shared_storage import SharedStorage
-from cluster.rounds.driver import Driver, Line
+from cluster.rounds.driver import Driver
 from cluster.rounds.engine import Engine
+from cluster.rounds.ledger import Line
 
 #: Seconds that the end of a run waits for a tracking server that is away.
 TRACKING_DEADLINE_S = 30.0

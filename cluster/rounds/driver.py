@@ -7,67 +7,33 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from algorithms import Algorithm, ParameterLayout, ServerState
-from algorithms.core.masks import intersection_over_union
 from cluster import seeding
 from cluster.configuration.config import code_digest
-from cluster.exchange import ClientError, ClientReport, EvaluationChunk
+from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
-from cluster.records.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    list_rounds,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
-from cluster.records.resuming import RULES, outdated, standing, stands_on, take_up
-from cluster.records.run_folder import RunFolder, comparable
-from cluster.references import UserError
+from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically
+from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
+from cluster.records.run_folder import RunFolder
 from cluster.rounds.buffered import Buffered
 from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
-from cluster.rounds.metrics import Downlink, evaluation_metrics, round_metrics
-from cluster.rounds.schedule import Schedule, Snapshot
+from cluster.rounds.ledger import Ledger, Line
+from cluster.rounds.metrics import Supports, evaluation_metrics, round_metrics, time_metrics
+from cluster.rounds.schedule import Round, Schedule, Snapshot
+from cluster.rounds.setbacks import Setbacks
 from cluster.rounds.synchronous import Synchronous
-from cluster.simulation.shift import shift_metrics
 from cluster.transport.downlink import Holders
-
-#: Rounds in a row in which every update was refused, or every client failed, after which a run ends.
-REFUSED_ROUNDS_LIMIT = 3
-
-#: Rounds between the global models whose supports are compared.
-OVERLAP_ROUNDS = 10
 
 #: Rows of one evaluation chunk.
 _CHUNK_ROWS = 256
-
-#: What a checkpoint keeps of the driver and cannot be without.
-_NEEDED = ("totals", "held", "simulated_s", "flight", "refused_rounds", "waiting")
-
-Line = dict[str, Any]
-
-
-class DivergedError(UserError):
-    """Every update was refused in several rounds in a row; the model is as it was before them."""
-
-    status = 1
-
-
-class ReplayError(UserError):
-    """A round computed again differs from its stored line."""
-
-    status = 1
 
 
 class Driver:
@@ -80,6 +46,9 @@ class Driver:
         on_line: Called with each new round's line once it is stored.
         should_stop: Asked before each round; True ends the run with a checkpoint, once there is a round.
         on_checkpoint: Called with every checkpoint, once it is written.
+
+    Attributes:
+        state: The server's state after the rounds so far.
     """
 
     def __init__(
@@ -93,28 +62,23 @@ class Driver:
         on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.federation, self.engine = folder, federation, engine
-        self._on_line, self._should_stop, self._on_checkpoint = on_line, should_stop, on_checkpoint
+        self._should_stop, self._on_checkpoint = should_stop, on_checkpoint
         config = self.config = federation.config
-        self.method, self.server = config.build_algorithm(), config.build_server()
+        self.method, self.server = config.method, config.build_server()
         self.layout: ParameterLayout = federation.layout
         self._last = config.stop_after or config.rounds
         self._schedule = make_schedule(federation, engine, self.method)
-        self._stands_on = stands_on(federation)
-        self._digest = f"{config.digest()}-{code_digest()}"
-        found = standing(folder, config)
-        take_up(folder, found)
-        self._stored = {line["round"]: line for line in found.lines}
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._clients = ClientEvaluation(federation)
-        self._totals: dict[str, float] = {}
-        self._refused_rounds = self._failed_rounds = 0
-        self._waiting: Line | None = None  # the last round's line, until its evaluation is in
+        self._setbacks, self._supports = Setbacks(), Supports()
+        self._stands_on = stands_on(federation)
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
-        self._supports: dict[int, Tensor] = {}  # packed, of the last round that is a multiple of ten
-        self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self._final: Line = {}
         self._ending = False  # what is measured now is the run's last round
-        self.state = self._restore(found.checkpoint) or self._initial_state()
+        found = standing(folder, config)
+        take_up(folder, found)
+        self._ledger = Ledger(folder, config, found.lines, on_line)
+        self.state = self._initial_state() if found.checkpoint is None else self._restore(found.checkpoint)
 
     # ------------------------------------------------------------------------------------- the run
 
@@ -128,80 +92,46 @@ class Driver:
             DivergedError: Every update of three rounds in a row was refused.
             ClientError: Every client of three rounds in a row failed and was skipped.
         """
-        while (
-            max(self._refused_rounds, self._failed_rounds) < REFUSED_ROUNDS_LIMIT
-            and self.state.round < self._last
-        ):
+        while self.state.round < self._last and not self._setbacks.too_many:
             if self._should_stop() and self.state.round >= self.method.first_round:
                 break
             self._round()
-        self._finish_line()
+        self._finish()
         self.save_model()
-        line = self._stored[self.state.round]
-        reasons = _reasons(line["clients/refused_list"])
-        if self._failed_rounds >= REFUSED_ROUNDS_LIMIT:
-            raise ClientError(
-                f"every client failed in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
-                f"{self.state.round}: {reasons}. The global model is as it was before them."
-            )
-        if self._refused_rounds >= REFUSED_ROUNDS_LIMIT:
-            raise DivergedError(
-                f"every update was refused in {REFUSED_ROUNDS_LIMIT} rounds in a row, last in round "
-                f"{self.state.round}: {reasons}. The global model is unharmed. A smaller local.lr "
-                f"(now {self.config.learning_rate(self.state.round):g}) is the usual cure."
-            )
+        line = self._ledger.line(self.state.round)
+        self._setbacks.check(line, self.config.learning_rate(self.state.round))
         return line | self._final
 
     def _round(self) -> None:
-        started = time.perf_counter()
-        state = self.state
-        result = self._schedule.round(state, self._due_chunks(), self._book_keeping)
-        outcome = result.outcome
-
-        def write_waiting_line() -> None:
-            self._write_waiting_line(lambda: self._evaluation(outcome, state.round, last=False))
-
-        if not outcome.evaluating:
-            write_waiting_line()
+        """Collect a round's updates and step; what there is to tell of it is told while the next one runs."""
+        started, before = time.perf_counter(), self.state
+        result = self._schedule.round(before, self._due_chunks(), self._book_keeping)
+        if not result.outcome.evaluating:
+            self._complete_line(result.outcome, before.round)
         worked = time.perf_counter()
-        refused = {r.client: r.refused for r in outcome.reports if r.refused is not None}
-        if outcome.total is None:
-            self._without_update(outcome.reports)
-        else:
-            self._refused_rounds = self._failed_rounds = 0
-            self.state = self.method.advance(state, outcome.total, self.server, self.layout)
+        self.state = self._advance(before, result.outcome)
         stepped = time.perf_counter()
-        metrics = result.metrics | {
+        times = {
             "time/round_s": stepped - started,
             "time/prepare_s": result.prepared - started,
             "time/step_s": stepped - worked,
         }
-        # Measured while the next round runs, whose broadcast already changes who holds which mask.
+        # Taken now: the next round's broadcast already changes who holds which mask.
         snapshot = self._schedule.snapshot()
 
         def after() -> None:
-            write_waiting_line()
-            self._measure(state, outcome, result.downlink, refused, metrics, snapshot)
+            self._complete_line(result.outcome, before.round)
+            self._measure(before, result, times, snapshot)
 
         self._after = after
 
-    def _without_update(self, reports: Sequence[ClientReport]) -> None:
-        """A round that leaves the model as it is: nobody's update was accepted, or arrived in time."""
-        # A client that failed says nothing of the model, one that was late might have been accepted.
-        answered = [report for report in reports if not report.skipped]
-        failed = bool(reports) and not answered
-        refused = bool(answered) and all(report.refused is not None for report in answered)
-        if self.state.round + 1 < 1:
-            reasons = _reasons((r.client, r.refused) for r in reports if r.refused is not None)
-            if failed:
-                raise ClientError(f"every client of the stage before round 1 failed: {reasons}")
-            raise DivergedError(
-                "no update of the stage before round 1 was accepted: "
-                + (f"{reasons}. A smaller local.lr is the usual cure." if refused else "no client answered.")
-            )
-        self._failed_rounds = self._failed_rounds + 1 if failed else 0
-        self._refused_rounds += refused
-        self.state = replace(self.state, round=self.state.round + 1)
+    def _advance(self, before: ServerState, outcome: Outcome) -> ServerState:
+        """The server's state after a round; without an update all but its number stays."""
+        if outcome.total is None:
+            self._setbacks.count(before.round + 1, outcome.reports)
+            return replace(before, round=before.round + 1)
+        self._setbacks.clear()
+        return self.method.advance(before, outcome.total, self.server, self.layout)
 
     def _book_keeping(self) -> None:
         """Write, measure and checkpoint the last round while the next one is already being computed."""
@@ -210,63 +140,39 @@ class Driver:
             self._after = None
 
     def _measure(
-        self,
-        before: ServerState,
-        outcome: Outcome,
-        downlink: Downlink,
-        refused: dict[int, str],
-        metrics: dict[str, Any],
-        snapshot: Snapshot,
+        self, before: ServerState, result: Round, times: dict[str, float], snapshot: Snapshot
     ) -> None:
-        state, started = self.state, time.perf_counter()
+        """Enter the last round's line, and checkpoint where that is due."""
+        state, outcome, started = self.state, result.outcome, time.perf_counter()
         line: Line = {"round": state.round, "timestamp": time.time()}
-        line |= round_metrics(
-            self.layout,
-            before.weights.numpy(),
-            state.weights.numpy(),
-            outcome.total,
-            outcome.reports,
-            downlink,
-        )
-        line |= self._overlap(state)
+        line |= round_metrics(self.layout, before, state, outcome, result.downlink)
+        line |= self._supports.overlap(state, self.layout)
         measures = self.method.layer_measures(state, self.layout)
         line |= {f"{name}/layers": values for name, values in measures.items()}
-        line["clients/refused_list"] = [[client, reason] for client, reason in sorted(refused.items())]
-        for key in ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse"):
-            self._totals[key] = self._totals.get(key, 0) + line[key]
-            line[f"{key}_total"] = self._totals[key]
         line["train/lr"] = self.config.learning_rate(max(1, state.round))
-        phases = np.array([report.phases for report in outcome.reports]).reshape(-1, 4).sum(axis=0)
-        line |= metrics
-        line["time/lost_actors"] = outcome.lost_actors
-        line["time/actors"] = self.engine.actors
-        line["time/clients_evaluate_s"] = sum(chunk.seconds for chunk, _, _ in outcome.evaluated())
-        line |= {f"time/{name}_s": seconds for name, seconds in self._spent.items()}
-        line |= {f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()}
-        names = ("train", "encode", "decode", "fold")
-        line |= {f"time/clients_{name}_s": float(s) for name, s in zip(names, phases, strict=True)}
-        self._waiting = line
-        if not self._evaluation_due(state.round):
-            self._store(line)
-            self._waiting = None
+        line |= result.metrics | times | time_metrics(outcome, self.engine.actors)
+        self._ledger.enter(line, evaluated=not self._evaluation_due(state.round))
         measured = time.perf_counter()
         if state.round % self.config.checkpoint_every == 0:
             self.checkpoint(snapshot)
-        self._spent = {"log": measured - started, "checkpoint": time.perf_counter() - measured}
+        self._ledger.spent(log=measured - started, checkpoint=time.perf_counter() - measured)
 
-    def _overlap(self, state: ServerState) -> dict[str, float | None]:
-        """IoU of the global model's support with that of ten rounds before, every ten rounds from 20 on."""
-        if state.round < 1 or state.round % OVERLAP_ROUNDS:
-            return {}
-        support = state.weights[: self.layout.prunable_size].numpy() != 0
-        before = self._supports.get(state.round - OVERLAP_ROUNDS)
-        self._supports = {state.round: torch.from_numpy(np.packbits(support))}
-        if before is None:
-            return {}
-        earlier = np.unpackbits(before.numpy(), count=len(support)).astype(bool)
-        return {f"masks/overlap_{OVERLAP_ROUNDS}": intersection_over_union(earlier, support)}
+    def _finish(self) -> None:
+        """Measure and evaluate the last round, with no next round to overlap it with."""
+        self._ending = True
+        self._book_keeping()
+        state = self.state
+        evaluated = self._ledger.value(state.round, self.federation.selection_metric) is not None
+        if self._ledger.waiting is not None or not evaluated:
+            chunks = self._chunks + self._clients.chunks(state.round, last=True)
+            outcome = self._schedule.evaluate(state, chunks, lambda: None)
+            # A run that was stopped elsewhere may have stored this round's line without an evaluation.
+            self._final = self._evaluation(outcome, state.round, last=True)
+            self._ledger.complete(self._final)
+        if state.round not in list_rounds(self.folder.checkpoints):
+            self.checkpoint(self._schedule.snapshot())
 
-    # ---------------------------------------------------------------------------------- its steps
+    # ---------------------------------------------------------------------------------- evaluation
 
     def _evaluation_due(self, round_number: int) -> bool:
         due = round_number % self.config.evaluate_every == 0 or self._clients.due(round_number)
@@ -285,43 +191,10 @@ class Driver:
         measured = self._clients.metrics(self.folder, round_number, evaluated, last=last)
         return evaluation_metrics(evaluated) | measured
 
-    def _write_waiting_line(self, evaluation: Callable[[], Line]) -> None:
-        if self._waiting is not None:
-            self._waiting |= evaluation()
-            self._store(self._waiting)
-            self._waiting = None
-
-    def _finish_line(self) -> None:
-        """Measure and evaluate the last round, with no next round to overlap it with."""
-        self._ending = True
-        self._book_keeping()
-        state = self.state
-        evaluated = self._stored.get(state.round, {}).get(self.federation.selection_metric) is not None
-        if self._waiting is not None or not evaluated:
-            chunks = self._chunks + self._clients.chunks(state.round, last=True)
-            outcome = self._schedule.evaluate(state, chunks, lambda: None)
-            # A run that was stopped elsewhere may have stored this round's line without an evaluation.
-            self._final = self._evaluation(outcome, state.round, last=True)
-            self._write_waiting_line(lambda: self._final)
-        if self.state.round not in list_rounds(self.folder.checkpoints):
-            self.checkpoint(self._schedule.snapshot())
-
-    def _store(self, line: Line) -> None:
-        """Write a round's line, or check it against the one stored before the run was interrupted."""
-        line |= shift_metrics(self.config, self._stored, line)
-        stored = self._stored.get(line["round"])
-        if stored is None:
-            self.folder.append_round(line)
-            self._stored[line["round"]] = line
-            self._on_line(line)
-        else:
-            old, new = comparable(stored), comparable(line)
-            differing = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
-            if differing:
-                raise ReplayError(
-                    f"round {line['round']} computed again differs from {self.folder.rounds_file} in "
-                    f"{', '.join(differing)}: the code, a library or the machine changed since"
-                )
+    def _complete_line(self, outcome: Outcome, round_number: int) -> None:
+        """Store the line that waits for the evaluation that came with the round after it."""
+        if self._ledger.waiting is not None:
+            self._ledger.complete(self._evaluation(outcome, round_number, last=False))
 
     # --------------------------------------------------------------------------- state on the disk
 
@@ -331,26 +204,48 @@ class Driver:
         Args:
             snapshot: What the schedule remembers after the round of ``self.state``.
         """
-        self.folder.sync_rounds()  # a checkpoint never outlives the lines before it
-        scores = {r: self._stored[r].get(self.federation.selection_metric) for r in self._stored}
-        kept = [r for r in list_rounds(self.folder.checkpoints) if scores.get(r) is not None]
-        best = max(kept, key=lambda r: (scores[r], -r), default=None)
-        driver = {
-            "totals": self._totals,
+        rounds = list_rounds(self.folder.checkpoints)
+        driver: dict[str, Any] = {
+            **self._ledger.dump(),
             "held": snapshot.held.dump(),
             "simulated_s": snapshot.simulated_s,
             "flight": snapshot.flight,
-            "refused_rounds": self._refused_rounds,
-            "failed_rounds": self._failed_rounds,
-            "waiting": self._waiting,
+            "refused_rounds": self._setbacks.refused,
+            "failed_rounds": self._setbacks.failed,
             "rules": RULES,
         }
         save_checkpoint(
             self.folder.checkpoints,
-            Checkpoint(self.state, driver, self._digest, snapshot.bases, self._supports, self._stands_on),
-            best_round=best,
+            Checkpoint(
+                self.state,
+                driver,
+                f"{self.config.digest()}-{code_digest()}",
+                snapshot.bases,
+                self._supports.by_round,
+                self._stands_on,
+            ),
+            best_round=self._ledger.best(rounds, self.federation.selection_metric),
         )
         self._on_checkpoint()
+
+    def _initial_state(self) -> ServerState:
+        rng = seeding.generator(self.config.seed, "server")
+        return self.method.initial_state(self.federation.initial_weights, self.layout, rng)
+
+    def _restore(self, path: Path) -> ServerState:
+        """Continue from a checkpoint; see :func:`cluster.records.resuming.load_resumable`."""
+        stored = load_resumable(path, self.config)
+        driver = stored.driver
+        self._ledger.load(driver)
+        self._supports.by_round = dict(stored.masks)
+        held = Holders.load(driver["held"])
+        snapshot = Snapshot(driver["simulated_s"], held, driver["flight"], dict(stored.bases))
+        self._schedule.restore(snapshot, stored.state)
+        self._setbacks.refused = int(driver["refused_rounds"])
+        # What made the clients fail may be cured: where rounds are left, they are asked anew.
+        if stored.state.round >= self._last:
+            self._setbacks.failed = int(driver.get("failed_rounds", 0))
+        return stored.state
 
     def save_model(self) -> None:
         """Write the effective weights, so that the plain module loads them and reproduces the accuracy."""
@@ -360,41 +255,6 @@ class Driver:
         self.layout.bind(model, effective)
         tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
         write_atomically(self.folder.model_file, save(tensors))
-
-    def _initial_state(self) -> ServerState:
-        rng = seeding.generator(self.config.seed, "server")
-        return self.method.initial_state(self.federation.initial_weights, self.layout, rng)
-
-    def _restore(self, path: Path | None) -> ServerState | None:
-        if path is None:
-            return None
-        stored = load_checkpoint(path)
-        missing = [key for key in _NEEDED if key not in stored.driver]
-        if missing:
-            raise CheckpointError(
-                f"{path} was made by another version of sparsyfed and lacks {', '.join(missing)}: finish the "
-                "run with that version, or start it anew"
-            )
-        for reason in outdated(self.config, int(stored.driver.get("rules", 1))):
-            raise CheckpointError(
-                f"{path} was made by an older version, {reason}: start the run anew, or finish it with "
-                "sparsyfed 0.1"
-            )
-        self._supports = dict(stored.masks)
-        self._totals = dict(stored.driver["totals"])
-        held = Holders.load(stored.driver["held"])
-        simulated_s, flight = stored.driver["simulated_s"], stored.driver["flight"]
-        self._schedule.restore(Snapshot(simulated_s, held, flight, dict(stored.bases)), stored.state)
-        self._refused_rounds = int(stored.driver["refused_rounds"])
-        # What made the clients fail may be cured: where rounds are left, they are asked anew.
-        if stored.state.round >= self._last:
-            self._failed_rounds = int(stored.driver.get("failed_rounds", 0))
-        self._waiting = stored.driver["waiting"]
-        return stored.state
-
-
-def _reasons(refused: Iterable[tuple[int, str]]) -> str:
-    return "; ".join(f"client {client}: {reason}" for client, reason in refused)
 
 
 def make_schedule(federation: Federation, engine: Engine, method: Algorithm) -> Schedule:

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from algorithms import ParameterLayout, Total
+from algorithms import ParameterLayout, ServerState
 from algorithms.core.masks import consensus, intersection_over_union
-from cluster.exchange import ClientReport, EvaluationChunk
+from cluster.exchange import EvaluationChunk
 from cluster.records.run_folder import finite
+from cluster.rounds.engine import Outcome
+
+#: Rounds between the global models whose supports are compared.
+OVERLAP_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -30,25 +36,19 @@ class Downlink:
 
 
 def round_metrics(
-    layout: ParameterLayout,
-    before: np.ndarray,
-    after: np.ndarray,
-    total: Total | None,
-    reports: Sequence[ClientReport],
-    downlink: Downlink,
+    layout: ParameterLayout, before: ServerState, after: ServerState, outcome: Outcome, downlink: Downlink
 ) -> dict[str, Any]:
     """Masks, bytes and FLOPs of one round.
 
     Args:
         layout: The model's layout.
-        before: w_t, float32[size].
-        after: w_(t+1), float32[size].
-        total: The round's total; None when no update was accepted.
-        reports: One report a client, in client order.
+        before: The server's state before it.
+        after: The state after it.
+        outcome: What the round's work came to.
         downlink: What the cohort was sent.
     """
-    prunable = layout.prunable_size
-    old, new = before[:prunable] != 0, after[:prunable] != 0
+    prunable, total, reports = layout.prunable_size, outcome.total, outcome.reports
+    old, new = (state.weights[:prunable].numpy() != 0 for state in (before, after))
     nonzeros = int(np.count_nonzero(new))
     regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
     accepted = [report for report in reports if report.accepted]
@@ -94,8 +94,50 @@ def round_metrics(
         "clients/trained": len(reports),
         "clients/steps": sum(report.steps for report in reports),
         "clients/refused": sum(report.refused is not None for report in reports),
+        "clients/refused_list": sorted([r.client, r.refused] for r in reports if r.refused is not None),
         "clients/samples": samples,
     }
+
+
+def time_metrics(outcome: Outcome, actors: int) -> dict[str, Any]:
+    """Where the seconds of a round went, those of all clients added up.
+
+    Args:
+        outcome: What the round's work came to.
+        actors: Number of actors.
+    """
+    phases = np.array([report.phases for report in outcome.reports]).reshape(-1, 4).sum(axis=0)
+    names = ("train", "encode", "decode", "fold")
+    return {
+        "time/lost_actors": outcome.lost_actors,
+        "time/actors": actors,
+        "time/clients_evaluate_s": sum(chunk.seconds for chunk, _, _ in outcome.evaluated()),
+        **{f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()},
+        **{f"time/clients_{name}_s": float(s) for name, s in zip(names, phases, strict=True)},
+    }
+
+
+class Supports:
+    """Compares the global model's support with that of ten rounds before.
+
+    Attributes:
+        by_round: Support after the last tenth round, packed bits, uint8[ceil(prunable / 8)].
+    """
+
+    def __init__(self) -> None:
+        self.by_round: dict[int, Tensor] = {}
+
+    def overlap(self, state: ServerState, layout: ParameterLayout) -> dict[str, float | None]:
+        """IoU of the two supports, every ten rounds from 20 on."""
+        if state.round < 1 or state.round % OVERLAP_ROUNDS:
+            return {}
+        support = state.weights[: layout.prunable_size].numpy() != 0
+        before = self.by_round.get(state.round - OVERLAP_ROUNDS)
+        self.by_round = {state.round: torch.from_numpy(np.packbits(support))}
+        if before is None:
+            return {}
+        earlier = np.unpackbits(before.numpy(), count=len(support)).astype(bool)
+        return {f"masks/overlap_{OVERLAP_ROUNDS}": intersection_over_union(earlier, support)}
 
 
 def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, np.ndarray, float]]) -> dict[str, Any]:

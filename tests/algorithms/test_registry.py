@@ -101,7 +101,7 @@ class NaiveRandomK(NaiveFederation):
 def test_a_method_of_ones_own_runs_end_to_end(tmp_path):
     own = {"name": "tests.example_method:RandomK", "sparsity": 0.75}
     config = tiny_federation(tmp_path, algorithm=own)
-    assert isinstance(config.build_algorithm(), RandomK)
+    assert isinstance(config.method, RandomK)
     run = run_inline(config, tmp_path / "run")
     assert [line["round"] for line in run.lines] == [1, 2]
     # 36 + 216 + 384 + 48 = 684 prunable weights, a quarter of them is 171.

@@ -13,7 +13,7 @@ from cluster.configuration.config import resolve
 from cluster.configuration.trees import ConfigError
 from cluster.grid import expand, run_grid, shares_of, table
 from cluster.records.run_folder import RunFolder, comparable
-from cluster.rounds.driver import DivergedError
+from cluster.rounds.setbacks import DivergedError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -10,8 +10,9 @@ import cluster
 from cluster.federation import Federation
 from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.driver import DivergedError, Driver
+from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
+from cluster.rounds.setbacks import DivergedError
 from tests.cluster.observed import flat_upload
 from tests.tiny_experiment import run_inline, tiny_federation
 
@@ -34,7 +35,7 @@ def test_divergence_ends_the_run_and_leaves_the_model(cache, tmp_path, method):
     assert [line["train/loss"] for line in lines] == [None] * 3
     assert len({line["test/accuracy"] for line in lines}) == 1
     federation = Federation.of(config)
-    initial = config.build_algorithm().initial_state(
+    initial = config.method.initial_state(
         federation.initial_weights, federation.layout, np.random.default_rng()
     )
     stored = load_checkpoint(latest(tmp_path / "run" / "checkpoints")).state

@@ -30,7 +30,7 @@ from cluster.records.checkpoint import (
     write_atomically,
 )
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.driver import ReplayError
+from cluster.rounds.ledger import ReplayError
 from cluster.workload.datasets import DataError, open_dataset
 from cluster.workload.preparing import prepare
 from tests.benchmarks.gpu.report import METHODS, key_of_run

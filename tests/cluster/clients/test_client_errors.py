@@ -7,10 +7,8 @@ import pytest
 import cluster
 from cluster.clients.local_training import Trainer
 from cluster.exchange import ClientError, ClientReport
-from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.driver import Driver
-from cluster.rounds.engine import InlineEngine
+from cluster.rounds.setbacks import Setbacks
 from cluster.transport.uplink import Uplink
 from tests.tiny_experiment import tiny_federation
 
@@ -131,10 +129,7 @@ def reports(*kinds):
         ([], (0, 0)),
     ],
 )
-def test_only_refused_updates_are_taken_for_divergence(config, tmp_path, kinds, counts):
-    federation = Federation.of(config())
-    driver = Driver(
-        RunFolder.create(tmp_path / "run", config()), federation, InlineEngine(federation.setup())
-    )
-    driver._without_update(reports(*kinds))
-    assert (driver._refused_rounds, driver._failed_rounds) == counts
+def test_only_refused_updates_are_taken_for_divergence(kinds, counts):
+    setbacks = Setbacks()
+    setbacks.count(1, reports(*kinds))
+    assert (setbacks.refused, setbacks.failed) == counts

@@ -97,8 +97,8 @@ def test_overrides_reach_every_level():
         ["rounds=3", "local.lr=0.25", "algorithm.beta=2", "tracking.tags.who=me", "local.lr_final=0.01"],
     )
     assert (config.rounds, config.local.lr, config.local.lr_final) == (3, 0.25, 0.01)
-    assert config.build_algorithm().beta == 2.0
-    assert isinstance(config.build_algorithm().beta, float)
+    assert config.method.beta == 2.0
+    assert isinstance(config.method.beta, float)
     assert config.tracking.tags == {"who": "me"}
 
 

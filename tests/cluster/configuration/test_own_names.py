@@ -74,7 +74,7 @@ def test_what_is_of_the_right_kind_is_taken():
     config = resolve("quickstart", [f"server.name={HERE}:Slow", "server.pause=2"])
     assert config.build_server() == Slow(pause=2)
     tree = {"algorithm": {"name": f"{HERE}:Bare"}}
-    assert isinstance(resolve(tree).build_algorithm(), Bare)
+    assert isinstance(resolve(tree).method, Bare)
 
 
 def test_a_mistake_inside_the_users_code_is_not_made_one_of_the_configuration():

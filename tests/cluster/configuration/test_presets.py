@@ -83,7 +83,7 @@ def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
     assert lines.index.tolist() == [1, 2]
     assert np.isfinite(lines["train/loss"]).all()
     assert 0 <= lines["test/accuracy"].iloc[-1] <= 1
-    method = resolve(tree).build_algorithm()
+    method = resolve(tree).method
     if (
         method.sparsity and not tree["devices"]["tiers"] and method.name != "zerofl"
     ):  # it sends more than 1 - s
@@ -104,7 +104,7 @@ def test_the_published_setting():
         local = config.local
         assert (local.epochs, local.batch_size, local.weight_decay) == (1, 16, 1e-3)
         assert config.model.name == "resnet18"
-        assert config.build_algorithm().min_activation_density == 0.01
+        assert config.method.min_activation_density == 0.01
 
 
 def test_the_published_learning_rates():
@@ -127,30 +127,25 @@ def test_the_published_learning_rates():
 def test_zerofl_sends_as_much_as_the_others():
     for name in ("paper-methods", "paper-laptop", "paper-accuracy"):
         found = [c for c in expand(name).runs.values() if c.algorithm.name == "zerofl"]
-        assert {c.build_algorithm().mask_ratio for c in found} == {0.0}
-        assert {c.build_algorithm().threshold for c in found} == {"first_batch_conv"}
+        assert {c.method.mask_ratio for c in found} == {0.0}
+        assert {c.method.threshold for c in found} == {"first_batch_conv"}
     for name in ("compare-digits", "compare-fashion-mnist"):
-        ratios = [
-            c.build_algorithm().mask_ratio for c in expand(name).runs.values() if "zerofl" in c.algorithm.name
-        ]
+        ratios = [c.method.mask_ratio for c in expand(name).runs.values() if "zerofl" in c.algorithm.name]
         assert set(ratios) == {0.0, 0.2}
 
 
 def test_unequal_budgets_cut_what_they_receive():
     for label, config in expand("paper-tiers").runs.items():
         unequal = "unequal" in label
-        assert config.build_algorithm().cut_received == unequal
+        assert config.method.cut_received == unequal
         assert config.sampler.name == ("stratified" if unequal else "uniform")
 
 
 def test_the_search_of_beta_and_of_exponents():
-    betas = {config.build_algorithm().beta for config in expand("paper-beta").runs.values()}
+    betas = {config.method.beta for config in expand("paper-beta").runs.values()}
     assert betas == {1.0, 1.001, 1.125, 1.25, 1.375, 2.0, 2.75, 4.0}
     assert {(c.rounds, c.partition.alpha) for c in expand("paper-beta").runs.values()} == {(500, 1.0)}
-    exponents = {
-        (c.build_algorithm().exponent, c.build_algorithm().spectral_mean)
-        for c in expand("paper-ablation").runs.values()
-    }
+    exponents = {(c.method.exponent, c.method.spectral_mean) for c in expand("paper-ablation").runs.values()}
     assert exponents == {("constant", "entries"), ("spectral", "entries"), ("spectral", "nonzeros")}
 
 

@@ -10,7 +10,8 @@ from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.records.checkpoint import CheckpointError, latest, list_rounds, load_checkpoint, save_checkpoint
 from cluster.records.run_folder import RunFolder, RunFolderError, comparable
-from cluster.rounds.driver import Driver, ReplayError
+from cluster.rounds.driver import Driver
+from cluster.rounds.ledger import ReplayError
 from tests.cluster.records.interrupted_runs import assert_same_run, drive, federated
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

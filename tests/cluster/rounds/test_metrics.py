@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from algorithms import Grid, ParameterLayout, Total
+from algorithms import Grid, ParameterLayout, ServerState, Total
 from cluster.exchange import ClientReport, EvaluationChunk
+from cluster.rounds.engine import Outcome
 from cluster.rounds.metrics import Downlink, evaluation_metrics, round_metrics
 
 # Two layers of 4 and 2 prunable weights; 3 biases.
@@ -43,8 +45,8 @@ def total(*supports):
 
 
 def measure(reports, totals, before=(1, 1, 0, 0, 1, 0), after=(1, 0, 1, 1, 0, 0)):
-    flat = [np.array([*weights, 9, 9, 9], np.float32) for weights in (before, after)]
-    return round_metrics(LAYOUT, *flat, totals, reports, Downlink(50, 30, 72))
+    states = [ServerState(0, torch.tensor([*weights, 9.0, 9.0, 9.0])) for weights in (before, after)]
+    return round_metrics(LAYOUT, *states, Outcome(totals, reports), Downlink(50, 30, 72))
 
 
 def test_masks_by_hand():

@@ -5,8 +5,9 @@ import pytest
 
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.driver import DivergedError, Driver
+from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
+from cluster.rounds.setbacks import DivergedError
 from cluster.simulation.devices import Devices
 from tests.tiny_experiment import run_inline, tiny_federation
 

@@ -1,0 +1,108 @@
+"""The run's ledger: a line a round, written once, and compared where a round is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from cluster.configuration.config import Config
+from cluster.records.run_folder import RunFolder, comparable
+from cluster.references import UserError
+from cluster.simulation.shift import shift_metrics
+
+Line = dict[str, Any]
+
+#: What a line also gives since the run began.
+TOTALS = ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse")
+
+
+class ReplayError(UserError):
+    """A round computed again differs from its stored line."""
+
+    status = 1
+
+
+class Ledger:
+    """Takes the lines of a run in, in order.
+
+    Args:
+        folder: The run's folder.
+        config: The configuration.
+        lines: The lines that stand in it already.
+        on_line: Called with each new line once it is stored.
+
+    Attributes:
+        waiting: The last round's line, until its evaluation is in.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: Config, lines: Iterable[Line], on_line: Callable[[Line], None]
+    ) -> None:
+        self._folder, self._config, self._on_line = folder, config, on_line
+        self._lines = {line["round"]: line for line in lines}
+        self._totals: dict[str, float] = {}
+        self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
+        self.waiting: Line | None = None
+
+    def line(self, round_number: int) -> Line:
+        """The stored line of a round."""
+        return self._lines[round_number]
+
+    def value(self, round_number: int, metric: str) -> Any:
+        """What the stored line of a round says of a metric; None where there is none."""
+        return self._lines.get(round_number, {}).get(metric)
+
+    def enter(self, line: Line, *, evaluated: bool) -> None:
+        """Add totals and times of the book-keeping to a round's line; store it, or let it wait.
+
+        Args:
+            line: What was measured; its metrics are added to.
+            evaluated: Whether it waits for no evaluation.
+        """
+        for key in TOTALS:
+            self._totals[key] = self._totals.get(key, 0) + line[key]
+            line[f"{key}_total"] = self._totals[key]
+        line |= {f"time/{name}_s": seconds for name, seconds in self._spent.items()}
+        self.waiting = line
+        if evaluated:
+            self.complete({})
+
+    def complete(self, evaluation: Line) -> None:
+        """Store the line that waits, with what its evaluation gave."""
+        if self.waiting is not None:
+            self._store(self.waiting | evaluation)
+            self.waiting = None
+
+    def spent(self, log: float, checkpoint: float) -> None:
+        """Note the seconds of the last book-keeping, which the next line tells."""
+        self._spent = {"log": log, "checkpoint": checkpoint}
+
+    def best(self, rounds: Iterable[int], metric: str) -> int | None:
+        """Of some rounds the first one with the best value of a metric; None where none has one."""
+        known = [number for number in rounds if self.value(number, metric) is not None]
+        return max(known, key=lambda number: (self.value(number, metric), -number), default=None)
+
+    def dump(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, plain JSON values."""
+        self._folder.sync_rounds()  # a checkpoint never outlives the lines before it
+        return {"totals": self._totals, "waiting": self.waiting}
+
+    def load(self, stored: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`dump` gave."""
+        self._totals, self.waiting = dict(stored["totals"]), stored["waiting"]
+
+    def _store(self, line: Line) -> None:
+        line |= shift_metrics(self._config, self._lines, line)
+        number = line["round"]
+        if number not in self._lines:
+            self._folder.append_round(line)
+            self._lines[number] = line
+            self._on_line(line)
+            return
+        old, new = comparable(self._lines[number]), comparable(line)
+        differing = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+        if differing:
+            raise ReplayError(
+                f"round {number} computed again differs from {self._folder.rounds_file} in "
+                f"{', '.join(differing)}: the code, a library or the machine changed since"
+            )

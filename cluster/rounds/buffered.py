@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -54,6 +54,33 @@ class Flight:
     report: ClientReport | None = None
 
 
+@dataclass
+class _Step:
+    """One server step in the making.
+
+    Attributes:
+        state: The server's state before it.
+        parcel: The model of ``state``.
+        chunks: What that model is still to be evaluated on.
+        meanwhile: The book-keeping of the last step, once the first work is handed out.
+        asked: Who was sent the model of ``state``.
+        arrived: Who came back.
+        outcome: What became of it.
+        unavailable: Clients that were drawn and away.
+        lost: Clients that dropped out.
+    """
+
+    state: ServerState
+    parcel: Parcel
+    chunks: Sequence[EvaluationChunk]
+    meanwhile: Callable[[], None]
+    asked: list[Assignment] = field(default_factory=list)
+    arrived: list[Flight] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=lambda: Outcome(None, []))
+    unavailable: int = 0
+    lost: int = 0
+
+
 class Buffered(Schedule):
     """``concurrency`` clients train at a time; ``buffer`` updates make a server step, a round.
 
@@ -80,7 +107,38 @@ class Buffered(Schedule):
         self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]
     ) -> Round:
         """See :class:`Schedule`."""
-        return _Step(self, state, chunks, meanwhile).run()
+        step = self._step = _Step(state, self.sender.parcel(state), chunks, meanwhile)
+        self._parcels[state.round] = step.parcel
+        clock, started, prepared = self.clock, self.clock.now, time.perf_counter()
+        while sum(not self._too_old(flight) for flight in step.arrived) < self._size:
+            self._fill()
+            if not self._flights:
+                self._wait()
+                continue
+            while not self._next_is_final():
+                self._play()
+            flight = self._flights.pop(clock.advance())
+            if flight.lost:
+                step.lost += 1
+            else:
+                step.arrived.append(flight)
+        self._evaluate()
+        outcome = self._total()
+        aloft = {flight.version for flight in self._flights.values()}
+        self._parcels = {v: parcel for v, parcel in self._parcels.items() if v in aloft}
+        staleness = [state.round - flight.version for flight in step.arrived]
+        metrics = {
+            "time/simulated_s": clock.now,
+            "time/round_simulated_s": clock.now - started,
+            "clients/unavailable": step.unavailable,
+            "clients/stragglers": 0,
+            "clients/dropped": step.lost,
+            "clients/late": sum(report.late for report in outcome.reports),
+            "clients/in_flight": len(self._flights),
+            "clients/staleness": float(np.mean(staleness)),
+            "clients/staleness_max": max(staleness),
+        }
+        return Round(outcome, self.downlink(step.asked, step.parcel), metrics, prepared)
 
     def snapshot(self) -> Snapshot:
         """See :class:`Schedule`; what was played already is played again after a restart."""
@@ -121,121 +179,70 @@ class Buffered(Schedule):
         if flight.lost:
             self.clock.schedule(flight.bound, flight.sequence, flight.sequence)
 
-
-class _Step:
-    """One server step in the making."""
-
-    def __init__(
-        self,
-        schedule: Buffered,
-        state: ServerState,
-        chunks: Sequence[EvaluationChunk],
-        meanwhile: Callable[[], None],
-    ) -> None:
-        self._schedule, self._state, self._chunks, self._meanwhile = schedule, state, chunks, meanwhile
-        self._parcel = schedule.sender.parcel(state)
-        schedule._parcels[state.round] = self._parcel
-        self._asked: list[Assignment] = []
-        self._arrived: list[Flight] = []
-        self._outcome = Outcome(None, [])
-        self._unavailable = self._lost = 0
-
-    def run(self) -> Round:
-        schedule, state = self._schedule, self._state
-        clock, started, prepared = schedule.clock, schedule.clock.now, time.perf_counter()
-        while sum(not self._too_old(flight) for flight in self._arrived) < schedule._size:
-            self._fill()
-            if not schedule._flights:
-                self._wait()
-                continue
-            while not self._next_is_final():
-                self._play()
-            flight = schedule._flights.pop(clock.advance())
-            if flight.lost:
-                self._lost += 1
-            else:
-                self._arrived.append(flight)
-        self._evaluate()
-        outcome = self._total()
-        aloft = {flight.version for flight in schedule._flights.values()}
-        schedule._parcels = {v: parcel for v, parcel in schedule._parcels.items() if v in aloft}
-        staleness = [state.round - flight.version for flight in self._arrived]
-        metrics = {
-            "time/simulated_s": clock.now,
-            "time/round_simulated_s": clock.now - started,
-            "clients/unavailable": self._unavailable,
-            "clients/stragglers": 0,
-            "clients/dropped": self._lost,
-            "clients/late": sum(report.late for report in outcome.reports),
-            "clients/in_flight": len(schedule._flights),
-            "clients/staleness": float(np.mean(staleness)),
-            "clients/staleness_max": max(staleness),
-        }
-        return Round(outcome, schedule.downlink(self._asked, self._parcel), metrics, prepared)
-
     # ------------------------------------------------------------------------------------ who is asked
 
     def _fill(self) -> None:
         """Dispatch clients with the current model until all places are taken, or nobody is to be had."""
-        schedule = self._schedule
-        while len(schedule._flights) < schedule._places:
+        step = self._step
+        while len(self._flights) < self._places:
             client = self._find()
             if client is None:
                 return
-            assignments, bounds = schedule.assignments(
-                np.array([client]), self._parcel, schedule.instruct(self._state)
-            )
-            schedule.sender.deliver([client], self._parcel)
-            self._asked += assignments
-            sequence, now = schedule._sequence, schedule.clock.now
-            lost = bool(schedule.devices.drop_outs(np.array([client]), sequence)[0])
+            assignments, bounds = self.assignments(np.array([client]), step.parcel, self.instruct(step.state))
+            self.sender.deliver([client], step.parcel)
+            step.asked += assignments
+            sequence, now = self._sequence, self.clock.now
+            lost = bool(self.devices.drop_outs(np.array([client]), sequence)[0])
             bound = now + float(bounds[0])
-            schedule._take_off(Flight(sequence, self._state.round, now, assignments[0], bound, lost))
-            schedule._sequence += 1
+            self._take_off(Flight(sequence, step.state.round, now, assignments[0], bound, lost))
+            self._sequence += 1
 
     def _find(self) -> int | None:
         """A client that is available, on the ground and not yet asked on this version."""
-        schedule, now = self._schedule, self._schedule.clock.now
-        blocked = {flight.assignment.client for flight in schedule._flights.values()}
-        blocked |= {assignment.client for assignment in self._asked}
-        if len(blocked) == schedule.config.partition.clients:
+        step = self._step
+        now = self.clock.now
+        blocked = {flight.assignment.client for flight in self._flights.values()}
+        blocked |= {assignment.client for assignment in step.asked}
+        if len(blocked) == self.config.partition.clients:
             return None
-        rng = seeding.generator(schedule.config.seed, "cohort", schedule._sequence, int(now))
+        rng = seeding.generator(self.config.seed, "cohort", self._sequence, int(now))
         for _ in range(_DRAWS):
-            for client in schedule.draw(1, self._state.round + 1, rng).tolist():
+            for client in self.draw(1, step.state.round + 1, rng).tolist():
                 if client in blocked:
                     continue
-                if schedule.devices.available(np.array([client]), now)[0]:
+                if self.devices.available(np.array([client]), now)[0]:
                     return int(client)
-                self._unavailable += 1
+                step.unavailable += 1
         return None
 
     def _wait(self) -> None:
         """Nobody is in flight and nobody could be asked: try again later."""
-        if len({assignment.client for assignment in self._asked}) == self._schedule.config.partition.clients:
+        step = self._step
+        if len({assignment.client for assignment in step.asked}) == self.config.partition.clients:
             raise SamplerError(
-                f"all {len(self._asked)} clients were asked in round {self._state.round + 1} and "
-                f"{len(self._arrived)} answered, of {self._schedule._size} that a server step needs; "
+                f"all {len(step.asked)} clients were asked in round {step.state.round + 1} and "
+                f"{len(step.arrived)} answered, of {self._size} that a server step needs; "
                 "lower schedule.buffer or the tiers' dropout"
             )
-        self._schedule.clock.now += IDLE_S
+        self.clock.now += IDLE_S
 
     # -------------------------------------------------------------------------------- playing and folding
 
     def _pending(self) -> list[Flight]:
-        return [f for f in self._schedule._flights.values() if f.report is None and not f.lost]
+        return [f for f in self._flights.values() if f.report is None and not f.lost]
 
     def _next_is_final(self) -> bool:
         """Whether nobody whose arrival is not yet known can precede the next event."""
-        clock = self._schedule.clock
+        clock = self.clock
         return all(clock.next_event() < (flight.bound, flight.sequence) for flight in self._pending())
 
     def _play(self) -> None:
         """Play everyone whose arrival is not yet known, version after version."""
-        schedule, pending = self._schedule, self._pending()
+        step = self._step
+        pending = self._pending()
         for version in sorted({flight.version for flight in pending}):
             flights = [flight for flight in pending if flight.version == version]
-            chunks = self._chunks if version == self._state.round else []
+            chunks = step.chunks if version == step.state.round else []
             reports = {
                 r.client: r for r in self._run(version, [f.assignment for f in flights], chunks).reports
             }
@@ -244,19 +251,20 @@ class _Step:
                 flight.report = report
                 # A client that failed and was skipped is back when it could have been.
                 arrival = flight.start + report.visit_s if report.visit_s < math.inf else flight.bound
-                schedule.clock.schedule(arrival, flight.sequence, flight.sequence)
+                self.clock.schedule(arrival, flight.sequence, flight.sequence)
 
     def _run(self, version: int, assignments: list[Assignment], chunks: Sequence[EvaluationChunk]) -> Outcome:
-        schedule, parcel = self._schedule, self._schedule._parcels[version]
-        instructions = schedule.instruct(parcel.state)
-        sizes = schedule.sizes(instructions.round)
+        step = self._step
+        parcel = self._parcels[version]
+        instructions = self.instruct(parcel.state)
+        sizes = self.sizes(instructions.round)
         samples = sum(int(sizes[assignment.client]) for assignment in assignments)
-        broadcast = schedule.broadcast(parcel, instructions, samples)
-        played = schedule.engine.run(broadcast, assignments, chunks, self._meanwhile)
-        self._meanwhile = lambda: None
-        outcome = self._outcome
+        broadcast = self.broadcast(parcel, instructions, samples)
+        played = self.engine.run(broadcast, assignments, chunks, step.meanwhile)
+        step.meanwhile = lambda: None
+        outcome = step.outcome
         if chunks:
-            self._chunks, outcome.evaluated, outcome.evaluating = [], played.evaluated, played.evaluating
+            step.chunks, outcome.evaluated, outcome.evaluating = [], played.evaluated, played.evaluating
         outcome.lost_actors += played.lost_actors
         for phase, seconds in played.seconds.items():
             outcome.seconds[phase] = outcome.seconds.get(phase, 0.0) + seconds
@@ -264,35 +272,37 @@ class _Step:
 
     def _evaluate(self) -> None:
         """What no visit of this round has taken along: evaluation, and the book-keeping of the last one."""
-        if self._chunks:
-            self._run(self._state.round, [], self._chunks)
-        self._meanwhile()
+        step = self._step
+        if step.chunks:
+            self._run(step.state.round, [], step.chunks)
+        step.meanwhile()
 
     def _too_old(self, flight: Flight) -> bool:
-        limit = self._schedule.config.schedule.max_staleness
-        return limit is not None and self._state.round - flight.version > limit
+        limit = self.config.schedule.max_staleness
+        return limit is not None and self._step.state.round - flight.version > limit
 
     def _total(self) -> Outcome:
         """Fold what has arrived, in the order of arrival."""
-        schedule, state, outcome = self._schedule, self._state, self._outcome
-        layout, exponent = schedule.federation.layout, schedule.config.schedule.staleness_exponent
+        step = self._step
+        state, outcome = step.state, step.outcome
+        layout, exponent = self.federation.layout, self.config.schedule.staleness_exponent
         weights = []
-        for flight in self._arrived:
+        for flight in step.arrived:
             assert flight.report is not None
             share = (1.0 + state.round - flight.version) ** -exponent
             weights.append(max(1, round(_WEIGHT_UNIT * flight.report.samples * share)))
-        grid = Grid.for_round(self._parcel.exact, sum(weights))
-        total = Total.zero(grid, layout, masked=schedule.method.masked)
-        for flight, weight in zip(self._arrived, weights, strict=True):
+        grid = Grid.for_round(step.parcel.exact, sum(weights))
+        total = Total.zero(grid, layout, masked=self.method.masked)
+        for flight, weight in zip(step.arrived, weights, strict=True):
             report = flight.report
             assert report is not None
             late, refused = self._too_old(flight), report.refused
             if not late and report.message is not None:
-                base = schedule._parcels[flight.version]
-                refused = schedule.uplink.take(
+                base = self._parcels[flight.version]
+                refused = self.uplink.take(
                     total, report.client, report.message, weight, base.decoded, base.mask
                 )
-                if refused is None and not schedule.method.uploads_differences:
+                if refused is None and not self.method.uploads_differences:
                     moved = self._moved_since(base.state.weights)
                     total.shift(moved.numpy(), weight)
             outcome.reports.append(replace(report, late=late, refused=refused, message=None))
@@ -301,5 +311,5 @@ class _Step:
 
     def _moved_since(self, base: Tensor) -> Tensor:
         """What the server has moved the trained parameters by since ``base``, float32[trained]."""
-        trained = self._schedule.federation.layout.trained_size
-        return self._state.weights[:trained] - base[:trained]
+        trained = self.federation.layout.trained_size
+        return self._step.state.weights[:trained] - base[:trained]

@@ -130,26 +130,26 @@ PHONES = {
 def test_the_order_does_not_depend_on_who_is_played_when(cache, tmp_path, monkeypatch, batches):
     config = asynchronous(cache, concurrency=4, buffer=3, **PHONES)
     reference = run_inline(config, tmp_path / "reference")
-    pending = buffered._Step._pending
+    pending = buffered.Buffered._pending
 
     def order(step):
         flights = pending(step)
         return flights[::-1] if batches == "the last first" else flights[:1]
 
     if batches == "everyone at once":
-        is_final = buffered._Step._next_is_final
+        is_final = buffered.Buffered._next_is_final
         monkeypatch.setattr(
-            buffered._Step, "_next_is_final", lambda step: not pending(step) and is_final(step)
+            buffered.Buffered, "_next_is_final", lambda own: not pending(own) and is_final(own)
         )
     else:
-        play = buffered._Step._play
+        play = buffered.Buffered._play
 
         def in_parts(step):
             with monkeypatch.context() as patch:
-                patch.setattr(buffered._Step, "_pending", order)
+                patch.setattr(buffered.Buffered, "_pending", order)
                 play(step)
 
-        monkeypatch.setattr(buffered._Step, "_play", in_parts)
+        monkeypatch.setattr(buffered.Buffered, "_play", in_parts)
     again = run_inline(config, tmp_path / "again")
     assert_same_model(again.state.weights, reference.state.weights)
     assert [comparable(line) for line in again.lines] == [comparable(line) for line in reference.lines]

@@ -67,21 +67,23 @@ def shift_metrics(config: Config, stored: Mapping[int, Line], line: Line) -> dic
         return {}
     period = period_of(section, number)
     metrics: dict[str, Any] = {"shift/period": period}
-    accuracy = line.get("test/accuracy")
+    accuracy: float | None = line.get("test/accuracy")
     if period == 0 or accuracy is None:
         return metrics
     first = first_round_of(section, period)
-    known = {
-        earlier: stored[earlier]["test/accuracy"]
-        for earlier in sorted(stored)
-        if 1 <= earlier < number
-        and earlier % config.evaluate_every == 0
-        and stored[earlier].get("test/accuracy") is not None
-    } | {number: accuracy}
-    before = next((known[earlier] for earlier in reversed(known) if earlier < first), None)
+
+    def accuracy_after(earlier: int) -> float | None:
+        if earlier == number:
+            return accuracy
+        due = earlier % config.evaluate_every == 0
+        return stored.get(earlier, {}).get("test/accuracy") if due else None
+
+    evaluated = (known for r in range(first - 1, 0, -1) if (known := accuracy_after(r)) is not None)
+    before = next(evaluated, None)
     if before is None:
         return metrics
-    recovered = next((r for r in known if r >= first and known[r] >= before), None)
+    afterwards = ((r, accuracy_after(r)) for r in range(first, number + 1))
+    recovered = next((r for r, known in afterwards if known is not None and known >= before), None)
     return metrics | {
         "shift/accuracy_before": before,
         "shift/accuracy_change": accuracy - before,

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "wire": ("bench_wire", "cut, encode, decode and fold of 11 million weights; 100 updates", True),
     "start": ("bench_start", "seconds until the first round of a cold run", True),
     "memory": ("bench_memory", "memory of driver and actors over many rounds", False),
+    "long": ("bench_long", "2,000 rounds with MLflow: time, CPU, memory, files, late and early", False),
     "compare": ("bench_compare", "reading 100 of 10,000 runs of one MLflow store", False),
     "gpu": ("gpu.command", "all that concerns CUDA in --minutes: checks, speed, the paper's run", False),
     "peers": ("bench_peers", "the same workload in Flower's simulation and in pfl-research", False),

@@ -67,9 +67,9 @@ class Federation:
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         kept, validation = stratified_split(
-            dataset.train.labels, config.data.validation, config.partition_seed
+            dataset.train.targets, config.data.validation, config.partition_seed
         )
-        labels = dataset.train.labels
+        labels = dataset.train.targets
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
             section = partition_of(config, period)
@@ -117,7 +117,7 @@ class Federation:
 
     @property
     def _example(self) -> Tensor:
-        return to_input(self.dataset.train.images[:2], torch.device("cpu"))
+        return to_input(self.dataset.train.inputs[:2], torch.device("cpu"))
 
     @property
     def initial_weights(self) -> Tensor:
@@ -142,7 +142,7 @@ class Federation:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
         whole: list[tuple[str, int, str | None]] = [("val", len(self.validation), None)]
         if self.config.evaluate_on == "test":
-            test = len(self.dataset.test.labels)
+            test = len(self.dataset.test.targets)
             tiers = [n for n, tier in self.config.devices.tiers.items() if tier.sparsity is not None]
             whole = [("test", test, None), *whole, *(("test", test, name) for name in tiers)]
         return [
@@ -187,7 +187,7 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     """The plain module with the common initialisation of the configured seed."""
     return models.build(
         config.model.name,
-        input_shape=dataset.image_shape,
+        input_shape=dataset.input_shape,
         classes=len(dataset.classes),
         seed=seeding.integer(config.seed, "initialisation"),
         **config.model.options,

@@ -91,8 +91,8 @@ class NaiveFederation:
         self.module = copy.deepcopy(federation.model).train()
         self.partition = federation.partition
         # The documented input scaling: [0, 255] to [0, 1] to [-1, 1].
-        self.images = (torch.tensor(np.array(federation.dataset.train.images)).float() / 255.0 - 0.5) / 0.5
-        self.labels = torch.tensor(np.array(federation.dataset.train.labels))
+        self.images = (torch.tensor(np.array(federation.dataset.train.inputs)).float() / 255.0 - 0.5) / 0.5
+        self.labels = torch.tensor(np.array(federation.dataset.train.targets))
         self.layers = {
             f"{name}.weight": layer
             for name, layer in self.module.named_modules()

@@ -54,7 +54,7 @@ class ClientHost:
         dataset = open_dataset(setup.folder)
         self._setup = setup
         self._dataset, held_out = dataset, setup.validation
-        self._validation = Split(dataset.train.images[held_out], dataset.train.labels[held_out], None)
+        self._validation = Split(dataset.train.inputs[held_out], dataset.train.targets[held_out], None)
         self._method = config.method
         model = build_model(config, dataset)
         settings = LocalSettings(

@@ -25,7 +25,7 @@ from cluster.flops import LayerFlops
 from cluster.workload.datasets import Split
 from cluster.workload.inputs import to_input
 
-#: Images of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
+#: Samples of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
 #: On a CPU the activations of more do not stay in its cache: 256 at once take ResNet-18 a third longer.
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
 
@@ -79,7 +79,7 @@ class Trainer:
         model: A plain module; its layers are swapped as the method asks.
         method: The method.
         settings: Local hyperparameters.
-        train: The training split, images uint8 or float32 [N, C, H, W].
+        train: The training split.
         device: Where the model lives.
     """
 
@@ -93,7 +93,7 @@ class Trainer:
     ) -> None:
         self.method, self.settings, self.device = method, settings, device
         self._data, self._staging = ClientData(train, device), Staging()
-        example = to_input(train.images[:2], device)
+        example = to_input(train.inputs[:2], device)
         self.module = model.to(device)
         self.layout = ParameterLayout.of(self.module, example)
         self.flops = LayerFlops.of(self.module, self.layout, example)
@@ -137,7 +137,7 @@ class Trainer:
         order = seeding.generator(stream[0], "batches", *stream[1:])
         self._load(broadcast)
         received = self._received
-        images, labels = self._data.of(rows)
+        inputs, targets = self._data.of(rows)
         samples, batch = len(rows), settings.batch_size
         epochs = instructions.epochs or settings.epochs
         layout = self.layout
@@ -165,7 +165,7 @@ class Trainer:
             nonlocal extra_samples
             extra_samples += min(batch, samples)
             chosen = torch.from_numpy(order.permutation(samples)[:batch]).to(self.device)
-            self._backward(weak_half, images, labels, chosen)
+            self._backward(weak_half, inputs, targets, chosen)
 
         visit.batch_gradient = one_more_batch
         if not self.module.training:
@@ -180,7 +180,7 @@ class Trainer:
             shuffled = torch.from_numpy(order.permutation(samples)).to(self.device)
             for start in range(0, samples, batch):
                 chosen = shuffled[start : start + batch]
-                loss_sum += self._backward(client_half, images, labels, chosen)
+                loss_sum += self._backward(client_half, inputs, targets, chosen)
                 self._sgd_step(broadcast.lr)
                 visit.step += 1
                 client_half.after_step()
@@ -242,8 +242,8 @@ class Trainer:
             batch = EVALUATION_BATCH[self.device.type]
             for first in range(start, stop, batch):
                 rows = slice(first, min(first + batch, stop))
-                labels = torch.from_numpy(np.asarray(split.labels[rows])).to(self.device)
-                logits = self.module(to_input(split.images[rows], self.device))
+                labels = torch.from_numpy(np.asarray(split.targets[rows])).to(self.device)
+                logits = self.module(to_input(split.inputs[rows], self.device))
                 found = labels[logits.argmax(1) == labels].cpu().numpy()
                 counts = np.bincount(found, minlength=logits.shape[1])
                 correct = counts + correct if len(correct) else counts
@@ -280,15 +280,15 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _backward(self, client_half: Client, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    def _backward(self, client_half: Client, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
         client_half.before_forward()
-        loss = self._passes.run(images, labels, chosen)
+        loss = self._passes.run(inputs, targets, chosen)
         client_half.after_backward()
         return loss
 
-    def _compute(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _compute(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with arithmetic(self.settings.precision, self.device):
-            loss = F.cross_entropy(self.module(images), labels)
+            loss = F.cross_entropy(self.module(inputs), targets)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
         return loss.detach()

@@ -19,7 +19,7 @@ from algorithms.core.layers import ActivationPruning
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
-#: Computes the loss of (images, labels) and leaves the gradient in the flat vector.
+#: Computes the loss of (inputs, targets) and leaves the gradient in the flat vector.
 Compute = Callable[[Tensor, Tensor], Tensor]
 
 #: Records what a function launches, without running it, and returns what runs it.
@@ -36,12 +36,12 @@ class CaptureError(RuntimeError):
 class Passes(Protocol):
     """Runs the pass of one local step."""
 
-    def run(self, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-        """Loss of ``images[chosen]``, a scalar that the next pass may overwrite; the gradient is in place.
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+        """Loss of ``inputs[chosen]``, a scalar that the next pass may overwrite; the gradient is in place.
 
         Args:
-            images: A client's model inputs, float32[n_i, C, H, W].
-            labels: Its labels, int64[n_i].
+            inputs: A client's model inputs, [n_i, ...].
+            targets: Its targets, [n_i, ...].
             chosen: Rows of the batch, int64[batch].
         """
         ...
@@ -53,17 +53,17 @@ class EagerPasses:
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
 
-    def run(self, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
         """See :class:`Passes`."""
-        return self._compute(images[chosen], labels[chosen])
+        return self._compute(inputs[chosen], targets[chosen])
 
 
 @dataclass
 class _Recording:
     """One kind of pass: its inputs, which stay in their place, and what replays it once it is recorded."""
 
-    images: Tensor
-    labels: Tensor
+    inputs: Tensor
+    targets: Tensor
     warm: int = 0
     replay: Callable[[], Tensor] | None = None
 
@@ -88,23 +88,24 @@ class GraphPasses:
         self._capture = capture or cuda_graphs()
         self._recordings: dict[Sequence[Any], _Recording] = {}
 
-    def run(self, images: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
         """See :class:`Passes`."""
         kind = (len(chosen), tuple((pruning.draws, pruning.density) for pruning in self._prunings))
         recording = self._recordings.get(kind)
         if recording is None:
             recording = _Recording(
-                images.new_empty((len(chosen), *images.shape[1:])), labels.new_empty(len(chosen))
+                inputs.new_empty((len(chosen), *inputs.shape[1:])),
+                targets.new_empty((len(chosen), *targets.shape[1:])),
             )
             self._recordings[kind] = recording
-        torch.index_select(images, 0, chosen, out=recording.images)
-        torch.index_select(labels, 0, chosen, out=recording.labels)
+        torch.index_select(inputs, 0, chosen, out=recording.inputs)
+        torch.index_select(targets, 0, chosen, out=recording.targets)
         if recording.replay is None:
             if recording.warm < WARM_UP:
                 recording.warm += 1
-                return self._compute(recording.images, recording.labels)
-            inputs = (recording.images, recording.labels)
-            recording.replay = self._capture(lambda: self._compute(*inputs))
+                return self._compute(recording.inputs, recording.targets)
+            batch = (recording.inputs, recording.targets)
+            recording.replay = self._capture(lambda: self._compute(*batch))
         loss = recording.replay()
         for pruning in self._prunings:
             pruning.drawn = True  # a replay runs no Python

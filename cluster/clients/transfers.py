@@ -19,27 +19,27 @@ RESIDENT_SHARE = 0.25
 
 
 class ClientData:
-    """A client's model inputs, from the stored split: on a GPU the pixels lie there as they are stored.
+    """A client's model inputs, from the stored split: on a GPU they lie there as they are stored.
 
     Args:
-        split: Images uint8 or float32 [N, C, H, W], often a memory map.
+        split: Often a memory map.
         device: Where models train.
     """
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self._split, self._device = split, device
-        self._images: Tensor | None = None
-        if device.type != "cpu" and split.images.nbytes <= RESIDENT_SHARE * _free_memory(device):
-            self._images = from_read_only(np.ascontiguousarray(split.images)).to(device)
-            self._labels = from_read_only(np.ascontiguousarray(split.labels)).to(device)
+        self._inputs: Tensor | None = None
+        if device.type != "cpu" and split.inputs.nbytes <= RESIDENT_SHARE * _free_memory(device):
+            self._inputs = from_read_only(np.ascontiguousarray(split.inputs)).to(device)
+            self._targets = from_read_only(np.ascontiguousarray(split.targets)).to(device)
 
     def of(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images float32[n_i, C, H, W] and labels int64[n_i] of the rows int64[n_i]."""
-        if self._images is None:
-            labels = torch.from_numpy(self._split.labels[rows]).to(self._device)
-            return to_input(self._split.images[rows], self._device), labels
+        """Model inputs [n_i, ...] and targets [n_i, ...] of the rows int64[n_i]."""
+        if self._inputs is None:
+            targets = torch.from_numpy(self._split.targets[rows]).to(self._device)
+            return to_input(self._split.inputs[rows], self._device), targets
         chosen = torch.from_numpy(rows).to(self._device)
-        return normalised(self._images.index_select(0, chosen)), self._labels.index_select(0, chosen)
+        return normalised(self._inputs.index_select(0, chosen)), self._targets.index_select(0, chosen)
 
 
 class Staging:

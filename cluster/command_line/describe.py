@@ -210,11 +210,11 @@ def _model(console: Console, federation: Federation) -> None:
 
 def _partition(console: Console, federation: Federation, file: Path | None) -> None:
     dataset, divided, section = federation.dataset, federation.partition, federation.config.partition
-    sizes, labels = divided.sizes, dataset.train.labels
+    sizes, labels = divided.sizes, dataset.train.targets
     drawn = np.arange(min(divided.clients, CLIENTS_DRAWN))
     histogram = divided.class_histogram(labels, len(dataset.classes), drawn)
     alpha = "" if section.skew is None else f", alpha {section.skew:g}"
-    image = "x".join(map(str, dataset.image_shape))
+    image = "x".join(map(str, dataset.input_shape))
     _heading(console, "data", f"{dataset.name}, images {image}, {len(dataset.classes)} classes")
     if section.name == "sampled":
         given = "every client draws its own from the rest, with replacement"
@@ -223,7 +223,7 @@ def _partition(console: Console, federation: Federation, file: Path | None) -> N
     held = np.count_nonzero(histogram, axis=1)
     for key, text in (
         ("samples", f"train {len(labels):,}, of them held out for validation {len(federation.validation):,} "
-                    f"and {given}; test {len(dataset.test.labels):,}"),
+                    f"and {given}; test {len(dataset.test.targets):,}"),
         ("partition", f"{section.name}{alpha}, seed {section.seed}: {divided.clients:,} clients"),
         ("a client", f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,} samples "
                      f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max"
@@ -320,9 +320,9 @@ def _memory(console: Console, federation: Federation, process: int) -> None:
     method = config.method
     vectors = 4 * (2 * layout.size + layout.trained_size * (2 if method.reparameterised else 1))
     total = 16 * layout.size + (12 if method.masked else 4) * layout.prunable_size
-    image = int(np.prod(dataset.image_shape))
+    image = int(np.prod(dataset.input_shape))
     client = int(federation.sizes.max()) * (4 * image + 8)
-    example = to_input(dataset.train.images[:1], torch.device("cpu"))
+    example = to_input(dataset.train.inputs[:1], torch.device("cpu"))
     activations = 4 * config.local.batch_size * count_activations(federation.model, example)
     mapped = sum(file.stat().st_size for file in dataset.folder.glob("*.npy"))
     ray = _RAY_BYTES if config.execution == "ray" else 0

@@ -50,7 +50,7 @@ class ClientEvaluation:
         """What is to be evaluated beside the central chunks: a test pass a locally trained client."""
         if not self.due(round_number, last=last):
             return []
-        rows = len(self._federation.dataset.test.labels)
+        rows = len(self._federation.dataset.test.targets)
         return [EvaluationChunk("test", 0, rows, client=int(c)) for c in self._trained]
 
     def metrics(
@@ -107,7 +107,7 @@ class ClientEvaluation:
     def _counts(self) -> np.ndarray:
         """Test images of every class, int64[classes]."""
         dataset = self._federation.dataset
-        return np.bincount(dataset.test.labels, minlength=len(dataset.classes))
+        return np.bincount(dataset.test.targets, minlength=len(dataset.classes))
 
     def _shares(self, period: int) -> np.ndarray:
         """Each judged client's class shares, float64[judged, classes], without the classes not in test.
@@ -117,7 +117,7 @@ class ClientEvaluation:
         """
         federation = self._federation
         dataset, partition = federation.dataset, (federation.partition, *federation.shifted)[period]
-        labels, classes = dataset.train.labels, len(dataset.classes)
+        labels, classes = dataset.train.targets, len(dataset.classes)
         held = [np.bincount(labels[partition.client(int(c))], minlength=classes) for c in self._judged]
         testable = np.array(held, np.float64) * (self._counts > 0)
         with np.errstate(invalid="ignore"):  # a client of untested classes alone: no number

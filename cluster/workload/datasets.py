@@ -6,7 +6,7 @@ int64 labels in a folder named after a fingerprint. `open_dataset` maps that fol
 calls, and it imports no decoder.
 
     folder = prepare(name="digits", cache_dir=Path("~/.cache/sparsyfed").expanduser())
-    dataset = open_dataset(folder)          # dataset.train.images: uint8 [1437, 1, 8, 8]
+    dataset = open_dataset(folder)          # dataset.train.inputs: uint8 [1437, 1, 8, 8]
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,25 @@ class Split:
     """One split of a data set.
 
     Attributes:
-        images: uint8 [N, C, H, W], contiguous, read-only and memory-mapped; or float32, used as they are.
-        labels: int64 [N], codes into `Dataset.classes`.
+        inputs: [N, ...], contiguous, read-only and memory-mapped: images uint8 [N, C, H, W]; numbers of any
+            floating type; tokens of any other integer type. See :mod:`cluster.workload.inputs`.
+        targets: [N, ...], what the objective compares a model's outputs with: of classes int64 [N], codes
+            into `Dataset.classes`.
         groups: int64 [N], codes into `Dataset.group_names`; None without a group column. The test split has
             none, because only training data is divided among clients.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
     groups: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A prepared data set; `fingerprint` is the one in the name of its folder."""
+    """A prepared data set; `fingerprint` is the one in the name of its folder.
+
+    `classes` names the classes, in the order of their codes; it is empty where the targets are none.
+    """
 
     name: str
     train: Split
@@ -53,14 +58,13 @@ class Dataset:
         return _open_split(self.folder, "test", None)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image, in pixels."""
-        _, channels, height, width = self.train.images.shape
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's inputs: of images (channels, height, width), in pixels."""
+        return tuple(self.train.inputs.shape[1:])
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Map a folder that `prepare` returned; costs milliseconds and no memory until images are read.
+    """Map a folder that `prepare` returned; costs milliseconds and no memory until inputs are read.
 
     Raises:
         DataError: The folder is not one that `prepare` completed, or was damaged since.
@@ -80,8 +84,8 @@ def open_dataset(folder: Path) -> Dataset:
 
 def _open_split(folder: Path, split: str, groups: np.ndarray | None) -> Split:
     # A plain view of the map: np.memmap's own indexing takes 1.7 times as long.
-    images = _open(folder, f"{split}-images", mmap_mode="r").view(np.ndarray)
-    return Split(images, _open(folder, f"{split}-labels"), groups)
+    inputs = _open(folder, f"{split}-images", mmap_mode="r").view(np.ndarray)
+    return Split(inputs, _open(folder, f"{split}-labels"), groups)
 
 
 def _open(folder: Path, name: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

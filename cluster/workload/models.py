@@ -29,17 +29,15 @@ class ModelError(UserError):
     """An impossible model; the message names the model or option, what was found and what is allowed."""
 
 
-def build(
-    name: str, *, input_shape: tuple[int, int, int], classes: int, seed: int, **options: Any
-) -> nn.Module:
+def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, **options: Any) -> nn.Module:
     """Build a model on the CPU whose weights depend on the arguments alone.
 
     Args:
         name: A key of `MODELS`, or a user's `module:attribute`, called with `input_shape`, `classes` and the
             options. A user's model keeps its own initialisation, drawn under `seed`; the others get
             `initialise`.
-        input_shape: (channels, height, width) of an image.
-        classes: Number of logits.
+        input_shape: Shape of one sample: (channels, height, width) of an image.
+        classes: Number of outputs, of classes one logit each.
         seed: Seed of the weights. torch's global generator is left as it was found.
         options: Keyword arguments of the builder.
 

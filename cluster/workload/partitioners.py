@@ -4,8 +4,8 @@ A partition is drawn from the labels (or the groups) and a seed alone, so that e
 every resumed run sees the same one. Images are never copied: a client's data set is a list of indices into
 the node's memory-mapped arrays.
 
-    parts = partition("lda", dataset.train.labels, clients=100, seed=1337, alpha=0.1)
-    dataset.train.images[parts.client(7)]
+    parts = partition("lda", dataset.train.targets, clients=100, seed=1337, alpha=0.1)
+    dataset.train.inputs[parts.client(7)]
 """
 
 import numpy as np

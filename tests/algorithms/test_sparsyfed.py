@@ -245,10 +245,10 @@ def test_the_models_file_holds_theta_and_reproduces_the_logged_accuracy(tmp_path
     model = federation.model
     model.load_state_dict(stored)
     test = federation.dataset.test
-    images = (torch.tensor(test.images.copy()).float() / 255 - 0.5) / 0.5
+    images = (torch.tensor(test.inputs.copy()).float() / 255 - 0.5) / 0.5
     with torch.no_grad():
-        correct = int((model.eval()(images).argmax(1) == torch.tensor(test.labels)).sum())
-    assert run.lines[-1]["test/accuracy"] == correct / len(test.labels)
+        correct = int((model.eval()(images).argmax(1) == torch.tensor(test.targets)).sum())
+    assert run.lines[-1]["test/accuracy"] == correct / len(test.targets)
 
 
 def test_a_client_leaves_nothing_behind_for_the_next(tmp_path):

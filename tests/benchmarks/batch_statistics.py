@@ -32,11 +32,11 @@ def accuracy(model: nn.Module, split: Split) -> float:
     model.eval()
     correct = 0
     with torch.no_grad():
-        for start in range(0, len(split.labels), 256):
+        for start in range(0, len(split.targets), 256):
             rows = slice(start, start + 256)
-            found = model(to_input(split.images[rows], CPU)).argmax(1)
-            correct += int((found == torch.tensor(split.labels[rows])).sum())
-    return 100.0 * correct / len(split.labels)
+            found = model(to_input(split.inputs[rows], CPU)).argmax(1)
+            correct += int((found == torch.tensor(split.targets[rows])).sum())
+    return 100.0 * correct / len(split.targets)
 
 
 def renew_statistics(model: nn.Module, split: Split, images: int, batch: int = 50) -> None:
@@ -48,7 +48,7 @@ def renew_statistics(model: nn.Module, split: Split, images: int, batch: int = 5
     model.train()
     with torch.no_grad():
         for start in range(0, images, batch):
-            model(to_input(split.images[start : start + batch], CPU))
+            model(to_input(split.inputs[start : start + batch], CPU))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

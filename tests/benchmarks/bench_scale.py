@@ -70,9 +70,9 @@ def bare_loop(pipe: Connection, data: Path, name: str, clients: int, samples: in
         for _ in range(clients):
             model.load_state_dict(start)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-            rows = np.sort(rng.integers(len(train.labels), size=samples))
-            images = (torch.from_numpy(train.images[rows]).float() / 255 - 0.5) / 0.5
-            labels = torch.from_numpy(train.labels[rows])
+            rows = np.sort(rng.integers(len(train.targets), size=samples))
+            images = (torch.from_numpy(train.inputs[rows]).float() / 255 - 0.5) / 0.5
+            labels = torch.from_numpy(train.targets[rows])
             for chosen in torch.randperm(samples).split(BATCH):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[chosen]), labels[chosen]).backward()

@@ -44,7 +44,7 @@ class _Variant:
     """A trainer and the weights a client of round 2 receives; collects times of a step."""
 
     def __init__(self, method: Algorithm, split: Split) -> None:
-        model = models.build("small_cnn", input_shape=split.images.shape[1:], classes=10, seed=1)
+        model = models.build("small_cnn", input_shape=split.inputs.shape[1:], classes=10, seed=1)
         settings = LocalSettings(seed=0, epochs=EPOCHS, batch_size=BATCH, weight_decay=0.0, proximal=0.0)
         self.method = method
         self.trainer = Trainer(model, method, settings, split, torch.device("cpu"))

@@ -22,10 +22,10 @@ def flat_upload(run, key):
 
 
 def accuracy(model, dataset):
-    images = (torch.tensor(np.array(dataset.test.images)).float() / 255 - 0.5) / 0.5
+    images = (torch.tensor(np.array(dataset.test.inputs)).float() / 255 - 0.5) / 0.5
     hits = 0
     with torch.no_grad():
         for start in range(0, len(images), 256):
             found = model(images[start : start + 256]).argmax(1).numpy()
-            hits += int((found == dataset.test.labels[start : start + 256]).sum())
+            hits += int((found == dataset.test.targets[start : start + 256]).sum())
     return hits / len(images)

@@ -102,8 +102,8 @@ def writers(cache, hook, **more):
 def test_float_images_are_used_as_they_are(cache):
     dataset = Federation.of(writers(cache, "bright_images")).dataset
     expected = bright_images()["train_images"][:, None]
-    assert dataset.train.images.dtype == np.float32
-    np.testing.assert_array_equal(dataset.train.images, expected)
+    assert dataset.train.inputs.dtype == np.float32
+    np.testing.assert_array_equal(dataset.train.inputs, expected)
 
 
 @pytest.mark.parametrize(

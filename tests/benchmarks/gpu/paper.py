@@ -166,9 +166,9 @@ def _same_data(config: Config, path: Path) -> None:
     dataset = open_dataset(prepare(**prepare_arguments(config)))
     digest = hashlib.sha256()
     for split in (dataset.train, dataset.test):
-        digest.update(repr(split.images.shape).encode())
-        digest.update(np.ascontiguousarray(split.images))
-        digest.update(split.labels)
+        digest.update(repr(split.inputs.shape).encode())
+        digest.update(np.ascontiguousarray(split.inputs))
+        digest.update(split.targets)
     found = digest.hexdigest()
     if path.exists() and path.read_text().strip() != found:
         raise DataError(

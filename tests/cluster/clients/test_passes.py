@@ -39,7 +39,7 @@ def test_replayed_passes_are_the_launched_ones_bit_for_bit(name):
     # Recorded are the kinds of pass that came often enough, each once.
     kinds = trainer._passes._recordings.values()
     assert len(recorded) == sum(one.replay is not None for one in kinds) >= 2
-    assert {len(one.labels) for one in kinds} == {1, 4, 8}
+    assert {len(one.targets) for one in kinds} == {1, 4, 8}
 
 
 def test_a_pass_is_recorded_once_it_is_warm():

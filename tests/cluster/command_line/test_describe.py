@@ -114,7 +114,7 @@ def test_the_drawn_partition_is_the_partition(capsys: pytest.CaptureFixture[str]
     federation = Federation.of(
         resolve(None, ["partition.name=shards", "partition.shards_per_client=1", "partition.clients=10"])
     )
-    histogram = federation.partition.class_histogram(federation.dataset.train.labels, 10)
+    histogram = federation.partition.class_histogram(federation.dataset.train.targets, 10)
     drawn = [[cell != " " for cell in row[2:12].ljust(10)] for row in rows]
     assert drawn == (histogram.T > 0).tolist()
 

@@ -28,12 +28,12 @@ def rows_of(folder):
 
 def judged_by_hand(federation, client, predictions):
     """Mean over the client's samples of the test accuracy in each sample's class."""
-    test = federation.dataset.test.labels.tolist()
+    test = federation.dataset.test.targets.tolist()
     accuracy = {}
     for code in set(test):
         own = [p == t for p, t in zip(predictions, test, strict=True) if t == code]
         accuracy[code] = sum(own) / len(own)
-    held = [int(c) for c in federation.dataset.train.labels[federation.partition.client(client)]]
+    held = [int(c) for c in federation.dataset.train.targets[federation.partition.client(client)]]
     known = [accuracy[code] for code in held if code in accuracy]
     return sum(known) / len(known)
 
@@ -44,7 +44,7 @@ def predictions_of(federation, flat):
     federation.model.eval()
     with torch.no_grad():
         return (
-            federation.model(to_input(federation.dataset.test.images, torch.device("cpu"))).argmax(1).tolist()
+            federation.model(to_input(federation.dataset.test.inputs, torch.device("cpu"))).argmax(1).tolist()
         )
 
 
@@ -164,7 +164,7 @@ def test_a_class_without_test_images_does_not_count_and_a_tier_is_judged_at_its_
     )
     federation = Federation.of(config)
     evaluation = ClientEvaluation(federation)
-    counts = np.bincount(federation.dataset.test.labels)
+    counts = np.bincount(federation.dataset.test.targets)
     # As if class 0 had no test image: every other class is always right on whole models, never on weak ones.
     evaluation.__dict__["_counts"] = np.where(np.arange(len(counts)) == 0, 0, counts)
     right = evaluation._counts.astype(np.int64)

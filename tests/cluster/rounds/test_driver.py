@@ -245,8 +245,8 @@ def test_accuracy_and_loss_of_each_split(cache, tmp_path):
     assert federation.selection_metric == "val/accuracy"
     assert not set(federation.validation) & set(federation.partition.indices)
     train, test = federation.dataset.train, federation.dataset.test
-    splits = {"test": (test.images, test.labels)}
-    splits["val"] = (train.images[federation.validation], train.labels[federation.validation])
+    splits = {"test": (test.inputs, test.targets)}
+    splits["val"] = (train.inputs[federation.validation], train.targets[federation.validation])
     module = federation.model
     for line, state in zip(run.lines, run.states[1:], strict=True):
         federation.layout.bind(module, state.weights)

@@ -70,7 +70,7 @@ def test_clients_train_on_the_partition_of_the_round(cache, tmp_path):
 def test_rotating_classes(cache):
     config = shifted(cache, round=3, every=2, classes=2)
     federation = Federation.of(config)
-    labels = federation.dataset.train.labels
+    labels = federation.dataset.train.targets
     found = [
         sorted(set(labels[part.indices].tolist())) for part in (federation.partition, *federation.shifted)
     ]

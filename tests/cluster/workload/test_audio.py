@@ -148,33 +148,33 @@ def load(tmp_path, **options):
 def test_spectrograms_are_normalised_by_train_and_silence_is_left_out(tmp_path):
     speech_commands(tmp_path / "set")
     dataset = load(tmp_path, exclude_classes=["_silence_"], group_column="speaker_id")
-    assert dataset.image_shape == (1, 64, 98)
-    assert dataset.train.images.dtype == np.float32
+    assert dataset.input_shape == (1, 64, 98)
+    assert dataset.train.inputs.dtype == np.float32
     assert dataset.classes == WORDS[:3]
-    assert dataset.train.labels.tolist() == [0, 1, 2] * 8
-    assert dataset.test.labels.tolist() == [0, 1, 2] * 3
+    assert dataset.train.targets.tolist() == [0, 1, 2] * 8
+    assert dataset.test.targets.tolist() == [0, 1, 2] * 3
     # Row 3 was the silence: rows 0, 1, 2, 4, 5, ... of the file are left, spoken in turn by four speakers.
     assert dataset.train.groups.tolist() == [row % 4 for row in range(25) if row != 3]
     kept = json.loads((dataset.folder / "meta.json").read_text())["features"]
     assert kept["name"] == "logmel"
-    values = dataset.train.images.astype(np.float64)
+    values = dataset.train.inputs.astype(np.float64)
     assert abs(values.mean()) < 1e-5
     assert abs(values.std() - 1) < 1e-5
     # By the moments of train, the test split too: its first clip is the same as that of train.
-    np.testing.assert_array_equal(dataset.test.images[0], dataset.train.images[0])
+    np.testing.assert_array_equal(dataset.test.inputs[0], dataset.train.inputs[0])
     raw = audio.logmel(*audio.read_wav(tone(300, seconds=0.9, amplitude=0.1)))
-    restored = dataset.test.images[0, 0] * kept["deviation"] + kept["mean"]
+    restored = dataset.test.inputs[0, 0] * kept["deviation"] + kept["mean"]
     np.testing.assert_allclose(restored, raw, atol=1e-4)
 
 
 def test_raw_waveforms_are_one_line_and_stay_as_they_are(tmp_path):
     speech_commands(tmp_path / "set")
     dataset = load(tmp_path, features="waveform8k")
-    assert dataset.image_shape == (1, 1, 8_000)
+    assert dataset.input_shape == (1, 1, 8_000)
     assert dataset.classes == WORDS
-    assert dataset.train.labels.tolist()[:5] == [0, 1, 2, 3, 0]
+    assert dataset.train.targets.tolist()[:5] == [0, 1, 2, 3, 0]
     expected = audio.waveform8k(*audio.read_wav(tone(300, seconds=0.9, amplitude=0.1)))
-    np.testing.assert_array_equal(dataset.train.images[0, 0], expected)
+    np.testing.assert_array_equal(dataset.train.inputs[0, 0], expected)
 
 
 def test_features_are_part_of_the_fingerprint(tmp_path):

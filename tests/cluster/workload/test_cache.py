@@ -44,7 +44,7 @@ def test_equal_names_sizes_and_times_with_another_content_are_decoded_again(tmp_
     assert file.read_bytes() != content
     second = prepare(**folder)
     assert second != first
-    images = [open_dataset(one).train.images for one in (first, second)]
+    images = [open_dataset(one).train.inputs for one in (first, second)]
     np.testing.assert_array_equal(images[0], images[1][::-1])
 
 
@@ -58,7 +58,7 @@ def test_files_that_cells_name_are_looked_at_too(tmp_path):
     written = (made / "test-images.npy").stat().st_mtime_ns
     assert (prepare(**options) / "test-images.npy").stat().st_mtime_ns == written
     (tmp_path / "test.png").write_bytes(encoded(pixels[1]))
-    np.testing.assert_array_equal(open_dataset(prepare(**options)).test.images[0, 0], pixels[1])
+    np.testing.assert_array_equal(open_dataset(prepare(**options)).test.inputs[0, 0], pixels[1])
     (tmp_path / "test.png").unlink()
     with pytest.raises(DataError, match=r"image 0 .* names a file that cannot be read: .*No such file"):
         prepare(**options)
@@ -77,7 +77,7 @@ def test_what_a_function_returns_now_counts(tmp_path, monkeypatch):
     for test_label in (0, 1, 0):
         np.savez(tmp_path / "data.npz", **arrays | {"test_labels": np.array([test_label])})
         found.append(prepare(name="my_file_data:load", cache_dir=tmp_path / "cache"))
-        assert open_dataset(found[-1]).test.labels.tolist() == [test_label]
+        assert open_dataset(found[-1]).test.targets.tolist() == [test_label]
     assert found[0] == found[2] != found[1]
     # Every part counts: names, groups, and an array of the same bytes but another shape.
     for key, value in (("classes", ["a", "b"]), ("train_groups", [1, 2]), ("train_groups", [2, 1])):
@@ -161,7 +161,8 @@ def test_a_cache_that_cannot_be_written_names_itself(tmp_path, folder):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     write_dataset(tmp_path / "set", shape=(64, 64, 3), train=20)
     code = (
-        "import sys; from pathlib import Path; from cluster.workload.datasets import prepare, DataError\n"
+        "import sys; from pathlib import Path; from cluster.workload.preparing import prepare\n"
+        "from cluster.references import DataError\n"
         "try: prepare(name='mine', path=sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
         "except DataError as error: print(error)"
     )

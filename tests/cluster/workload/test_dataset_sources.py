@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[3]
 
 def test_offline_hub_is_one_clear_error(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from cluster.workload.datasets import prepare, DataError\n"
+        "import sys; from pathlib import Path; from cluster.workload.preparing import prepare\n"
+        "from cluster.references import DataError\n"
         "try: prepare(name='uoft-cs/cifar10', cache_dir=Path(sys.argv[1]))\n"
         "except DataError as error: print(error)"
     )
@@ -61,8 +62,8 @@ def test_hub_repositories_are_decoded_like_files(tmp_path, hub):
     options = {"name": "some/pets", "revision": "v2", "group_column": "user", "cache_dir": tmp_path}
     options["data_dir"] = "v0.02"
     dataset = open_dataset(prepare(**options))
-    np.testing.assert_array_equal(dataset.train.images, pixels.transpose(0, 3, 1, 2))
-    assert dataset.test.labels.tolist() == [1]
+    np.testing.assert_array_equal(dataset.train.inputs, pixels.transpose(0, 3, 1, 2))
+    assert dataset.test.targets.tolist() == [1]
     assert dataset.classes == ("cat", "dog")
     assert dataset.train.groups.tolist() == [1, 0, 1]
     assert dataset.folder.name == f"some-pets-{dataset.fingerprint}"
@@ -103,15 +104,15 @@ def test_user_function_is_a_data_set(tmp_path, user_module):
     user_module(classes="['a', 'b']", train_groups="['y', 'x', 'y']")
     dataset = open_dataset(prepare(name="my_pictures:load", cache_dir=tmp_path / "cache"))
     expected = np.arange(36, dtype=np.uint8).reshape(3, 1, 4, 3)
-    np.testing.assert_array_equal(dataset.train.images, expected)
+    np.testing.assert_array_equal(dataset.train.inputs, expected)
     assert dataset.classes == ("a", "b")
     assert dataset.group_names == ("x", "y")
     assert dataset.train.groups.tolist() == [1, 0, 1]
     colour = "np.arange(72, dtype=np.uint8).reshape(3, 4, 3, 2)"
     user_module(train_images=colour, test_images="np.zeros((1, 4, 3, 2), np.uint8)")
     changed = open_dataset(prepare(name="my_pictures:load", cache_dir=tmp_path / "cache"))
-    assert changed.image_shape == (2, 4, 3)  # the source changed, so it was asked again
-    assert changed.train.images[0, 1].tolist() == [[1, 3, 5], [7, 9, 11], [13, 15, 17], [19, 21, 23]]
+    assert changed.input_shape == (2, 4, 3)  # the source changed, so it was asked again
+    assert changed.train.inputs[0, 1].tolist() == [[1, 3, 5], [7, 9, 11], [13, 15, 17], [19, 21, 23]]
     assert changed.classes == ("0", "1")
 
 

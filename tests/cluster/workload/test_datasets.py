@@ -31,20 +31,20 @@ def test_digits_are_scaled_exactly_and_split_by_class(tmp_path):
     from sklearn.datasets import load_digits
 
     dataset = open_dataset(prepare(name="digits", cache_dir=tmp_path))
-    assert dataset.image_shape == (1, 8, 8)
-    assert dataset.train.images.shape == (1437, 1, 8, 8)
-    assert dataset.test.images.shape == (360, 1, 8, 8)
-    assert dataset.train.images.dtype == np.uint8
-    assert dataset.train.labels.dtype == np.int64
-    assert dataset.train.images.flags.c_contiguous
-    assert not dataset.train.images.flags.writeable
+    assert dataset.input_shape == (1, 8, 8)
+    assert dataset.train.inputs.shape == (1437, 1, 8, 8)
+    assert dataset.test.inputs.shape == (360, 1, 8, 8)
+    assert dataset.train.inputs.dtype == np.uint8
+    assert dataset.train.targets.dtype == np.int64
+    assert dataset.train.inputs.flags.c_contiguous
+    assert not dataset.train.inputs.flags.writeable
     assert dataset.classes == tuple("0123456789")
     assert dataset.group_names is None
     assert dataset.train.groups is None
     # 0..16 become v * 255 / 16 rounded: 1 -> 15.94 -> 16, 8 -> 127.5 -> 128 (to even), 16 -> 255.
     scaled = {0: 0, 1: 16, 2: 32, 8: 128, 15: 239, 16: 255}
     assert {value: round(value * 255 / 16) for value in scaled} == scaled
-    assert set(np.unique(dataset.train.images)) == {round(value * 255 / 16) for value in range(17)}
+    assert set(np.unique(dataset.train.inputs)) == {round(value * 255 / 16) for value in range(17)}
     # Both splits together are scikit-learn's digits, each image once.
     original = load_digits()
     rows = np.rint(original.images.reshape(1797, 64) * 255 / 16).astype(np.uint8)
@@ -52,12 +52,12 @@ def test_digits_are_scaled_exactly_and_split_by_class(tmp_path):
     found = [
         (bytes(image.reshape(-1)), int(label))
         for split in (dataset.train, dataset.test)
-        for image, label in zip(split.images, split.labels, strict=True)
+        for image, label in zip(split.inputs, split.targets, strict=True)
     ]
     assert sorted(found) == expected
     # Stratified: 360 / 1797 of each class, within one sample.
     share = np.bincount(original.target) * 360 / 1797
-    assert np.all(np.abs(np.bincount(dataset.test.labels) - share) < 1)
+    assert np.all(np.abs(np.bincount(dataset.test.targets) - share) < 1)
 
 
 # --- parquet folders
@@ -68,9 +68,9 @@ def test_colour_pixels_survive_exactly_as_channels_first(tmp_path, subfolder):
     pixels = write_dataset(tmp_path / "set" / subfolder, image="img")
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache"))
     for split in ("train", "test"):
-        np.testing.assert_array_equal(getattr(dataset, split).images, pixels[split].transpose(0, 3, 1, 2))
-    assert dataset.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert dataset.test.labels.tolist() == [0, 1, 2]
+        np.testing.assert_array_equal(getattr(dataset, split).inputs, pixels[split].transpose(0, 3, 1, 2))
+    assert dataset.train.targets.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert dataset.test.targets.tolist() == [0, 1, 2]
     assert dataset.classes == ("0", "1", "2")
     assert dataset.folder.parent == tmp_path / "cache"
     assert dataset.folder.name == f"mine-{dataset.fingerprint}"
@@ -79,7 +79,7 @@ def test_colour_pixels_survive_exactly_as_channels_first(tmp_path, subfolder):
 def test_grey_images_keep_one_channel(tmp_path):
     pixels = write_dataset(tmp_path / "set", shape=(4, 4))
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path))
-    np.testing.assert_array_equal(dataset.train.images, pixels["train"][:, None])
+    np.testing.assert_array_equal(dataset.train.inputs, pixels["train"][:, None])
 
 
 def test_one_colour_image_in_the_test_split_makes_all_of_them_colour(tmp_path):
@@ -87,8 +87,8 @@ def test_one_colour_image_in_the_test_split_makes_all_of_them_colour(tmp_path):
     write_split(tmp_path / "set", "train", [encoded(one) for one in grey], [0, 1])
     write_split(tmp_path / "set", "test", [encoded(colour[0])], [1])
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path))
-    np.testing.assert_array_equal(dataset.train.images, np.repeat(grey[:, None], 3, axis=1))
-    np.testing.assert_array_equal(dataset.test.images[0], colour[0].transpose(2, 0, 1))
+    np.testing.assert_array_equal(dataset.train.inputs, np.repeat(grey[:, None], 3, axis=1))
+    np.testing.assert_array_equal(dataset.test.inputs[0], colour[0].transpose(2, 0, 1))
 
 
 def test_palette_images_become_colour(tmp_path):
@@ -96,8 +96,8 @@ def test_palette_images_become_colour(tmp_path):
     write_split(tmp_path / "set", "train", [encoded(flat, "P")], [0])
     write_split(tmp_path / "set", "test", [encoded(flat)], [0])
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path))
-    assert dataset.train.images.shape == (1, 3, 4, 4)
-    np.testing.assert_array_equal(dataset.train.images, dataset.test.images)
+    assert dataset.train.inputs.shape == (1, 3, 4, 4)
+    np.testing.assert_array_equal(dataset.train.inputs, dataset.test.inputs)
 
 
 def test_rows_of_several_files_follow_the_order_of_their_names(tmp_path):
@@ -107,8 +107,8 @@ def test_rows_of_several_files_follow_the_order_of_their_names(tmp_path):
         (folder / "train-00000-of-00001.parquet").rename(folder / f"train-0000{part}-of-00002.parquet")
     write_split(folder, "test", [encoded(pixels[0])], [0])
     dataset = open_dataset(prepare(name="mine", path=str(folder), cache_dir=tmp_path))
-    np.testing.assert_array_equal(dataset.train.images[:, 0], pixels)
-    assert dataset.train.labels.tolist() == [0, 0, 1, 1]
+    np.testing.assert_array_equal(dataset.train.inputs[:, 0], pixels)
+    assert dataset.train.targets.tolist() == [0, 0, 1, 1]
 
 
 def test_features_name_the_columns_and_the_classes(tmp_path):
@@ -145,8 +145,8 @@ def test_text_labels_and_groups_become_codes(tmp_path):
     folder = prepare(name="mine", path=str(tmp_path / "set"), group_column="writer", cache_dir=tmp_path)
     dataset = open_dataset(folder)
     assert dataset.classes == ("no", "up", "yes")
-    assert dataset.train.labels.tolist() == [0, 2, 0, 1]
-    assert dataset.test.labels.tolist() == [1, 0]
+    assert dataset.train.targets.tolist() == [0, 2, 0, 1]
+    assert dataset.test.targets.tolist() == [1, 0]
     assert dataset.group_names == ("amy", "bob", "zoe")
     assert dataset.train.groups.tolist() == [2, 1, 2, 0]
     assert dataset.test.groups is None
@@ -162,8 +162,8 @@ def test_plain_bytes_and_paths_are_images_too(tmp_path):
     cell = {"bytes": None, "path": str(tmp_path / "elsewhere.png")}
     write_split(tmp_path / "set", "test", [cell], [1], image="img", label="labels")
     dataset = open_dataset(prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path))
-    np.testing.assert_array_equal(dataset.train.images[:, 0], pixels)
-    np.testing.assert_array_equal(dataset.test.images[0, 0], pixels[1])
+    np.testing.assert_array_equal(dataset.train.inputs[:, 0], pixels)
+    np.testing.assert_array_equal(dataset.test.inputs[0, 0], pixels[1])
 
 
 # --- once per node
@@ -172,9 +172,10 @@ def test_plain_bytes_and_paths_are_images_too(tmp_path):
 def test_second_call_decodes_nothing_and_imports_no_decoder(tmp_path):
     write_dataset(tmp_path / "set")
     code = (
-        "import sys; from pathlib import Path; from cluster.workload.datasets import prepare, open_dataset\n"
+        "import sys; from pathlib import Path; from cluster.workload.preparing import prepare\n"
+        "from cluster.workload.datasets import open_dataset\n"
         "folder = prepare(name='mine', path=sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
-        "open_dataset(folder).train.images.sum()\n"
+        "open_dataset(folder).train.inputs.sum()\n"
         "decoders = ('datasets', 'PIL', 'sklearn', 'pyarrow', 'torch', 'pandas', 'matplotlib')\n"
         "print(folder, [name for name in decoders if name in sys.modules])"
     )
@@ -190,12 +191,12 @@ def test_second_call_decodes_nothing_and_imports_no_decoder(tmp_path):
 def test_two_processes_at_once_share_one_folder(tmp_path):
     write_dataset(tmp_path / "set", train=200)
     code = (
-        "import sys, time; from pathlib import Path; from cluster.workload import datasets, decoding\n"
+        "import sys, time; from pathlib import Path; from cluster.workload import decoding, preparing\n"
         "original = decoding.decode_parquet\n"
         "def slow(*arguments, **options):\n"
         "    print('decoded'); time.sleep(1); return original(*arguments, **options)\n"
         "decoding.decode_parquet = slow\n"
-        "print(datasets.prepare(name='mine', path=sys.argv[1], cache_dir=Path(sys.argv[2])))"
+        "print(preparing.prepare(name='mine', path=sys.argv[1], cache_dir=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "set"), str(tmp_path / "cache")]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -205,20 +206,20 @@ def test_two_processes_at_once_share_one_folder(tmp_path):
     assert sorted(map(len, lines)) == [1, 2]  # one decoded and named the folder, the other only named it
     folders = [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir() and entry.name[0] != "."]
     assert folders == [Path(lines[0][-1])]
-    assert open_dataset(folders[0]).train.images.shape == (200, 3, 6, 5)
+    assert open_dataset(folders[0]).train.inputs.shape == (200, 3, 6, 5)
 
 
 def test_what_a_killed_decode_left_is_not_used(tmp_path):
     write_dataset(tmp_path / "set")
     options = {"name": "mine", "path": str(tmp_path / "set"), "cache_dir": tmp_path / "cache"}
     folder = prepare(**options)
-    expected = np.array(open_dataset(folder).train.images)
+    expected = np.array(open_dataset(folder).train.inputs)
     partial = folder.with_name(f".{folder.name}.partial")
     folder.rename(partial)
     (partial / "meta.json").unlink()
     (partial / "train-images.npy").write_bytes(b"half")
     assert prepare(**options) == folder
-    np.testing.assert_array_equal(open_dataset(folder).train.images, expected)
+    np.testing.assert_array_equal(open_dataset(folder).train.inputs, expected)
     assert not partial.exists()
 
 

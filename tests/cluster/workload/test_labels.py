@@ -36,8 +36,8 @@ def test_every_file_has_its_own_order_of_the_names(tmp_path):
     write(tmp_path / "set", "test.parquet", [0, 1], class_label("dog", "cat"))
     dataset = opened(tmp_path)
     assert dataset.classes == ("cat", "dog", "emu")
-    assert dataset.train.labels.tolist() == [0, 1, 2, 2, 0, 1]
-    assert dataset.test.labels.tolist() == [1, 0]
+    assert dataset.train.targets.tolist() == [0, 1, 2, 2, 0, 1]
+    assert dataset.test.targets.tolist() == [1, 0]
 
 
 def test_names_that_one_file_of_train_has_alone_are_classes_too(tmp_path):
@@ -46,8 +46,8 @@ def test_names_that_one_file_of_train_has_alone_are_classes_too(tmp_path):
     write(tmp_path / "set", "test.parquet", ["ant", "dog"])  # the same names as texts
     dataset = opened(tmp_path)
     assert dataset.classes == ("dog", "cat", "ant")
-    assert dataset.train.labels.tolist() == [0, 0, 1, 2]
-    assert dataset.test.labels.tolist() == [2, 0]
+    assert dataset.train.targets.tolist() == [0, 0, 1, 2]
+    assert dataset.test.targets.tolist() == [2, 0]
 
 
 def test_classes_left_out_are_left_out_by_name(tmp_path):
@@ -55,7 +55,7 @@ def test_classes_left_out_are_left_out_by_name(tmp_path):
     write(tmp_path / "set", "test.parquet", [0, 1, 2], class_label("emu", "dog", "cat"))
     dataset = opened(tmp_path, exclude_classes=["dog"])
     assert dataset.classes == ("cat", "emu")
-    assert dataset.test.labels.tolist() == [1, 0]
+    assert dataset.test.targets.tolist() == [1, 0]
 
 
 NAMED, TEXTS, CODES = ([0, 1], class_label("cat", "dog")), (["cat", "dog"], None), ([0, 1], None)
@@ -105,7 +105,7 @@ def test_dictionary_columns_are_texts(tmp_path):
         (tmp_path / "set").mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / "set" / f"{split}.parquet")
     dataset = opened(tmp_path)
-    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([1, 0], [0, 1])
+    assert (dataset.train.targets.tolist(), dataset.test.targets.tolist()) == ([1, 0], [0, 1])
 
 
 # --- integers

@@ -133,6 +133,6 @@ def test_models_with_attention_train(cache, tmp_path, model, method):
         assert not torch.equal(weights[full], start[full])
     # The exported model computes what was logged, whichever path torch takes in evaluation.
     dataset = Federation.of(config).dataset
-    images = torch.from_numpy(dataset.test.images.copy()).float().div(255).sub(0.5).div(0.5)
-    right = int((result.model()(images).argmax(1).numpy() == dataset.test.labels).sum())
+    images = torch.from_numpy(dataset.test.inputs.copy()).float().div(255).sub(0.5).div(0.5)
+    right = int((result.model()(images).argmax(1).numpy() == dataset.test.targets).sum())
     assert right / len(images) == pytest.approx(result.summary["accuracy"])

@@ -20,7 +20,7 @@ def decoded(tmp_path, content, label=0):
     write_split(tmp_path / "set", "train", [content], [label])
     write_split(tmp_path / "set", "test", [encoded(COLOUR)], [label])
     folder = prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache")
-    return open_dataset(folder).train.images[0]
+    return open_dataset(folder).train.inputs[0]
 
 
 def saved(image, format="PNG", **options):
@@ -76,7 +76,7 @@ def test_rows_of_sixteen_bytes_are_not_taken_for_sixteen_bits(tmp_path):
     for split in ("train", "test"):
         write_split(tmp_path / "set", split, [encoded(pixels, format="BMP")], [0])
     folder = prepare(name="mine", path=str(tmp_path / "set"), cache_dir=tmp_path / "cache")
-    np.testing.assert_array_equal(open_dataset(folder).train.images[0], pixels.transpose(2, 0, 1))
+    np.testing.assert_array_equal(open_dataset(folder).train.inputs[0], pixels.transpose(2, 0, 1))
 
 
 def test_grey_with_transparency_is_colour_of_equal_channels(tmp_path):

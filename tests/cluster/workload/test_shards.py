@@ -67,4 +67,4 @@ def test_complete_sets_of_files_are_read(tmp_path, names):
     (tmp_path / "set" / "test.parquet").rename(
         tmp_path / "set" / ("data" if names[0].startswith("data") else ".") / "test.parquet"
     )
-    assert len(opened(tmp_path).train.labels) == 2
+    assert len(opened(tmp_path).train.targets) == 2

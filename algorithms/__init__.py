@@ -29,7 +29,7 @@ from algorithms.core.masks import (
     target_count,
     top_k_mask,
 )
-from algorithms.core.parameters import Entry, ParameterLayout
+from algorithms.core.parameters import Carried, Entry, ParameterLayout
 from algorithms.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 
 for _module in iter_modules(__path__):
@@ -39,6 +39,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "ActivationPruning",
     "Algorithm",
+    "Carried",
     "Client",
     "Entry",
     "Grid",

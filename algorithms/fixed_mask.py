@@ -150,6 +150,6 @@ class FixedMask(Algorithm):
             mask = layer_wise_top_k(weights[: layout.prunable_size].abs(), counts, layers)
         return ServerState(round=0, weights=inside(mask, weights), mask=mask)
 
-    def aggregate(self, state: ServerState, total: Total) -> Tensor:
+    def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
         """The mean over each weight's holders."""
         return mean_of_holders(state, total)

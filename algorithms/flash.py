@@ -181,9 +181,9 @@ class Flash(Algorithm):
             return replace(told, phase="warm-up", epochs=self.warmup_epochs or None)
         return replace(told, phase="refresh") if self._refreshes(told.round) else told
 
-    def aggregate(self, state: ServerState, total: Total) -> Tensor:
+    def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
         """The plain mean, or the mean over each weight's holders."""
-        return mean_of_holders(state, total) if self.masked else super().aggregate(state, total)
+        return mean_of_holders(state, total) if self.masked else super().aggregate(state, total, layout)
 
     def next_mask(
         self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
@@ -194,18 +194,23 @@ class Flash(Algorithm):
         """
         if state.mask is not None and not self._refreshes(state.round + 1):
             return state.mask
-        ranked = self.aggregate(state, total) if state.mask is None else weights
+        ranked = self.aggregate(state, total, layout) if state.mask is None else weights
         union = torch.from_numpy(total.votes > 0)
         magnitudes = ranked[: layout.prunable_size].abs()
         counts = self._mean_counts(total, layout)
         return top_of_union(magnitudes, union, state.mask, counts, layout.prunable)
 
     def advance(
-        self, state: ServerState, total: Total, server: ServerOptimizer, layout: ParameterLayout
+        self,
+        state: ServerState,
+        total: Total,
+        server: ServerOptimizer,
+        layout: ParameterLayout,
+        share: float = 1.0,
     ) -> ServerState:
         """After the ``sensitivity`` stage: the common initialisation again, under a new random mask."""
         if state.round >= 0:
-            return super().advance(state, total, server, layout)
+            return super().advance(state, total, server, layout, share)
         rng = np.random.default_rng(int(state.arrays["mask_seed"]))
         mask = random_mask(self._mean_counts(total, layout), layout.prunable, rng)
         weights = inside(mask, state.arrays["initial_weights"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Assignment:
         deadline: Simulated seconds after which its update is late and left out.
         fold_before: Simulated seconds before which its update surely counts, so that it is folded here; a
             later one goes to the driver, which knows when the others arrived.
+        kept: What it keeps from its last visit, float32 arrays by name.
     """
 
     client: int
@@ -54,6 +56,7 @@ class Assignment:
     downlink_bytes: int
     deadline: float = math.inf
     fold_before: float = math.inf
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ClientReport:
 
     ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
     are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
-    it sent nothing, and ``refused`` says why.
+    it sent nothing, and ``refused`` says why. ``kept`` is what the client keeps for its next visit.
     """
 
     client: int
@@ -85,6 +88,7 @@ class ClientReport:
     folded: bool = False
     message: bytes | None = None
     skipped: bool = False
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
@@ -145,6 +149,7 @@ class Broadcast:
         limit: Largest magnitude an update may hold (see ``Grid``).
         samples: Samples of the whole cohort.
         period: Number of shifts of the data so far, which tells who holds what.
+        kept: What the clients keep that are evaluated after local training, by client and name.
     """
 
     weights: np.ndarray
@@ -155,3 +160,4 @@ class Broadcast:
     limit: float
     samples: int
     period: int = 0
+    kept: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from cluster import seeding
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, HostSetup
 from cluster.flops import LayerFlops, count_activations
-from cluster.references import default_cache
+from cluster.references import UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload import models
@@ -26,6 +27,10 @@ from cluster.workload.models import ModelError, check_model
 from cluster.workload.partition import Partition
 from cluster.workload.partitioners import partition
 from cluster.workload.preparing import prepare
+
+
+class MemoryNeeded(UserError):
+    """What the driver has to hold does not fit into its machine."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Federation:
         """
         federation = cls.divided(config)
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        federation.check_memory(_half_of_memory())
         Devices(config).check(federation.training_bytes)
         return federation
 
@@ -99,9 +105,10 @@ class Federation:
         name = self.config.model.name
         check_model(self.model, name, self._example, len(self.dataset.classes))
         try:
-            return ParameterLayout.of(self.model, self._example)
+            layout = ParameterLayout.of(self.model, self._example)
         except ValueError as error:
             raise ModelError(f"model.name = {name!r}: {error}") from error
+        return layout.carrying(self.config.method.carries(layout))
 
     @cached_property
     def flops(self) -> LayerFlops:
@@ -114,6 +121,31 @@ class Federation:
         trained = self.layout.trained_size * (2 if self.config.method.reparameterised else 1)
         activations = self.config.local.batch_size * count_activations(self.model, self._example)
         return 4 * (self.layout.size + trained + activations)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that one client keeps between its visits."""
+        return 4 * sum(self.config.method.keeps(self.layout).values())
+
+    def check_memory(self, limit: int) -> None:
+        """Refuse what the driver would have to hold beyond ``limit`` bytes.
+
+        Raises:
+            MemoryNeeded: All clients' states, or all updates of a round where the method asks for them.
+        """
+        name, clients, cohort = self.config.algorithm.name, self.config.partition.clients, self.config.cohort
+        kept, update = self.kept_bytes, 4 * self.layout.up_size
+        room = f"half of this machine's memory is {limit / 1e9:,.1f} GB"
+        if clients * kept > limit:
+            raise MemoryNeeded(
+                f"algorithm.name: with {name} each of the {clients:,} clients keeps {kept / 1e6:,.1f} MB: "
+                f"{clients * kept / 1e9:,.1f} GB, and {room}; lower partition.clients or the model's size"
+            )
+        if self.config.method.keeps_updates and cohort * update > limit:
+            raise MemoryNeeded(
+                f"algorithm.name: {name} looks at every update of a round: {cohort:,} of {update / 1e6:,.1f} "
+                f"MB, and {room}; lower cohort"
+            )
 
     @property
     def _example(self) -> Tensor:
@@ -160,6 +192,10 @@ class Federation:
             validation=self.validation,
             shifted=self.shifted,
         )
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def prepare_arguments(config: Config) -> dict[str, Any]:

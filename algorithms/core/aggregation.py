@@ -78,13 +78,14 @@ class Total:
 
     Attributes:
         grid: The round's common grid.
-        high: Coarse parts of sum n_i w_i, float64[size].
-        low: Fine parts of sum n_i w_i, float64[size].
+        high: Coarse parts of sum n_i w_i, float64[up_size].
+        low: Fine parts of sum n_i w_i, float64[up_size].
         votes: Number of updates whose support holds a prunable position, int32[prunable].
         layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
         mask_samples: sum n_i m_i over the prunable span, int64[prunable]; only kept for masked means.
         samples: sum n_i.
         clients: Indices of the clients folded in.
+        updates: Every update by client, float32[up_size] and its n_i; only kept where a method asks for it.
     """
 
     grid: Grid
@@ -95,17 +96,21 @@ class Total:
     mask_samples: np.ndarray | None
     samples: int = 0
     clients: list[int] = field(default_factory=list)
+    updates: dict[int, tuple[np.ndarray, int]] | None = None
 
     @classmethod
-    def zero(cls, grid: Grid, layout: ParameterLayout, *, masked: bool = False) -> Total:
-        """The total of no update; ``masked`` keeps what a masked mean divides by."""
+    def zero(
+        cls, grid: Grid, layout: ParameterLayout, *, masked: bool = False, updates: bool = False
+    ) -> Total:
+        """The total of no update; ``masked`` keeps what a masked mean divides by, ``updates`` each update."""
         return cls(
             grid,
-            np.zeros(layout.size),
-            np.zeros(layout.size),
+            np.zeros(layout.up_size),
+            np.zeros(layout.up_size),
             np.zeros(layout.prunable_size, np.int32),
             np.zeros(len(layout.prunable), np.int64),
             np.zeros(layout.prunable_size, np.int64) if masked else None,
+            updates={} if updates else None,
         )
 
     def fold(
@@ -121,7 +126,7 @@ class Total:
 
         Args:
             client: Index of the client.
-            values: float32[size], 0 outside the support.
+            values: float32[up_size], 0 outside the support.
             support: bool[prunable], or None when every prunable weight was sent.
             samples: n_i, the number of samples the client trained on.
             layout: The model's layout.
@@ -153,9 +158,11 @@ class Total:
             self.layer_counts += samples * np.diff(edges)
             if self.mask_samples is not None:
                 _add_at(self.mask_samples, positions, np.full(len(positions), samples))
-        self._add(slice(prunable, layout.size), values[prunable:], samples)
+        self._add(slice(prunable, layout.up_size), values[prunable:], samples)
         self.samples += samples
         self.clients.append(client)
+        if self.updates is not None:
+            self.updates[client] = (values.copy(), samples)
 
     def shift(self, values: np.ndarray, samples: int) -> None:
         """Add ``samples * values`` to what was folded, without counting an update.
@@ -181,10 +188,12 @@ class Total:
             self.mask_samples += other.mask_samples
         self.samples += other.samples
         self.clients.extend(other.clients)
+        if self.updates is not None and other.updates is not None:
+            self.updates = dict(sorted({**self.updates, **other.updates}.items()))
         return self
 
     def mean(self) -> np.ndarray:
-        """sum n_i w_i / sum n_i, float32[size]: an absent weight counts as 0."""
+        """sum n_i w_i / sum n_i, float32[up_size]: an absent weight counts as 0."""
         return ((self.high + self.low) / self.samples).astype(np.float32)
 
     def masked_mean(self) -> np.ndarray:

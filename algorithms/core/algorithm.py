@@ -8,17 +8,17 @@ has a dense default, so that FedAvg is nearly empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms.core.aggregation import Total
+from algorithms.core.aggregation import Grid, Total
 from algorithms.core.masks import cut_to_top_k, target_count
-from algorithms.core.parameters import ParameterLayout
+from algorithms.core.parameters import Carried, ParameterLayout
 from algorithms.core.server_optimizers import ServerOptimizer
 
 # --------------------------------------------------------------------------------------------- the server
@@ -89,6 +89,8 @@ class Visit:
         steps_per_epoch: Local steps an epoch.
         step: Steps done.
         batch_gradient: Fills ``gradient`` from one more batch without a step.
+        kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
+            before its first. What stands here at the end is kept.
     """
 
     layout: ParameterLayout
@@ -105,6 +107,12 @@ class Visit:
     steps_per_epoch: int
     step: int = 0
     batch_gradient: Callable[[], None] = lambda: None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What travels beside the model by name, views: as received, and sent as it is left."""
+        return self.layout.split(self.model, self.layout.carried)
 
     @property
     def prunable(self) -> Tensor:
@@ -187,6 +195,10 @@ class Algorithm:
     #: Whether the updates of a server step may start from different versions of the model (the buffered
     #: schedule): ``advance`` asks the total for its (masked) mean alone, and no mask or phase changes.
     asynchronous: ClassVar[bool] = False
+    #: What an update weighs unless ``aggregation.weighting`` says otherwise: its samples, or all the same.
+    weighting: ClassVar[Literal["samples", "equal"]] = "samples"
+    #: Whether totals also keep every accepted update by client (``total.updates``): a cohort of models.
+    keeps_updates: ClassVar[bool] = False
 
     #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
     sparsity = 0.0
@@ -225,9 +237,26 @@ class Algorithm:
         """What the next round's clients are told; ``clients`` is the population's size."""
         return Instructions(round=state.round + 1, rounds=rounds)
 
-    def aggregate(self, state: ServerState, total: Total) -> Tensor:
-        """The (masked) weighted mean of what the clients sent, float32[size], in memory of its own."""
+    def zero(self, grid: Grid, layout: ParameterLayout) -> Total:
+        """The total of no update, which keeps what the method asks totals for."""
+        return Total.zero(grid, layout, masked=self.masked, updates=self.keeps_updates)
+
+    def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
+        """The (masked) weighted mean of what the clients sent, float32[up_size], in memory of its own."""
         return torch.from_numpy(total.masked_mean() if self.masked else total.mean())
+
+    def next_carried(
+        self, state: ServerState, means: Mapping[str, Tensor], share: float, layout: ParameterLayout
+    ) -> Mapping[str, Tensor]:
+        """What is carried after the round, by name; what is not named stays as it was.
+
+        Args:
+            state: The state before the round; ``layout.split(state.weights, layout.carried)`` are its own.
+            means: The weighted means of what clients sent.
+            share: The share of the population's weight that took part.
+            layout: The model's layout.
+        """
+        return means
 
     def next_mask(
         self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
@@ -236,15 +265,33 @@ class Algorithm:
         return state.mask
 
     def advance(
-        self, state: ServerState, total: Total, server: ServerOptimizer, layout: ParameterLayout
+        self,
+        state: ServerState,
+        total: Total,
+        server: ServerOptimizer,
+        layout: ParameterLayout,
+        share: float = 1.0,
     ) -> ServerState:
-        """The state after a round: aggregate (differences: add w_t), server step on what is trained, mask."""
-        mean = self.aggregate(state, total)
+        """The state after a round: aggregate (differences: add w_t), server step on what is trained, mask.
+
+        Args:
+            state: The state before it.
+            total: The sum of the accepted updates.
+            server: The server optimizer.
+            layout: The model's layout.
+            share: The share of the population's weight that took part.
+        """
+        mean = self.aggregate(state, total, layout)
         trained = layout.trained_size
         if self.uploads_differences:
             # Of the trained parameters only: float buffers are sent as they are and take the plain mean.
             mean[:trained] += state.weights[:trained]
-        weights = mean.clone()
+        weights = torch.cat([mean, state.weights[len(mean) :]])
+        if layout.carried:
+            means = layout.split(mean, layout.both + layout.up)
+            own = layout.split(weights, layout.carried)
+            for name, value in self.next_carried(state, means, share, layout).items():
+                own[name].copy_(value)
         weights[:trained], moments = server.step(state.weights[:trained], mean[:trained], state.moments)
         mask = self.next_mask(state, weights, total, layout)
         version = state.mask_version
@@ -276,6 +323,22 @@ class Algorithm:
 
     # ---- both halves
 
+    def carries(self, layout: ParameterLayout) -> Mapping[str, Carried]:
+        """Floats that travel beside the model, by name, at first 0; see :meth:`next_carried`."""
+        return {}
+
+    def keeps(self, layout: ParameterLayout) -> Mapping[str, int]:
+        """Floats that a client keeps between its visits, by name and number: ``visit.kept``."""
+        return {}
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Settings that the method refuses: a sentence each, which names key and value.
+
+        Args:
+            config: The whole configuration, ``cluster.Config``.
+        """
+        yield from ()
+
     def prepare(self, model: nn.Module) -> None:
         """Swap layers of the plain model in place; called once an actor."""
 
@@ -286,6 +349,18 @@ class Algorithm:
     def effective_weights(self, weights: Tensor, layout: ParameterLayout) -> Tensor:
         """theta: what the plain module computes with, float32[size], from the state's ``weights``."""
         return weights
+
+    def personal_weights(
+        self, weights: Tensor, kept: Mapping[str, Tensor], layout: ParameterLayout
+    ) -> Tensor:
+        """What a client itself computes with after its local training, float32[size].
+
+        Args:
+            weights: What it would send, as ``w`` (never as a difference), float32[size].
+            kept: What it would keep.
+            layout: The model's layout.
+        """
+        return self.effective_weights(weights, layout)
 
 
 # --------------------------------------------------------------------------------------------- the registry

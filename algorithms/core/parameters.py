@@ -1,10 +1,10 @@
 """The flat layout: one float32 vector holds the whole model.
 
 First all *prunable* weights (of every convolution and linear layer), then the other trained parameters,
-then the float buffers::
+then the float buffers, then what a method carries beside the model, by the way it travels::
 
-    [ prunable weights | biases, norms, ... | running means, ... ]
-      0          prunable_size        trained_size            size
+    [ prunable weights | biases, norms, ... | running means, ... | both ways | up | down ]
+      0          prunable_size        trained_size         model_size            up_size  size
 
 Loading a global model is one copy, a mask is a bool vector over the first span, global top-K is one
 selection and aggregation one multiply-add.
@@ -13,9 +13,10 @@ selection and aggregation one multiply-add.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -44,12 +45,28 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Floats that travel beside the model.
+
+    Attributes:
+        size: How many.
+        direction: The way they travel: down with the model, up with the update, or both.
+    """
+
+    size: int
+    direction: Literal["both", "up", "down"] = "both"
+
+
+@dataclass(frozen=True)
 class ParameterLayout:
-    """Names, shapes and offsets of the three spans of the flat vector."""
+    """Names, shapes and offsets of the spans of the flat vector."""
 
     prunable: tuple[Entry, ...]
     other: tuple[Entry, ...]
     buffers: tuple[Entry, ...]
+    both: tuple[Entry, ...] = ()
+    up: tuple[Entry, ...] = ()
+    down: tuple[Entry, ...] = ()
 
     @property
     def prunable_size(self) -> int:
@@ -62,9 +79,29 @@ class ParameterLayout:
         return self.other[-1].stop if self.other else self.prunable_size
 
     @property
+    def model_size(self) -> int:
+        """Length of what belongs to the model."""
+        return self.buffers[-1].stop if self.buffers else self.trained_size
+
+    @property
+    def up_size(self) -> int:
+        """Length of what clients send; it is the first part of the flat vector."""
+        return (self.up or self.both)[-1].stop if self.up or self.both else self.model_size
+
+    @property
+    def down_size(self) -> int:
+        """Length of what clients are sent."""
+        return self.size - sum(entry.size for entry in self.up)
+
+    @property
     def size(self) -> int:
         """Length of the flat vector."""
-        return self.buffers[-1].stop if self.buffers else self.trained_size
+        return self.down[-1].stop if self.down else self.up_size
+
+    @property
+    def carried(self) -> tuple[Entry, ...]:
+        """What travels beside the model."""
+        return self.both + self.up + self.down
 
     @property
     def trained(self) -> tuple[Entry, ...]:
@@ -102,12 +139,37 @@ class ParameterLayout:
         start = (other or prunable)[-1].stop
         return cls(prunable, other, _place(floats, start))
 
+    def carrying(self, carries: Mapping[str, Carried]) -> ParameterLayout:
+        """The layout with floats of a method's own behind the model's."""
+        start, spans = self.model_size, {}
+        for direction in ("both", "up", "down"):
+            entries = []
+            for name, carried in carries.items():
+                if carried.direction == direction:
+                    entries.append(Entry(name, (carried.size,), start, start + carried.size))
+                    start += carried.size
+            spans[direction] = tuple(entries)
+        return replace(self, **spans)
+
     def flatten(self, model: nn.Module) -> Tensor:
-        """Copy the model's tensors into a new flat vector, float32[size]."""
-        flat = torch.empty(self.size)
+        """Copy the model's tensors into a new flat vector, float32[size]; what is carried begins at 0."""
+        flat = torch.zeros(self.size)
         for entry, tensor in self._tensors(model):
             flat[entry.span] = tensor.detach().reshape(-1).cpu()
         return flat
+
+    def sent_down(self, flat: np.ndarray) -> np.ndarray:
+        """What clients are sent of ``flat``, float32[size]: less what goes up alone, float32[down_size]."""
+        if not self.up:
+            return flat
+        return np.concatenate([flat[: self.up[0].start], flat[self.up_size :]])
+
+    def received_down(self, sent: np.ndarray) -> np.ndarray:
+        """The flat vector of what was sent, float32[size], 0 in what only travels up."""
+        if not self.up:
+            return sent
+        start = self.up[0].start
+        return np.insert(sent, np.full(self.up_size - start, start), np.float32(0.0))
 
     def bind(self, model: nn.Module, flat: Tensor) -> None:
         """Make the model's parameters and float buffers views into ``flat``, float32[size].

@@ -330,6 +330,7 @@ class Rounds:
                 None if total.mask_samples is None else total.mask_samples.copy(),
                 total.samples,
                 list(total.clients),
+                total.updates,
             )
         else:
             self._total.merge(total)

@@ -158,7 +158,7 @@ class ClientHost:
         evaluated = broadcast.instructions.round - 1
         rows = self._rows(client, period_of(self.config.shift, evaluated))
         try:
-            trained = self._trainer.visit(client, rows, sparsity, broadcast)
+            trained = self._trainer.visit(client, rows, sparsity, broadcast, broadcast.kept.get(client))
         except Exception as error:
             self._skip(error, client, evaluated, "evaluation")
             return None
@@ -168,13 +168,14 @@ class ClientHost:
             weights[: layout.trained_size] += torch.from_numpy(
                 broadcast.weights[: layout.trained_size].copy()
             )
-        return self._method.effective_weights(weights, layout).numpy()
+        kept = {name: torch.from_numpy(array) for name, array in trained.kept.items()}
+        return self._method.personal_weights(weights, kept, layout).numpy()
 
     def _start_round(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast: the first copy that came, which the trainer has received already."""
         if self._total is None or self._round != broadcast.instructions.round:
             grid = Grid(broadcast.limit, broadcast.samples)
-            self._total = Total.zero(grid, self._trainer.layout, masked=self._method.masked)
+            self._total = self._method.zero(grid, self._trainer.layout)
             self._round = broadcast.instructions.round
         if self._broadcast is None or not _same(self._broadcast, broadcast):
             self._broadcast = broadcast
@@ -190,7 +191,9 @@ class ClientHost:
         rows, started = self._rows(assignment.client, broadcast.period), time.perf_counter()
         trained: Trained | str
         try:
-            trained = self._trainer.visit(assignment.client, rows, assignment.sparsity, broadcast)
+            trained = self._trainer.visit(
+                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept
+            )
             if self._memory is not None:
                 self._memory.check(assignment.client)
         except Exception as error:
@@ -221,7 +224,11 @@ class ClientHost:
             if here and not late:
                 assert self._total is not None
                 refused = self._uplink.fold(
-                    self._total, assignment.client, received, trained.samples, broadcast.weights
+                    self._total,
+                    assignment.client,
+                    received,
+                    self.config.weight(trained.samples),
+                    broadcast.weights,
                 )
             marks.append(time.perf_counter())
         except Exception as error:
@@ -248,6 +255,7 @@ class ClientHost:
             late=late,
             folded=here and not late and refused is None,
             message=None if here or late else posted.message,
+            kept=trained.kept,
         )
 
     def _failed(self, broadcast: Broadcast, assignment: Assignment, reason: str) -> ClientReport:

@@ -7,6 +7,7 @@ and leaves the update in a flat buffer. No DataLoader, no optimizer object, no r
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ class Trained:
         deactivated: |{w_t != 0 and w_i = 0}| after it.
         flops_dense: Dense-equivalent training FLOPs.
         flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
+        kept: What the client keeps for its next visit, float32 arrays by name.
     """
 
     values: np.ndarray
@@ -70,6 +72,7 @@ class Trained:
     deactivated: int
     flops_dense: float
     flops_sparse: np.ndarray
+    kept: dict[str, np.ndarray]
 
 
 class Trainer:
@@ -95,7 +98,8 @@ class Trainer:
         self._data, self._staging = ClientData(train, device), Staging()
         example = to_input(train.inputs[:2], device)
         self.module = model.to(device)
-        self.layout = ParameterLayout.of(self.module, example)
+        plain = ParameterLayout.of(self.module, example)
+        self.layout = plain.carrying(method.carries(plain))
         self.flops = LayerFlops.of(self.module, self.layout, example)
         method.prepare(self.module)
         self._pruning = pruned_layers(self.module)
@@ -122,7 +126,14 @@ class Trainer:
             if not buffer.is_floating_point()
         }
 
-    def visit(self, client: int, rows: np.ndarray, sparsity: float, broadcast: Broadcast) -> Trained:
+    def visit(
+        self,
+        client: int,
+        rows: np.ndarray,
+        sparsity: float,
+        broadcast: Broadcast,
+        kept: Mapping[str, np.ndarray] | None = None,
+    ) -> Trained:
         """Play one client: load w_t, train locally, turn the result into the update.
 
         Args:
@@ -130,6 +141,7 @@ class Trainer:
             rows: The client's rows of the training split, int64[n_i].
             sparsity: The client's target sparsity.
             broadcast: The round's global model and instructions.
+            kept: What the client keeps from its last visit.
         """
         instructions, settings = broadcast.instructions, self.settings
         stream = (settings.seed, instructions.round, client)
@@ -154,6 +166,7 @@ class Trainer:
             rng=seeding.generator(stream[0], "method", *stream[1:]),
             epochs=epochs,
             steps_per_epoch=-(-samples // batch),
+            kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
         )
         client_half = self.method.client(self.method, visit)
         # The visit is handed a function that needs the client half, which holds the visit: without a weak
@@ -219,7 +232,22 @@ class Trainer:
             + self.flops.sparse(samples * epochs - first, density_training, activations, gradient_training)
             # Batches that are asked for beside the steps rank weights outside the mask: all of the gradient.
             + self.flops.sparse(extra_samples, density_training, activations, np.ones(len(activations))),
+            kept=self._kept(visit),
         )
+
+    def _kept(self, visit: Visit) -> dict[str, np.ndarray]:
+        """What the client keeps, as it was declared."""
+        declared = self.method.keeps(self.layout)
+        for name, tensor in visit.kept.items():
+            if declared.get(name) != tensor.numel() or tensor.dtype != torch.float32:
+                allowed = (
+                    ", ".join(f"{own} of {size:,} floats" for own, size in declared.items()) or "nothing"
+                )
+                raise ValueError(
+                    f"visit.kept[{name!r}] holds {tensor.numel():,} values of {tensor.dtype}; "
+                    f"{type(self.method).__name__}.keeps declares {allowed}"
+                )
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in visit.kept.items()}
 
     def evaluate(
         self, effective: np.ndarray, split: Split, start: int, stop: int

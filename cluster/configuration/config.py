@@ -22,6 +22,7 @@ from cluster.configuration.choices import ChoiceError, build_choice
 from cluster.configuration.foreign import references_in
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
+    AggregationSection,
     AlgorithmChoice,
     ClientEvaluationSection,
     DataSection,
@@ -68,6 +69,8 @@ _PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 #: Keys that came after version 0.1 with the default that changes nothing: there they stay out of the hash, so
 #: that older folders can be continued and compared.
 _ADDED = {
+    "aggregation.name": "mean",
+    "aggregation.weighting": None,
     "algorithm.cut_received": False,
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
@@ -121,6 +124,7 @@ class Config(Section):
     devices: DevicesSection = DevicesSection()
     schedule: ScheduleSection = ScheduleSection()
     sampler: SamplerChoice = SamplerChoice()
+    aggregation: AggregationSection = AggregationSection()
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
@@ -165,6 +169,7 @@ class Config(Section):
             problems += self._shift_problems()
             if not self._left_alone("algorithm"):
                 problems += [*self._device_problems(), *self._schedule_problems()]
+                problems += self.method.problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -203,6 +208,8 @@ class Config(Section):
                     f"schedule.name: {self.algorithm.name} needs all clients of a round on one model; "
                     f"buffered works with {able}"
                 )
+            if method.keeps_updates:
+                yield f"schedule.name: {self.algorithm.name} looks at every update of a round: synchronous"
             buffer = section.buffer or self.cohort
             concurrency = section.concurrency or 2 * buffer
             if concurrency + buffer > self.partition.clients:
@@ -253,6 +260,15 @@ class Config(Section):
         choice = self.algorithm
         method: Algorithm = build_choice("algorithm", choice.name, choice.options, registry(), Algorithm)
         return method
+
+    @property
+    def weighting(self) -> str:
+        """What an update weighs: its ``samples``, or all ``equal``."""
+        return self.aggregation.weighting or self.method.weighting
+
+    def weight(self, samples: int) -> int:
+        """What the update of a client with so many samples weighs."""
+        return samples if self.weighting == "samples" else 1
 
     def build_server(self) -> ServerOptimizer:
         """The server optimizer with its hyperparameters."""

@@ -286,6 +286,15 @@ class ShiftSection(Section):
     )
 
 
+class AggregationSection(Section):
+    """How the server adds updates up."""
+
+    name: Literal["mean"] = "mean"
+    weighting: Literal["samples", "equal"] | None = Field(
+        None, description="what an update weighs: its samples, or all the same; default what the method asks"
+    )
+
+
 class WireSection(Section):
     """Formats of the values on the wire; supports are always exact."""
 

@@ -43,6 +43,7 @@ class Checkpoint:
         bases: Older weights that clients in flight started from, by version.
         masks: Supports of earlier global models by round, packed bits, uint8[ceil(prunable / 8)].
         stands_on: Fingerprints of what else the result depends on; see ``cluster.records.resuming``.
+        kept: Where the states of clients lie; see ``cluster.records.kept_files``.
     """
 
     state: ServerState
@@ -51,6 +52,7 @@ class Checkpoint:
     bases: Mapping[int, Tensor] = field(default_factory=dict)
     masks: Mapping[int, Tensor] = field(default_factory=dict)
     stands_on: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | None) -> Path:
@@ -79,12 +81,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
         "version": __version__,
         "stands_on": dict(checkpoint.stands_on),
     }
+    if checkpoint.kept:
+        meta["kept"] = dict(checkpoint.kept)
     path = folder / f"round-{state.round:06d}.safetensors"
     text = json.dumps(meta)
     data = save(
         # Clones: a method's array may be a view of the weights, and safetensors refuses shared memory.
         {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-        {"meta": text, "sha256": _checksum(tensors, text)},
+        {"meta": text, "sha256": checksum(tensors, text)},
     )
     for left_by_a_crash in folder.glob(".*.tmp"):
         left_by_a_crash.unlink()
@@ -102,10 +106,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: The file is damaged, or of another version; names it and the way on.
     """
-    with _sound(path), safe_open(path, framework="pt") as stored:
+    with sound(path), safe_open(path, framework="pt") as stored:
         metadata = stored.metadata() or {}
         tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _checksum(tensors, metadata["meta"]):
+        if metadata["sha256"] != checksum(tensors, metadata["meta"]):
             raise CheckpointError("checksum differs")
     meta = _meta(path, metadata["meta"])
     state = ServerState(
@@ -118,7 +122,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     bases = {int(n.removeprefix("base.")): t for n, t in tensors.items() if n.startswith("base.")}
     masks = {int(n.removeprefix("support.")): t for n, t in tensors.items() if n.startswith("support.")}
-    return Checkpoint(state, meta["driver"], meta["digest"], bases, masks, meta.get("stands_on", {}))
+    stands_on, kept = meta.get("stands_on", {}), meta.get("kept", {})
+    return Checkpoint(state, meta["driver"], meta["digest"], bases, masks, stands_on, kept)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -127,13 +132,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: See :func:`load_checkpoint`.
     """
-    with _sound(path), safe_open(path, framework="pt") as stored:
+    with sound(path), safe_open(path, framework="pt") as stored:
         text = (stored.metadata() or {})["meta"]
     return _meta(path, text)
 
 
 @contextmanager
-def _sound(path: Path) -> Iterator[None]:
+def sound(path: Path) -> Iterator[None]:
     """Name a file that cannot be read, and what to do: nothing is lost of one that is only out of reach."""
     try:
         with open(path, "rb"):
@@ -153,7 +158,7 @@ def _way_on(path: Path) -> str:
 
 
 def _meta(path: Path, text: str) -> dict[str, Any]:
-    with _sound(path):
+    with sound(path):
         meta: dict[str, Any] = json.loads(text)
     made_by = f"sparsyfed {meta['version']}" if "version" in meta else "an older version of sparsyfed"
     fix = "finish the run with that version, or start it anew"
@@ -200,7 +205,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
-def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Hash of names, types, shapes and bytes, and of a text."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

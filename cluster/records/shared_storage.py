@@ -17,6 +17,7 @@ from cluster.configuration.plain_yaml import YamlError, parse
 from cluster.configuration.trees import stored_text
 from cluster.logins import LoginError, hidden, without_logins, written_out
 from cluster.records.checkpoint import list_rounds
+from cluster.records.kept_files import kept_files
 from cluster.records.run_folder import RunFolder, check_free
 from cluster.records.sqlite_store import is_sqlite, sqlite_file, sqlite_uri
 from cluster.references import UserError
@@ -178,7 +179,9 @@ def is_uri(place: str | Path) -> bool:
 
 
 def _checkpoints(folder: RunFolder) -> set[str]:
-    return {f"round-{number:06d}.safetensors" for number in list_rounds(folder.checkpoints)}
+    """Names of the checkpoints and, sorted before them, of what clients keep."""
+    rounds = {f"round-{number:06d}.safetensors" for number in list_rounds(folder.checkpoints)}
+    return rounds | kept_files(folder.checkpoints)
 
 
 def _here(name: str, content: bytes, path: Path) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from algorithms import Algorithm, Grid, ServerState, Total
+from algorithms import Algorithm, Grid, ServerState
 from cluster import seeding
 from cluster.exchange import Assignment, ClientReport, EvaluationChunk
 from cluster.federation import Federation
@@ -155,7 +155,7 @@ class Buffered(Schedule):
             for f in self._flights.values()
         ]
         bases = {version: parcel.state.weights for version, parcel in self._parcels.items()}
-        return Snapshot(self.clock.now, self.sender.held, (self._sequence, flights), bases)
+        return replace(super().snapshot(), flight=(self._sequence, flights), bases=bases)
 
     def restore(self, snapshot: Snapshot, state: ServerState) -> None:
         """See :class:`Schedule`."""
@@ -169,8 +169,13 @@ class Buffered(Schedule):
                 self.devices.sparsity(client, self.method.sparsity),
                 self.devices.of([client])[0],
                 downlink_bytes,
+                kept=self.kept.of(client),
             )
             self._take_off(Flight(sequence, version, start, assignment, bound, lost))
+
+    def population_weight(self, round_number: int) -> int:
+        """See :class:`Schedule`; in the unit of a step's weights."""
+        return _WEIGHT_UNIT * super().population_weight(round_number)
 
     def _take_off(self, flight: Flight) -> None:
         # Updates go to the driver, in the order of which they are folded.
@@ -257,9 +262,8 @@ class Buffered(Schedule):
         step = self._step
         parcel = self._parcels[version]
         instructions = self.instruct(parcel.state)
-        sizes = self.sizes(instructions.round)
-        samples = sum(int(sizes[assignment.client]) for assignment in assignments)
-        broadcast = self.broadcast(parcel, instructions, samples)
+        clients = np.array([assignment.client for assignment in assignments], np.int64)
+        broadcast = self.broadcast(parcel, instructions, clients, chunks)
         played = self.engine.run(broadcast, assignments, chunks, step.meanwhile)
         step.meanwhile = lambda: None
         outcome = step.outcome
@@ -290,9 +294,9 @@ class Buffered(Schedule):
         for flight in step.arrived:
             assert flight.report is not None
             share = (1.0 + state.round - flight.version) ** -exponent
-            weights.append(max(1, round(_WEIGHT_UNIT * flight.report.samples * share)))
+            weights.append(max(1, round(_WEIGHT_UNIT * self.config.weight(flight.report.samples) * share)))
         grid = Grid.for_round(step.parcel.exact, sum(weights))
-        total = Total.zero(grid, layout, masked=self.method.masked)
+        total = self.method.zero(grid, layout)
         for flight, weight in zip(step.arrived, weights, strict=True):
             report = flight.report
             assert report is not None
@@ -306,6 +310,7 @@ class Buffered(Schedule):
                     moved = self._moved_since(base.state.weights)
                     total.shift(moved.numpy(), weight)
             outcome.reports.append(replace(report, late=late, refused=refused, message=None))
+        outcome.reports[:] = self.kept.commit(state.round + 1, outcome.reports)
         outcome.total = total if any(report.accepted for report in outcome.reports) else None
         return outcome
 

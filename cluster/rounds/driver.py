@@ -20,6 +20,7 @@ from cluster.configuration.config import code_digest
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically
+from cluster.records.kept_files import drop_unused, load_kept, save_kept
 from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.buffered import Buffered
@@ -131,7 +132,8 @@ class Driver:
             self._setbacks.count(before.round + 1, outcome.reports)
             return replace(before, round=before.round + 1)
         self._setbacks.clear()
-        return self.method.advance(before, outcome.total, self.server, self.layout)
+        share = outcome.total.samples / self._schedule.population_weight(before.round + 1)
+        return self.method.advance(before, outcome.total, self.server, self.layout, share)
 
     def _book_keeping(self) -> None:
         """Write, measure and checkpoint the last round while the next one is already being computed."""
@@ -150,6 +152,8 @@ class Driver:
         measures = self.method.layer_measures(state, self.layout)
         line |= {f"{name}/layers": values for name, values in measures.items()}
         line["train/lr"] = self.config.learning_rate(max(1, state.round))
+        if snapshot.kept:
+            line["clients/kept_bytes"] = sum(state.nbytes for state in snapshot.kept.values())
         line |= result.metrics | times | time_metrics(outcome, self.engine.actors)
         self._ledger.enter(line, evaluated=not self._evaluation_due(state.round))
         measured = time.perf_counter()
@@ -204,7 +208,8 @@ class Driver:
         Args:
             snapshot: What the schedule remembers after the round of ``self.state``.
         """
-        rounds = list_rounds(self.folder.checkpoints)
+        place = self.folder.checkpoints
+        kept = save_kept(place, self.state.round, snapshot.kept)
         driver: dict[str, Any] = {
             **self._ledger.dump(),
             "held": snapshot.held.dump(),
@@ -215,7 +220,7 @@ class Driver:
             "rules": RULES,
         }
         save_checkpoint(
-            self.folder.checkpoints,
+            place,
             Checkpoint(
                 self.state,
                 driver,
@@ -223,9 +228,11 @@ class Driver:
                 snapshot.bases,
                 self._supports.by_round,
                 self._stands_on,
+                kept,
             ),
-            best_round=self._ledger.best(rounds, self.federation.selection_metric),
+            best_round=self._ledger.best(list_rounds(place), self.federation.selection_metric),
         )
+        drop_unused(place)
         self._on_checkpoint()
 
     def _initial_state(self) -> ServerState:
@@ -239,7 +246,8 @@ class Driver:
         self._ledger.load(driver)
         self._supports.by_round = dict(stored.masks)
         held = Holders.load(driver["held"])
-        snapshot = Snapshot(driver["simulated_s"], held, driver["flight"], dict(stored.bases))
+        kept = load_kept(path.parent, dict(stored.kept))
+        snapshot = Snapshot(driver["simulated_s"], held, driver["flight"], dict(stored.bases), kept)
         self._schedule.restore(snapshot, stored.state)
         self._setbacks.refused = int(driver["refused_rounds"])
         # What made the clients fail may be cured: where rounds are left, they are asked anew.

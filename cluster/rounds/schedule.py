@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from algorithms import Algorithm, Grid, Instructions, ServerState
 from cluster.exchange import Assignment, Broadcast, EvaluationChunk
 from cluster.federation import Federation
+from cluster.records.kept_files import KeptState
 from cluster.rounds.engine import Engine, Outcome
+from cluster.rounds.kept import Kept
 from cluster.rounds.metrics import Downlink
 from cluster.simulation.clock import Clock
 from cluster.simulation.devices import Devices
@@ -39,12 +41,14 @@ class Snapshot:
         held: Who holds the current mask.
         flight: The next dispatch's number and the clients in flight, plain JSON values (buffered).
         bases: Weights that they started from by version, float32[size] (buffered).
+        kept: What clients keep, by client.
     """
 
     simulated_s: float = 0.0
     held: Holders = field(default_factory=Holders)
     flight: Any = None
     bases: dict[int, Tensor] = field(default_factory=dict)
+    kept: Mapping[int, KeptState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,11 @@ class Schedule(ABC):
             differences=method.uploads_differences,
             max_update_norm=config.max_update_norm,
         )
-        self.shape = self.uplink.shape
-        self.sender = Sender(self.shape, config.wire.downlink)
+        self.sender = Sender(federation.layout, config.wire.downlink)
         self._sampler = config.build_sampler()
         self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
         self.clock: Clock[Any] = Clock()
+        self.kept = Kept()
 
     @abstractmethod
     def round(
@@ -103,17 +107,19 @@ class Schedule(ABC):
 
     def snapshot(self) -> Snapshot:
         """What :meth:`restore` continues from after the rounds so far."""
-        return Snapshot(self.clock.now, self.sender.held)
+        return Snapshot(self.clock.now, self.sender.held, kept=self.kept.states)
 
     def restore(self, snapshot: Snapshot, state: ServerState) -> None:
         """Continue from a checkpoint of ``state``."""
         self.clock, self.sender.held = Clock(snapshot.simulated_s), snapshot.held
+        self.kept.states = snapshot.kept
 
     def evaluate(
         self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]
     ) -> Outcome:
         """Evaluate the model of ``state``, with nothing to train."""
-        broadcast = self.broadcast(self.sender.parcel(state), self.instruct(state), 0)
+        nobody = np.empty(0, np.int64)
+        broadcast = self.broadcast(self.sender.parcel(state), self.instruct(state), nobody, chunks)
         return self.engine.run(broadcast, [], chunks, meanwhile)
 
     # ------------------------------------------------------------------------------ what schedules share
@@ -140,8 +146,29 @@ class Schedule(ABC):
         )
         return draw(self._sampler, rng, count, candidates)
 
-    def broadcast(self, parcel: Parcel, instructions: Instructions, samples: int) -> Broadcast:
-        """What every actor gets for clients with ``samples`` samples together."""
+    def population_weight(self, round_number: int) -> int:
+        """What the updates of all clients together would weigh in a round."""
+        sizes = self.sizes(round_number)
+        return int(sizes.sum()) if self.config.weighting == "samples" else len(sizes)
+
+    def broadcast(
+        self,
+        parcel: Parcel,
+        instructions: Instructions,
+        clients: np.ndarray,
+        chunks: Sequence[EvaluationChunk],
+    ) -> Broadcast:
+        """What every actor gets.
+
+        Args:
+            parcel: The model.
+            instructions: What clients are told.
+            clients: Who is to train, int64[n].
+            chunks: What the model is to be evaluated on.
+        """
+        sizes = self.sizes(instructions.round)[clients]
+        samples = int(sizes.sum()) if self.config.weighting == "samples" else len(clients)
+        kept = {c.client: own for c in chunks if c.client is not None and (own := self.kept.of(c.client))}
         return Broadcast(
             weights=parcel.decoded,
             exact=parcel.exact,
@@ -151,6 +178,7 @@ class Schedule(ABC):
             limit=Grid.for_round(parcel.exact, samples).limit,
             samples=samples,
             period=period_of(self.config.shift, instructions.round),
+            kept=kept,
         )
 
     def assignments(
@@ -168,7 +196,8 @@ class Schedule(ABC):
             size = self.sender.bytes_for(client, parcel)
             samples = int(sizes[client]) * epochs
             bounds.append(device.duration(size, 0.0 if spares else self.federation.flops.dense(samples), 0))
-            assignments.append(Assignment(client, self.devices.sparsity(client, default), device, size))
+            sparsity, kept = self.devices.sparsity(client, default), self.kept.of(client)
+            assignments.append(Assignment(client, sparsity, device, size, kept=kept))
         return assignments, np.array(bounds)
 
     def downlink(self, sent: Iterable[Assignment], parcel: Parcel) -> Downlink:
@@ -176,6 +205,6 @@ class Schedule(ABC):
         sizes = [assignment.downlink_bytes for assignment in sent]
         return Downlink(
             sum(sizes),
-            wire.nonzero_bytes(parcel.exact, self.shape) * len(sizes),
-            wire.dense_bytes(self.shape) * len(sizes),
+            wire.nonzero_bytes(parcel.sent, parcel.shape) * len(sizes),
+            wire.dense_bytes(parcel.shape) * len(sizes),
         )

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from algorithms import Grid, ServerState, Total
+from algorithms import Grid, ServerState
 from cluster import seeding
 from cluster.exchange import Broadcast, EvaluationChunk
 from cluster.rounds.engine import Outcome
@@ -55,13 +55,13 @@ class Synchronous(Schedule):
             for assignment, lost in zip(sent, gone, strict=True)
             if not lost
         ]
-        samples = int(self.sizes(number)[clients[~gone]].sum())
-        broadcast = self.broadcast(parcel, instructions, samples)
+        broadcast = self.broadcast(parcel, instructions, clients[~gone], chunks)
         prepared = time.perf_counter()
         outcome = self.engine.run(broadcast, playing, chunks, meanwhile)
         arrivals = {r.client: r.visit_s for r in outcome.reports if r.visit_s < math.inf}
         first = first_arrivals(((s, client) for client, s in arrivals.items()), wanted, deadline)
         self._settle(outcome, broadcast, set(first))
+        outcome.reports[:] = self.kept.commit(number, outcome.reports)
         self.clock.now = started + self._length(first, arrivals, wanted, len(sent))
         metrics = {
             "time/simulated_s": self.clock.now,
@@ -80,11 +80,14 @@ class Synchronous(Schedule):
             if report.client not in first:
                 report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
-                total = total or Total.zero(
-                    Grid(broadcast.limit, broadcast.samples), layout, masked=self.method.masked
-                )
+                total = total or self.method.zero(Grid(broadcast.limit, broadcast.samples), layout)
                 refused = self.uplink.take(
-                    total, report.client, report.message, report.samples, broadcast.weights, broadcast.mask
+                    total,
+                    report.client,
+                    report.message,
+                    self.config.weight(report.samples),
+                    broadcast.weights,
+                    broadcast.mask,
                 )
                 report = replace(report, refused=refused, message=None)
             outcome.reports[place] = report

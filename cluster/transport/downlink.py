@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from algorithms import ServerState
+from algorithms import ParameterLayout, ServerState
 from cluster.transport import wire
 
 
@@ -19,11 +19,13 @@ class Parcel:
 
     Attributes:
         state: The server's state that is sent.
+        layout: The model's layout.
         shape: The shape of messages.
         value_format: Format of the values.
     """
 
     state: ServerState
+    layout: ParameterLayout
     shape: wire.Shape
     value_format: wire.ValueFormat
 
@@ -40,7 +42,14 @@ class Parcel:
     @cached_property
     def decoded(self) -> np.ndarray:
         """w_t as clients decode it, float32[size]; the same array unless the downlink is lossy."""
-        return self.exact if self.value_format == "float32" else wire.decode(self._full, self.shape).values
+        if self.value_format == "float32":
+            return self.exact
+        return self.layout.received_down(wire.decode(self._full, self.shape).values)
+
+    @cached_property
+    def sent(self) -> np.ndarray:
+        """What travels of w_t, float32[down_size]."""
+        return self.layout.sent_down(self.exact)
 
     @cached_property
     def full_bytes(self) -> int:
@@ -58,7 +67,7 @@ class Parcel:
 
     def _encode(self, held: np.ndarray | None) -> bytes:
         support = self.exact[: self.shape.prunable] != 0 if self.mask is None else self.mask
-        return wire.encode(self.exact, support, self.shape, held=held, value_format=self.value_format)
+        return wire.encode(self.sent, support, self.shape, held=held, value_format=self.value_format)
 
 
 class Sender:
@@ -68,13 +77,14 @@ class Sender:
         held: Who holds the current mask; never changed in place.
     """
 
-    def __init__(self, shape: wire.Shape, value_format: wire.ValueFormat) -> None:
-        self.shape, self.value_format = shape, value_format
+    def __init__(self, layout: ParameterLayout, value_format: wire.ValueFormat) -> None:
+        self._layout, self._format = layout, value_format
+        self.shape = wire.Shape.of(layout, "down")
         self.held = Holders()
 
     def parcel(self, state: ServerState) -> Parcel:
         """The model of ``state``, to be sent to any number of clients."""
-        return Parcel(state, self.shape, self.value_format)
+        return Parcel(state, self._layout, self.shape, self._format)
 
     def bytes_for(self, client: int, parcel: Parcel) -> int:
         """Bytes that a client would be sent now."""

@@ -46,7 +46,7 @@ class Uplink:
         differences: bool,
         max_update_norm: float | None,
     ) -> None:
-        self.shape = wire.Shape.of(layout)
+        self.shape = wire.Shape.of(layout, "up")
         self._layout, self._format = layout, value_format
         self._differences, self._limit = differences, max_update_norm
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
@@ -56,10 +56,11 @@ class Uplink:
         """An update as bytes.
 
         Args:
-            values: float32[size], +0.0 outside the support.
+            values: float32[size] of the layout, +0.0 outside the support; what travels down alone stays.
             support: bool[prunable], or None for all of it.
             held: The mask that both sides hold, bool[prunable], or None.
         """
+        values = values[: self.shape.size]
         message = wire.encode(values, support, self.shape, held=held, value_format=self._format)
         prunable = self.shape.prunable
         sent = prunable if support is None else int(np.count_nonzero(support))

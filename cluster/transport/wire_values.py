@@ -35,7 +35,7 @@ class Shape:
 
     Attributes:
         prunable: Length of the first span, the prunable weights; the only ones a support speaks of.
-        trained: End of the trained parameters; ``[trained, size)`` are float buffers.
+        trained: End of the trained parameters; ``[trained, size)`` are float buffers and what is carried.
         size: Length of the whole vector.
         layers: (start, stop) of every trained tensor in order, covering ``[0, trained)``; int8 scales each.
 
@@ -49,10 +49,11 @@ class Shape:
     layers: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, layout: ParameterLayout) -> Shape:
-        """The shape of a model's vector."""
+    def of(cls, layout: ParameterLayout, direction: Literal["up", "down"] = "up") -> Shape:
+        """The shape of what clients send (``up``) or are sent (``down``)."""
         layers = tuple((entry.start, entry.stop) for entry in layout.trained)
-        return cls(layout.prunable_size, layout.trained_size, layout.size, layers)
+        size = layout.up_size if direction == "up" else layout.down_size
+        return cls(layout.prunable_size, layout.trained_size, size, layers)
 
     def __post_init__(self) -> None:
         if not 0 <= self.prunable <= self.trained <= self.size < 2**31:

@@ -158,7 +158,7 @@ def test_the_mask_holds_exactly_k_and_zeros_stay_exactly_zero(tmp_path):
 def expected_downlink(run) -> list[int]:
     """Each round's bytes down, from the states and cohorts alone."""
     held, bills = {}, []
-    shape = run.driver._schedule.shape
+    shape = run.driver._schedule.uplink.shape
     for before, line in zip(run.states, run.lines, strict=False):
         exact, mask = before.weights.numpy(), before.mask
         support = exact[: shape.prunable] != 0 if mask is None else mask.numpy()
@@ -196,7 +196,7 @@ def test_who_holds_the_mask_gets_values_alone_and_who_is_stale_gets_it_again(tmp
     if algorithm["name"] == "fixed_mask":
         assert bills[0] > min(bills)  # in round 1 nobody holds the mask
         # Six clients, four a round: before the last round each has got it, and it is never sent again.
-        shape = run.driver._schedule.shape
+        shape = run.driver._schedule.uplink.shape
         header = wire.describe(wire.encode(run.state.weights.numpy(), None, shape))["header_bytes"]
         assert bills[-1] == 4 * (header + 4 * (137 + shape.size - 684))  # K = round(.2 * 684)
         assert run.lines[-1]["comm/uplink_bytes"] == bills[-1]

@@ -25,10 +25,10 @@ def config(tmp_path):
 def failing(monkeypatch):
     visit = Trainer.visit
 
-    def fail(self, client, rows, sparsity, broadcast):
+    def fail(self, client, rows, sparsity, broadcast, kept):
         if (broadcast.instructions.round, client) == (2, 2):
             raise ValueError("planted failure")
-        return visit(self, client, rows, sparsity, broadcast)
+        return visit(self, client, rows, sparsity, broadcast, kept)
 
     monkeypatch.setattr(Trainer, "visit", fail)
 

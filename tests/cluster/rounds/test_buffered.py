@@ -77,7 +77,8 @@ def test_what_a_step_adds_up_to(cache, tmp_path):
     updates = {}
     for _, reports in calls:
         for report in reports:
-            updates[report.client] = torch.from_numpy(wire.decode(report.message, schedule.shape).values)
+            sent = wire.decode(report.message, schedule.uplink.shape)
+            updates[report.client] = torch.from_numpy(sent.values)
     first = tiny_federation(
         cache, rounds=1, cohort=2, sampler=only([order[0], order[2]]), devices=two_kinds(fast=1.0, slow=3.0)
     )

@@ -9,14 +9,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from algorithms.core.aggregation import Grid, Total
-from algorithms.core.algorithm import (
-    Algorithm,
-    Client,
-    Instructions,
-    ServerState,
-    Visit,
-    registry,
-)
+from algorithms.core.algorithm import Algorithm, ServerState, registry
+from algorithms.core.client import Client, Instructions, Visit
 from algorithms.core.hyperparameters import Hyperparameter, hyperparameter, hyperparameters
 from algorithms.core.layers import ActivationPruning, Powerpropagation, prune_inputs, pruned_layers
 from algorithms.core.masks import (

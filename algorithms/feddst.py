@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from algorithms.core.aggregation import Total
-from algorithms.core.algorithm import Instructions, ServerState
+from algorithms.core.algorithm import ServerState
+from algorithms.core.client import Instructions
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.masks import exchangeable, layer_counts, prune_and_grow, top_of_union
 from algorithms.core.parameters import ParameterLayout
@@ -24,16 +25,6 @@ class FedDSTClient(MaskedClient):
     """Trains inside the mask; in a readjustment round exchanges a share of it before sending."""
 
     method: FedDST
-
-    def begin(self) -> None:
-        """Gradients are masked but for those that growth asks for."""
-        self._growing = False
-        super().begin()
-
-    def after_backward(self) -> None:
-        """Leave the gradient dense where it ranks positions for growth."""
-        if not self._growing:
-            super().after_backward()
 
     def finish(self) -> Tensor | None:
         """Readjust: drop a share a_t of each layer's mask by magnitude, regrow as many by |gradient|."""
@@ -51,11 +42,11 @@ class FedDSTClient(MaskedClient):
 
     def _fill_dense_gradient(self) -> None:
         """The gradient of one batch at the trained, not yet pruned weights; running statistics stay."""
-        buffers = self.visit.model[self.visit.layout.trained_size :]
+        visit = self.visit
+        buffers = visit.model[visit.layout.trained_size :]
         before = buffers.clone()
-        self._growing = True
-        self.visit.batch_gradient()
-        self._growing = False
+        chosen = visit.draw()
+        visit.gradient_of(visit.inputs[chosen], visit.targets[chosen])
         buffers.copy_(before)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from algorithms.core.aggregation import Total
-from algorithms.core.algorithm import Algorithm, Client, ServerState
+from algorithms.core.algorithm import Algorithm, ServerState
+from algorithms.core.client import Client
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.masks import (
     apportion,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from algorithms.core.aggregation import Total
-from algorithms.core.algorithm import Algorithm, Instructions, ServerState
+from algorithms.core.algorithm import Algorithm, ServerState
+from algorithms.core.client import Instructions
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.masks import (
     apportion,
@@ -54,11 +55,10 @@ class FlashClient(MaskedClient):
         """Dynamic sparse training after every local epoch, or half-way through the steps of a single one."""
         super().after_step()
         visit = self.visit
-        steps = visit.epochs * visit.steps_per_epoch
-        due = visit.step == steps // 2 if visit.epochs == 1 else visit.step % visit.steps_per_epoch == 0
+        due = visit.step == visit.steps // 2 if visit.epochs == 1 else visit.step % visit.steps_per_epoch == 0
         if due and visit.instructions.phase in ("sensitivity", "refresh"):
             # The rate falls to 0 with the last step, so that nothing moves after the last epoch.
-            self._explore(self.method.prune_rate * (1.0 - visit.step / steps))
+            self._explore(self.method.prune_rate * (1.0 - visit.step / visit.steps))
 
     def _explore(self, rate: float) -> None:
         """Drop a share of each layer's weights; the same total regrows at random where weights are large."""

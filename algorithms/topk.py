@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from algorithms.core.algorithm import Algorithm, Client
+from algorithms.core.algorithm import Algorithm
+from algorithms.core.client import Client
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.masks import cut_globally, cut_to_top_k
 

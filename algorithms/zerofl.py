@@ -12,7 +12,8 @@ from fnmatch import fnmatch
 import numpy as np
 from torch import Tensor, nn
 
-from algorithms.core.algorithm import Algorithm, Client
+from algorithms.core.algorithm import Algorithm
+from algorithms.core.client import Client
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.layers import (
     ActivationPruning,
@@ -55,7 +56,7 @@ class ZeroFLClient(Client):
         for cut in self.cuts.values():
             cut.cut()
         visit = self.visit
-        if visit.step + 1 == visit.epochs * visit.steps_per_epoch:
+        if visit.step + 1 == visit.steps:
             # Reused thresholds let densities drift from 1 - s, nearly all of it in the first steps.
             self.densities = {name: cut.density() for name, cut in self.cuts.items()}
 

@@ -8,7 +8,7 @@ has a dense default, so that FedAvg is nearly empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.core.aggregation import Grid, Total
-from algorithms.core.masks import cut_to_top_k, target_count
+from algorithms.core.client import Client, Instructions
+from algorithms.core.masks import cut_to_top_k
 from algorithms.core.parameters import Carried, ParameterLayout
 from algorithms.core.server_optimizers import ServerOptimizer
 
@@ -43,139 +44,6 @@ class ServerState:
     mask_version: int = 0
     moments: tuple[Tensor, ...] = ()
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """What a client is told this round, beside the weights; the same for the whole cohort.
-
-    Attributes:
-        round: Number of the round, from 1 (0 for a stage before the first round).
-        rounds: Planned number of rounds.
-        phase: The method's own name of what clients do.
-        epochs: Local epochs, or None for the configured ones.
-        cohort: Number of clients, or None for the configured cohort.
-        value: A number of the method's own, such as an annealed fraction.
-    """
-
-    round: int
-    rounds: int
-    phase: str = "train"
-    epochs: int | None = None
-    cohort: int | None = None
-    value: float = 0.0
-
-
-# --------------------------------------------------------------------------------------------- the client
-
-
-@dataclass
-class Visit:
-    """One client's local training as the trainer sets it up; tensors are views that live for the visit.
-
-    Attributes:
-        layout: The model's layout.
-        instructions: This round's instructions.
-        sparsity: The client's target sparsity: its device tier's, else the method's.
-        global_weights: w_t as received, float32[size]; not to be written.
-        mask: The mask both sides hold, bool[prunable], or None.
-        weights: w, the trained span, float32[trained].
-        model: What the modules compute with, float32[size]; its trained span *is* ``weights`` unless the
-            method re-parameterises.
-        gradient: Gradient of the loss with respect to ``model``, then to ``weights``, float32[trained].
-        module: The model itself.
-        rng: The client's generator for the method's own randomness.
-        epochs: Local epochs.
-        steps_per_epoch: Local steps an epoch.
-        step: Steps done.
-        batch_gradient: Fills ``gradient`` from one more batch without a step.
-        kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
-            before its first. What stands here at the end is kept.
-    """
-
-    layout: ParameterLayout
-    instructions: Instructions
-    sparsity: float
-    global_weights: Tensor
-    mask: Tensor | None
-    weights: Tensor
-    model: Tensor
-    gradient: Tensor
-    module: nn.Module
-    rng: np.random.Generator
-    epochs: int
-    steps_per_epoch: int
-    step: int = 0
-    batch_gradient: Callable[[], None] = lambda: None
-    kept: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def carried(self) -> dict[str, Tensor]:
-        """What travels beside the model by name, views: as received, and sent as it is left."""
-        return self.layout.split(self.model, self.layout.carried)
-
-    @property
-    def prunable(self) -> Tensor:
-        """The prunable span of ``weights``, a view."""
-        return self.weights[: self.layout.prunable_size]
-
-    @property
-    def prunable_gradient(self) -> Tensor:
-        """The prunable span of ``gradient``, a view."""
-        return self.gradient[: self.layout.prunable_size]
-
-    @property
-    def keep(self) -> int:
-        """K, the number of prunable weights at the client's target sparsity."""
-        return target_count(self.layout.prunable_size, self.sparsity)
-
-
-class Client:
-    """The client half of a method: hooks around plain SGD for one visit. Every default is dense."""
-
-    #: Set by ``begin`` where it cuts the weights received, so that their FLOPs are counted as cut.
-    cuts_received = False
-
-    def __init__(self, method: Any, visit: Visit) -> None:
-        self.method = method
-        self.visit = visit
-
-    def begin(self) -> None:
-        """Called once, when the global model is loaded."""
-
-    def before_forward(self) -> None:
-        """Called before each forward pass; may write ``visit.weights`` and ``visit.model``."""
-
-    def after_backward(self) -> None:
-        """Called with ``visit.gradient`` filled; weight decay and the proximal term follow."""
-
-    def after_step(self) -> None:
-        """Called after each SGD step; ``visit.step`` counts it already."""
-
-    def finish(self) -> Tensor | None:
-        """Turn ``visit.weights`` into what is uploaded, in place; cut positions become +0.0.
-
-        Returns:
-            The support that travels, bool[prunable]; None when every prunable weight does.
-        """
-        return None
-
-    def training_density(self, trained: np.ndarray) -> np.ndarray:
-        """Density of each prunable layer in forward passes after the first, float64[layers], for FLOPs.
-
-        Args:
-            trained: Share of nonzeros of each layer at the end of local training, before the final cut.
-        """
-        return trained
-
-    def gradient_density(self, nonzeros: np.ndarray) -> np.ndarray:
-        """Share of each prunable layer's weight gradient that the method uses, float64[layers], for FLOPs.
-
-        Args:
-            nonzeros: Share of nonzeros of each layer: as received for the first batch, and at the end of
-                local training, before the final cut, for the others.
-        """
-        return np.ones(len(nonzeros))
 
 
 # --------------------------------------------------------------------------------------------- the method

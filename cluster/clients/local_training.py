@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, ParameterLayout, Visit
 from algorithms.core.layers import pruned_layers
-from algorithms.core.masks import count_beyond, layer_counts, layer_sizes, nonzero_mask
+from algorithms.core.masks import count_beyond, nonzero_mask
 from cluster import seeding
-from cluster.clients.passes import EagerPasses, GraphPasses, Passes, Precision, arithmetic
+from cluster.clients.billing import Bill
+from cluster.clients.local_steps import LocalSettings, LocalSteps, layer_density
+from cluster.clients.passes import EagerPasses, GraphPasses, Passes, arithmetic
 from cluster.clients.transfers import ClientData, Staging
 from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops
@@ -29,19 +31,6 @@ from cluster.workload.inputs import to_input
 #: Samples of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
 #: On a CPU the activations of more do not stay in its cache: 256 at once take ResNet-18 a third longer.
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """What local training takes from the configuration."""
-
-    seed: int
-    epochs: int
-    batch_size: int
-    weight_decay: float
-    proximal: float
-    precision: Precision = "float32"
-    cuda_graphs: bool = False
 
 
 @dataclass
@@ -143,18 +132,36 @@ class Trainer:
             broadcast: The round's global model and instructions.
             kept: What the client keeps from its last visit.
         """
+        self._load(broadcast)
+        visit, steps, bill = self._set_up(client, rows, sparsity, broadcast, kept)
+        client_half = self.method.client(self.method, visit)
+        client_half.begin()
+        # Clients of a smaller budget begin with a cut of what they received.
+        cut = client_half.cuts_received
+        received = layer_density(nonzero_mask(visit.prunable), self.layout) if cut else self._density_received
+        loss = client_half.train(steps.batches(visit))
+        return self._update(client_half, bill, received, float(loss))
+
+    def _set_up(
+        self,
+        client: int,
+        rows: np.ndarray,
+        sparsity: float,
+        broadcast: Broadcast,
+        kept: Mapping[str, np.ndarray] | None,
+    ) -> tuple[Visit, LocalSteps, Bill]:
+        """A visit that has not begun, with its data and random streams."""
         instructions, settings = broadcast.instructions, self.settings
         stream = (settings.seed, instructions.round, client)
         self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
+        if not self.module.training:
+            self.module.train()
+        bill = Bill(self.flops)
         order = seeding.generator(stream[0], "batches", *stream[1:])
-        self._load(broadcast)
-        received = self._received
+        steps = LocalSteps(settings, self._passes, self._compute, order, bill)
         inputs, targets = self._data.of(rows)
-        samples, batch = len(rows), settings.batch_size
-        epochs = instructions.epochs or settings.epochs
-        layout = self.layout
         visit = Visit(
-            layout=layout,
+            layout=self.layout,
             instructions=instructions,
             sparsity=sparsity,
             global_weights=self._global,
@@ -163,75 +170,57 @@ class Trainer:
             model=self._model,
             gradient=self._gradient,
             module=self.module,
+            inputs=inputs,
+            targets=targets,
             rng=seeding.generator(stream[0], "method", *stream[1:]),
-            epochs=epochs,
-            steps_per_epoch=-(-samples // batch),
+            lr=broadcast.lr,
+            batch_size=settings.batch_size,
+            epochs=instructions.epochs or settings.epochs,
+            steps_per_epoch=-(-len(rows) // settings.batch_size),
+            workbench=steps,
+            chosen=torch.empty(0, dtype=torch.int64, device=self.device),
             kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
         )
-        client_half = self.method.client(self.method, visit)
-        # The visit is handed a function that needs the client half, which holds the visit: without a weak
-        # link all that the method allocated would wait for the garbage collector.
-        weak_half = weakref.proxy(client_half)
-        extra_samples = 0
+        return visit, steps, bill
 
-        def one_more_batch() -> None:
-            nonlocal extra_samples
-            extra_samples += min(batch, samples)
-            chosen = torch.from_numpy(order.permutation(samples)[:batch]).to(self.device)
-            self._backward(weak_half, inputs, targets, chosen)
+    def _update(self, client_half: Client, bill: Bill, received: np.ndarray, loss: float) -> Trained:
+        """Cut what was trained to the update, compare the mask with the one received and draw up the bill.
 
-        visit.batch_gradient = one_more_batch
-        if not self.module.training:
-            self.module.train()
-        client_half.begin()
-        # Clients of a smaller budget begin with a cut of what they received.
-        density_received = self._density_received
-        if client_half.cuts_received:
-            density_received = self._layer_density(nonzero_mask(visit.prunable))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for _ in range(epochs):
-            shuffled = torch.from_numpy(order.permutation(samples)).to(self.device)
-            for start in range(0, samples, batch):
-                chosen = shuffled[start : start + batch]
-                loss_sum += self._backward(client_half, inputs, targets, chosen)
-                self._sgd_step(broadcast.lr)
-                visit.step += 1
-                client_half.after_step()
+        Args:
+            client_half: The client half, trained.
+            bill: The passes so far.
+            received: Share of nonzeros of each layer that the first pass met, float64[layers].
+            loss: Mean training loss.
+        """
+        visit, layout, method = client_half.visit, self.layout, self.method
         before_cut = nonzero_mask(visit.prunable)
+        density_trained = layer_density(before_cut, layout)
         support = client_half.finish()
         result = visit.prunable
-        if self.method.uploads_differences:
+        if method.uploads_differences:
             result = result + self._global[: layout.prunable_size]
         after_cut = nonzero_mask(result)
         values = self._model
-        if self.method.reparameterised:
+        if method.reparameterised:
             # The upload is w, not theta; the float buffers are already in place.
             values[: layout.trained_size] = self._weights
-        density_trained = self._layer_density(before_cut)
-        density_training = client_half.training_density(density_trained)
-        gradient_first = client_half.gradient_density(density_received)
-        gradient_training = client_half.gradient_density(density_trained)
         activations = np.array(
             [
                 self._pruning[entry.name].kept if entry.name in self._pruning else 1.0
                 for entry in layout.prunable
             ]
         )
-        first = min(batch, samples)
         return Trained(
             values=self._staging.fetch(values),
             support=None if support is None else self._staging.fetch(support),
-            samples=samples,
+            samples=len(visit.targets),
             steps=visit.step,
-            loss=float(loss_sum) / visit.step,
-            regrown_before_cut=count_beyond(before_cut, received),
-            regrown=count_beyond(after_cut, received),
-            deactivated=count_beyond(received, after_cut),
-            flops_dense=self.flops.dense(samples * epochs + extra_samples),
-            flops_sparse=self.flops.sparse(first, density_received, activations, gradient_first)
-            + self.flops.sparse(samples * epochs - first, density_training, activations, gradient_training)
-            # Batches that are asked for beside the steps rank weights outside the mask: all of the gradient.
-            + self.flops.sparse(extra_samples, density_training, activations, np.ones(len(activations))),
+            loss=loss,
+            regrown_before_cut=count_beyond(before_cut, self._received),
+            regrown=count_beyond(after_cut, self._received),
+            deactivated=count_beyond(self._received, after_cut),
+            flops_dense=bill.dense(),
+            flops_sparse=bill.sparse(client_half, received, density_trained, activations),
             kept=self._kept(visit),
         )
 
@@ -287,7 +276,7 @@ class Trainer:
                 self._mask = torch.empty(len(broadcast.mask), dtype=torch.bool, device=self.device)
                 self._staging.send(broadcast.mask, self._mask)
             self._received = nonzero_mask(self._global[: self.layout.prunable_size])
-            self._density_received = self._layer_density(self._received)
+            self._density_received = layer_density(self._received, self.layout)
             # Not kept alive: its arrays are views into the object store.
             self._loaded = weakref.ref(broadcast)
         self._model.copy_(self._global)
@@ -308,29 +297,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _backward(self, client_half: Client, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
-        client_half.before_forward()
-        loss = self._passes.run(inputs, targets, chosen)
-        client_half.after_backward()
-        return loss
-
     def _compute(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with arithmetic(self.settings.precision, self.device):
             loss = F.cross_entropy(self.module(inputs), targets)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
         return loss.detach()
-
-    def _sgd_step(self, lr: float) -> None:
-        settings, gradient = self.settings, self._gradient
-        if settings.weight_decay:
-            gradient.add_(self._weights, alpha=settings.weight_decay)
-        if settings.proximal:
-            # Gradient of mu/2 |w - w_t|^2 (FedProx, arXiv 1812.06127).
-            gradient.add_(self._weights, alpha=settings.proximal)
-            gradient.sub_(self._global[: self.layout.trained_size], alpha=settings.proximal)
-        self._weights.add_(gradient, alpha=-lr)
-
-    def _layer_density(self, nonzero: Tensor) -> np.ndarray:
-        layers = self.layout.prunable
-        return layer_counts(nonzero, layers) / layer_sizes(layers)

@@ -41,9 +41,15 @@ def visiting(
         model=flat,
         gradient=torch.zeros(layout.trained_size),
         module=model,
+        inputs=torch.empty(0),
+        targets=torch.empty(0),
         rng=np.random.default_rng(0),
+        lr=0.1,
+        batch_size=1,
         epochs=1,
         steps_per_epoch=steps,
+        workbench=None,
+        chosen=torch.empty(0),
     )
     client = ZeroFLClient(method, visit)
     client.begin()

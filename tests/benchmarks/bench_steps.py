@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from algorithms import Algorithm, Client, Instructions
+from algorithms import Algorithm, Client, Instructions, Visit
 from algorithms.fedavg import FedAvg
 from algorithms.sparsyfed import SparsyFed
 from algorithms.zerofl import ZeroFL
@@ -57,8 +57,7 @@ class _Variant:
         self.maps: list[float] = []
         self._spent = {"step": 0.0, "map": 0.0}
         # Instance attributes hide the methods: the product itself carries no stopwatch.
-        self.trainer._backward = self._timed("step", self._with_timed_hooks(self.trainer._backward))
-        self.trainer._sgd_step = self._timed("step", self.trainer._sgd_step)
+        object.__setattr__(method, "client", self._timed_client)
 
     def play(self, round_number: int) -> Any:
         instructions = Instructions(round=round_number, rounds=2)
@@ -73,14 +72,13 @@ class _Variant:
         self.steps.append(self._spent["step"] / STEPS)
         self.maps.append(self._spent["map"] / STEPS)
 
-    def _with_timed_hooks(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(client: Client, *batch: Any) -> Any:
-            if "before_forward" not in vars(client):
-                client.before_forward = self._timed("map", client.before_forward)
-                client.after_backward = self._timed("map", client.after_backward)
-            return backward(client, *batch)
-
-        return timed
+    def _timed_client(self, method: Algorithm, visit: Visit) -> Client:
+        client = type(method).client(method, visit)
+        client.before_forward = self._timed("map", client.before_forward)
+        client.after_backward = self._timed("map", client.after_backward)
+        client.gradient = self._timed("step", client.gradient)
+        visit.workbench.descend = self._timed("step", visit.workbench.descend)
+        return client
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

@@ -1,5 +1,7 @@
 """The checks that ``sparsyfed bench gpu`` makes, on a GPU where there is one, else rehearsed on the CPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,14 +40,15 @@ def test_graphs_that_compute_something_else_are_found(tmp_path, monkeypatch):
 
 
 def test_a_device_that_computes_something_else_is_found(tmp_path, monkeypatch):
-    step, devices = Trainer._sgd_step, []
+    visit, devices = Trainer.visit, []
 
-    def second_device_learns_faster(self, lr):
+    def second_device_learns_faster(self, client, rows, sparsity, broadcast):
         if self not in devices:
             devices.append(self)
-        step(self, lr * (1.0 if self is devices[0] else 1.2))
+        lr = broadcast.lr * (1.0 if self is devices[0] else 1.2)
+        return visit(self, client, rows, sparsity, replace(broadcast, lr=lr))
 
-    monkeypatch.setattr(Trainer, "_sgd_step", second_device_learns_faster)
+    monkeypatch.setattr(Trainer, "visit", second_device_learns_faster)
     with pytest.raises(AssertionError, match=r"differ by .* of the way moved, .* allowed is 0"):
         CHECKS["the GPU agrees with the CPU: fedavg"](torch.device("cpu"), tmp_path)
 

@@ -1,0 +1,232 @@
+"""The client half of a method: what it is told, what it works on, and the hooks around its local training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from algorithms.core.masks import target_count
+from algorithms.core.parameters import ParameterLayout
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What a client is told this round, beside the weights; the same for the whole cohort.
+
+    Attributes:
+        round: Number of the round, from 1 (0 for a stage before the first round).
+        rounds: Planned number of rounds.
+        phase: The method's own name of what clients do.
+        epochs: Local epochs, or None for the configured ones.
+        cohort: Number of clients, or None for the configured cohort.
+        value: A number of the method's own, such as an annealed fraction.
+    """
+
+    round: int
+    rounds: int
+    phase: str = "train"
+    epochs: int | None = None
+    cohort: int | None = None
+    value: float = 0.0
+
+
+class Workbench(Protocol):
+    """What a visit computes with; the trainer's, which bills whatever is done on it."""
+
+    def compute(self, visit: Visit) -> Tensor:
+        """See :meth:`Visit.compute`."""
+        ...
+
+    def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See :meth:`Visit.gradient_of`."""
+        ...
+
+    def descend(self, visit: Visit) -> None:
+        """See :meth:`Visit.descend`."""
+        ...
+
+    def draw(self, visit: Visit) -> Tensor:
+        """See :meth:`Visit.draw`."""
+        ...
+
+
+@dataclass
+class Visit:
+    """One client's local training as the trainer sets it up; tensors are views that live for the visit.
+
+    Attributes:
+        layout: The model's layout.
+        instructions: This round's instructions.
+        sparsity: The client's target sparsity: its device tier's, else the method's.
+        global_weights: w_t as received, float32[size]; not to be written.
+        mask: The mask both sides hold, bool[prunable], or None.
+        weights: w, the trained span, float32[trained].
+        model: What the modules compute with, float32[size]; its trained span *is* ``weights`` unless the
+            method re-parameterises.
+        gradient: Gradient of the loss with respect to ``model``, then to ``weights``, float32[trained].
+        module: The model itself.
+        inputs: The client's model inputs, [n_i, ...].
+        targets: Their targets, [n_i, ...].
+        rng: The client's generator for the method's own randomness.
+        lr: The learning rate of the next step.
+        batch_size: Samples of a whole batch.
+        epochs: Local epochs.
+        steps_per_epoch: Local steps an epoch.
+        workbench: What computes.
+        chosen: Rows of the batch in hand, int64[batch].
+        step: Steps done.
+        kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
+            before its first. What stands here at the end is kept.
+    """
+
+    layout: ParameterLayout
+    instructions: Instructions
+    sparsity: float
+    global_weights: Tensor
+    mask: Tensor | None
+    weights: Tensor
+    model: Tensor
+    gradient: Tensor
+    module: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    rng: np.random.Generator
+    lr: float
+    batch_size: int
+    epochs: int
+    steps_per_epoch: int
+    workbench: Workbench
+    chosen: Tensor
+    step: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Local steps that are planned."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What travels beside the model by name, views: as received, and sent as it is left."""
+        return self.layout.split(self.model, self.layout.carried)
+
+    @property
+    def prunable(self) -> Tensor:
+        """The prunable span of ``weights``, a view."""
+        return self.weights[: self.layout.prunable_size]
+
+    @property
+    def prunable_gradient(self) -> Tensor:
+        """The prunable span of ``gradient``, a view."""
+        return self.gradient[: self.layout.prunable_size]
+
+    @property
+    def keep(self) -> int:
+        """K, the number of prunable weights at the client's target sparsity."""
+        return target_count(self.layout.prunable_size, self.sparsity)
+
+    def compute(self) -> Tensor:
+        """One pass over the batch in hand: its loss; ``gradient`` is filled at what ``model`` holds.
+
+        The scalar returned may be overwritten by the next pass.
+        """
+        return self.workbench.compute(self)
+
+    def gradient_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The same on other data than a batch: fills ``gradient``, returns the loss, calls no hook.
+
+        Args:
+            inputs: Model inputs, [n, ...].
+            targets: What the loss takes: one target each, or soft ones.
+        """
+        return self.workbench.gradient_of(self, inputs, targets)
+
+    def descend(self) -> None:
+        """One local step along ``gradient``; weight decay and the proximal term come on top."""
+        self.workbench.descend(self)
+        self.step += 1
+
+    def draw(self) -> Tensor:
+        """Rows of one more batch, int64[batch], from the stream that orders the batches."""
+        return self.workbench.draw(self)
+
+
+class Client:
+    """The client half of a method: hooks around plain SGD for one visit. Every default is dense."""
+
+    #: Set by ``begin`` where it cuts the weights received, so that their FLOPs are counted as cut.
+    cuts_received = False
+
+    def __init__(self, method: Any, visit: Visit) -> None:
+        self.method = method
+        self.visit = visit
+
+    def begin(self) -> None:
+        """Called once, when the global model is loaded."""
+
+    def train(self, batches: Iterable[Tensor]) -> Tensor:
+        """The whole local training: a step on each batch.
+
+        Args:
+            batches: Rows of each batch, in the order that all methods share; ``visit.chosen`` follows it.
+
+        Returns:
+            The mean loss over the steps.
+        """
+        visit = self.visit
+        losses = torch.zeros((), dtype=torch.float64, device=visit.weights.device)
+        for _ in batches:
+            losses += self.gradient(visit.compute)
+            visit.descend()
+            self.after_step()
+        return losses / visit.step
+
+    def gradient(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Fill ``visit.gradient`` for one batch and return its loss.
+
+        Args:
+            compute: One pass over the batch at what ``visit.model`` holds; may be called several times.
+        """
+        self.before_forward()
+        loss = compute()
+        self.after_backward()
+        return loss
+
+    def before_forward(self) -> None:
+        """Called before each forward pass; may write ``visit.weights`` and ``visit.model``."""
+
+    def after_backward(self) -> None:
+        """Called with ``visit.gradient`` filled; weight decay and the proximal term follow."""
+
+    def after_step(self) -> None:
+        """Called after each SGD step; ``visit.step`` counts it already."""
+
+    def finish(self) -> Tensor | None:
+        """Turn ``visit.weights`` into what is uploaded, in place; cut positions become +0.0.
+
+        Returns:
+            The support that travels, bool[prunable]; None when every prunable weight does.
+        """
+        return None
+
+    def training_density(self, trained: np.ndarray) -> np.ndarray:
+        """Density of each prunable layer in forward passes after the first, float64[layers], for FLOPs.
+
+        Args:
+            trained: Share of nonzeros of each layer at the end of local training, before the final cut.
+        """
+        return trained
+
+    def gradient_density(self, nonzeros: np.ndarray) -> np.ndarray:
+        """Share of each prunable layer's weight gradient that the method uses, float64[layers], for FLOPs.
+
+        Args:
+            nonzeros: Share of nonzeros of each layer: as received for the first batch, and at the end of
+                local training, before the final cut, for the others.
+        """
+        return np.ones(len(nonzeros))

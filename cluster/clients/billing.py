@@ -1,0 +1,63 @@
+"""What a visit costs: FLOPs of every pass over data, and what happened to the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from algorithms import Client
+from cluster.flops import LayerFlops
+
+
+@dataclass
+class Bill:
+    """The passes of one visit.
+
+    Attributes:
+        flops: FLOPs of the model's layers.
+        first: Samples of the first pass, which meets the weights as received.
+        samples: Samples of the local steps' passes, the first included.
+        extra: Samples of each further pass, and the share of nonzeros of each layer that it met,
+            float64[layers].
+    """
+
+    flops: LayerFlops
+    first: int = 0
+    samples: int = 0
+    extra: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def step(self, samples: int) -> None:
+        """Note a pass of a local step."""
+        self.first = self.first or samples
+        self.samples += samples
+
+    def more(self, samples: int, nonzeros: np.ndarray) -> None:
+        """Note a pass beside the steps."""
+        self.extra.append((samples, nonzeros))
+
+    def dense(self) -> float:
+        """Dense-equivalent FLOPs of all passes."""
+        return self.flops.dense(self.samples + sum(samples for samples, _ in self.extra))
+
+    def sparse(
+        self, client: Client, received: np.ndarray, trained: np.ndarray, activations: np.ndarray
+    ) -> np.ndarray:
+        """Ideal sparse FLOPs of each layer, float64[layers]; arguments are float64[layers].
+
+        Args:
+            client: The method's client half, which knows what of the weights and gradients it uses.
+            received: Share of nonzeros that the first pass met.
+            trained: Share of nonzeros at the end of local training.
+            activations: Density of the saved activations.
+        """
+        training = client.training_density(trained)
+        first, later = client.gradient_density(received), client.gradient_density(trained)
+        total = self.flops.sparse(self.first, received, activations, first) + self.flops.sparse(
+            self.samples - self.first, training, activations, later
+        )
+        for samples, nonzeros in self.extra:
+            # A weight of the mask costs its FLOPs while its value is 0. All of the gradient is asked for.
+            density = np.maximum(client.training_density(nonzeros), nonzeros)
+            total = total + self.flops.sparse(samples, density, activations, np.ones(len(density)))
+        return total

@@ -107,19 +107,30 @@ def in_home(path: str | Path, error: type[UserError]) -> Path:
 
 
 def default_cache() -> Path:
-    """Folder of decoded data: in the user's home, or where there is none in the machine's temporary one."""
+    """Folder of decoded data, in the user's home."""
+    ensure_home()
+    return Path.home() / ".cache" / "sparsyfed"
+
+
+def ensure_home() -> None:
+    """Give a user without a home one in the machine's temporary folder, for this process and what it starts.
+
+    A container's user may have neither HOME nor an entry in passwd, and Ray and MLflow do not start then.
+
+    Raises:
+        UserError: Somebody else may write to what lies there.
+    """
     try:
-        return Path.home() / ".cache" / "sparsyfed"
-    except RuntimeError:  # a container's user with neither HOME nor an entry in passwd
+        Path.home()
+        return
+    except RuntimeError:
         folder = Path(tempfile.gettempdir()) / f"sparsyfed-{os.geteuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise UserError(
-            f"data.cache: there is no home folder, and {folder} is not this user's alone; name one"
-        )
-    return folder
+        raise UserError(f"there is no home folder, and {folder} is not this user's alone; set HOME to one")
+    os.environ["HOME"] = str(folder)
 
 
 def load_reference(key: str, reference: str, error: type[UserError]) -> Any:

@@ -22,7 +22,7 @@ from cluster.actors.ray_engine import RayEngine
 from cluster.clients.client import ClientHost
 from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
-from cluster.references import DataError, UserError
+from cluster.references import DataError, UserError, ensure_home
 from cluster.simulation.devices import Devices
 from cluster.workload.preparing import prepare
 
@@ -135,6 +135,7 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    ensure_home()
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _check_answer(address)
@@ -152,9 +153,12 @@ def connection(address: str, **arguments: Any) -> Iterator[None]:
             )
     except Exception as error:
         if local:
+            cure = "where the machine is too busy for it, try again later"
+            if isinstance(error, PermissionError):  # a container's HOME is / or is not there
+                cure = "see that HOME, and RAY_TMPDIR where it is set, name folders of yours"
             raise ClusterError(
                 f"address: the run's own Ray did not start ({str(error).partition(chr(10))[0]}); "
-                "where the machine is too busy for it, try again later, or use execution=inline"
+                f"{cure}, or use execution=inline"
             ) from error
         if not isinstance(error, (ConnectionError, RuntimeError, ValueError, TimeoutError)):
             raise

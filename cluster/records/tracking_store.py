@@ -27,7 +27,7 @@ from cluster.records.sqlite_store import (
     is_sqlite,
     prepare,
 )
-from cluster.references import installed
+from cluster.references import ensure_home, installed
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -108,6 +108,7 @@ def connect(uri: str) -> MlflowClient:
     Raises:
         TrackingError: The file cannot be a store; names the cure.
     """
+    ensure_home()
     use_quiet_defaults(os.environ)
     if is_sqlite(uri):
         check_file(uri)
@@ -171,6 +172,7 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     free = _free_port(host, port)
     if free != port:
         print(f"port {port} is in use, taking {free}", flush=True)
+    ensure_home()
     use_quiet_defaults(os.environ)
     prepare(uri)
     environment = dict(os.environ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -128,11 +129,38 @@ def homeless(monkeypatch, tmp_path):
     return tmp_path / f"sparsyfed-{os.geteuid()}"
 
 
-def test_without_a_home_the_cache_is_a_folder_of_the_users_own(homeless):
-    assert default_cache() == homeless == default_cache()
-    assert homeless.stat().st_mode & 0o777 == 0o700
+def test_without_a_home_there_is_a_folder_of_the_users_own(homeless):
     with pytest.raises(Wrong, match="there is no home folder ~; give the whole path"):
         in_home("~/data", Wrong)
+    assert default_cache() == homeless / ".cache" / "sparsyfed" == default_cache()
+    assert homeless.stat().st_mode & 0o777 == 0o700
+    assert os.environ["HOME"] == str(homeless)  # for what this process starts
+
+
+#: A process whose user is in no passwd, as in a container.
+HOMELESS = """
+import os, pwd
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+from cluster.actors.ray_session import connection, private_cluster
+from cluster.records.tracking_store import connect
+"""
+
+
+@pytest.mark.parametrize(
+    "use", ["connect('http://127.0.0.1:9')", "with connection('local', **private_cluster(1, 1)): pass"]
+)
+def test_ray_and_mlflow_start_without_a_home(tmp_path, use):
+    environment = {key: value for key, value in os.environ.items() if key != "HOME"}
+    environment |= {"TMPDIR": str(tmp_path), "RAY_TMPDIR": tempfile.gettempdir()}
+    code = f"{HOMELESS}\n{use}\nprint(os.environ['HOME'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [f"{tmp_path}/sparsyfed-{os.geteuid()}"], done.stderr
 
 
 @pytest.mark.parametrize("taken", ["writable by others", "link", "file"])

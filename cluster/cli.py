@@ -276,23 +276,26 @@ def _describe(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "loading"):
         from cluster.command_line import describe
+        from cluster.command_line.describe_choice import choice_asked, describe_choice
         from cluster.configuration.config import resolve
 
-        run = describe.run_named(what) if what else None
-        method = describe.method_named(what) if what and run is None else None
-        config = None if method or run else resolve(what, overrides)
+        choice = choice_asked(arguments.sources) if what else None
+        run = describe.run_named(what) if what and choice is None else None
+        config = None if choice or run else resolve(what, overrides)
     picture = Path(arguments.picture) if arguments.picture else None
-    if method is not None and overrides:
+    if choice is not None and overrides:
+        section, name = choice
+        run_of_it = f" {section}.name={name}" if name else ""
         arguments.parser.error(
-            f"{what} is a method; to see a run of it: sparsyfed describe algorithm.name={what} "
-            + " ".join(overrides)
+            f"{' '.join(arguments.sources)} is no experiment; to see a run of it: "
+            f"sparsyfed describe{run_of_it} {' '.join(overrides)}"
         )
     if run is not None and overrides:
         arguments.parser.error(f"{what} is a run, whose keys are as they are; found {' '.join(overrides)}")
     if run is not None:
         describe.describe_run(console, run, picture)
-    elif method is not None:
-        describe.describe_method(console, method)
+    elif choice is not None:
+        describe_choice(console, *choice)
     else:
         assert config is not None
         describe.describe_config(console, config, picture)

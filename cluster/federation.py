@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from algorithms import ParameterLayout
 from cluster import seeding
+from cluster.configuration.choices import build_choice
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, HostSetup
 from cluster.flops import LayerFlops, count_activations
@@ -25,7 +26,7 @@ from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import to_input
 from cluster.workload.models import ModelError, check_model
 from cluster.workload.partition import Partition
-from cluster.workload.partitioners import partition
+from cluster.workload.partitioners import Partitioner
 from cluster.workload.preparing import prepare
 
 
@@ -79,15 +80,12 @@ class Federation:
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
             section = partition_of(config, period)
+            partitioner: Partitioner = build_choice("partition", section.name, section.options)
             periods.append(
-                partition(
-                    section.name,
+                partitioner.divide(
                     labels,
                     clients=section.clients,
                     seed=int(section.seed),
-                    alpha=section.alpha,
-                    shards_per_client=section.shards_per_client,
-                    samples_per_client=section.samples_per_client,
                     groups=dataset.train.groups,
                     available=rows_of(config, period, kept, labels),
                 )

@@ -11,7 +11,7 @@ import optuna
 
 from cluster.actors.ray_session import connected
 from cluster.command_line.progress import shown
-from cluster.configuration.config import flatten
+from cluster.configuration.trees import flatten
 from cluster.federation import Federation
 from cluster.records import tracking
 from cluster.records.outputs import benchmark_name, with_tracking

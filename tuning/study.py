@@ -23,11 +23,18 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.configuration.config import Config, changes_results, flatten, validate
+from cluster.configuration.config import Config, changes_results, validate
 from cluster.configuration.foreign import sign
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import Choice, Section
-from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, merge, stored_text
+from cluster.configuration.trees import (
+    ConfigError,
+    apply_overrides,
+    flatten,
+    load_tree,
+    merge,
+    stored_text,
+)
 from cluster.logins import place, problem
 from cluster.records.checkpoint import write_atomically
 from tuning.budget import rounds_within

@@ -212,14 +212,15 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
 
     describe = command(
         "describe",
-        "show a method, a run, or what an experiment would run",
+        "show what there is to choose, a method, a run, or what an experiment would run",
         """
-        Show a method (what it does, its paper and hyperparameters), or what an experiment would run: its
+        Show what there is to choose in a section (partition, sampler, server ...), one choice with its fields
+        and ranges, a method with its paper and hyperparameters, or what an experiment would run: its
         resolved configuration, the model's layers, who holds which data, memory and bytes a round. Of a
         run's folder the same is shown, without the code that it names.""",
         details=describe_details,
     )
-    describe.add_argument("words", nargs="*", metavar="METHOD|PRESET|FILE|DIR|key=value")
+    describe.add_argument("words", nargs="*", metavar="SECTION [NAME]|METHOD|PRESET|FILE|DIR|key=value")
     describe.add_argument(
         "--picture", type=_path, metavar="FILE", help="draw the partition (.png, .svg or .pdf)"
     )
@@ -319,7 +320,8 @@ def _sort_words(arguments: argparse.Namespace) -> None:
     arguments.overrides = [word for word in words if word not in sources]
     arguments.source = sources[0] if sources else None
     example = "overrides are written key=value, such as stop_after=5"
-    if len(sources) > 1:
+    arguments.sources = sources
+    if len(sources) > 1 and not (arguments.command == "describe" and len(sources) == 2):
         arguments.parser.error(f"{' and '.join(sources)} are two experiments; {example}")
     if sources and arguments.command == "resume":
         arguments.parser.error(f"{sources[0]!r} is one argument too many; {example}")

@@ -1,11 +1,9 @@
-"""``sparsyfed describe``: a method from its declaration, or what an experiment would run and how large."""
+"""``sparsyfed describe``: what an experiment would run and how large, and what a run is."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -16,11 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
 from algorithms.core.masks import cut_to_top_k, target_count
 from cluster import seeding
 from cluster.command_line.progress import local_actors, place, shown
-from cluster.configuration.choices import own_class
 from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations
@@ -37,89 +33,6 @@ _CLASSES_DRAWN = 20
 _MEGA = 1e6
 #: What Ray adds to a process that has imported torch, measured (Ray 2.60, Linux).
 _RAY_BYTES = 120 * 10**6
-
-
-# -------------------------------------------------------------------------------------------- a method
-
-
-def method_named(name: str) -> type[Algorithm] | None:
-    """The method that ``name`` stands for: a name in the registry or a method's ``module:attribute``."""
-    if name in registry():
-        return registry()[name]
-    if ":" not in name or is_file(name) or is_folder(name):
-        return None
-    found: type[Algorithm] = own_class("describe", name, Algorithm)
-    return found
-
-
-def describe_method(console: Console, method: type[Algorithm]) -> None:
-    """Print what a method does, its paper and its hyperparameters, from its declaration alone."""
-    # A nameless method of a user's own is called by its attribute.
-    name = method.name or f"{method.__module__}:{method.__qualname__}"
-    console.print(Text(name, "bold"))
-    console.print(inspect.cleandoc(method.__doc__ or ""))
-    if method.paper:
-        console.print(Text(f"paper  {method.paper}", "dim"))
-    console.print(Text(f"file   {method.__module__.replace('.', '/')}.py", "dim"))
-    if method.departures:
-        console.print("\nBy default this differs from what its authors run:")
-        for departure in method.departures:
-            console.print(f"- {departure}")
-    declared = hyperparameters(method)
-    if not declared:
-        console.print("\nIt has no hyperparameters of its own.")
-    else:
-        console.print(_hyperparameter_table(declared))
-    key = next((p.name for p in declared if p.search), declared[0].name if declared else None)
-    example = f" algorithm.{key}={getattr(method, key)}" if key else ""
-    console.print(f"sparsyfed run algorithm.name={name}{example}", style="bold")
-
-
-def _hyperparameter_table(declared: tuple[Hyperparameter, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("algorithm.", style="bold", overflow="fold", min_width=10)
-    table.add_column("default")
-    table.add_column("allowed")
-    table.add_column("tuned in")
-    table.add_column("meaning", ratio=1)
-    for parameter in declared:
-        meaning = Text(parameter.meaning)
-        if parameter.source:
-            meaning.append(f" [{parameter.source}]", "dim")
-        table.add_row(
-            parameter.name, _value(parameter.default), _allowed(parameter), _searched(parameter), meaning
-        )
-    return table
-
-
-def _allowed(parameter: Hyperparameter) -> str:
-    if parameter.choices is not None:
-        return "\n".join(map(str, parameter.choices))
-    if parameter.kind == "bool":
-        return "true, false"
-    if parameter.low is None and parameter.high is None:
-        return {"patterns": "name patterns", "str": "text"}.get(parameter.kind, f"any {parameter.kind}")
-    low = "" if parameter.low is None else _value(parameter.low)
-    high = "" if parameter.high is None else _value(parameter.high)
-    return f"{low} to {high}".strip() + (", log" if parameter.log else "")
-
-
-def _searched(parameter: Hyperparameter) -> str:
-    if parameter.search is None:
-        return "-"
-    joint = "\n" if parameter.choices or parameter.kind == "bool" else " to "
-    return joint.join(map(_value, parameter.search))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ", ".join(value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# ------------------------------------------------------------------------------------------ an experiment
 
 
 def describe_config(console: Console, config: Config, picture_file: Path | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -55,6 +54,8 @@ def describe_details() -> str:
     """What the help of `describe` ends with: examples and what there is to choose."""
     shown = examples(
         "sparsyfed describe topk                           a method",
+        "sparsyfed describe partition                      how data can be divided",
+        "sparsyfed describe partition dirichlet            one of these ways, its fields and their ranges",
         "sparsyfed describe                                the quickstart",
         "sparsyfed describe partition.alpha=0.1 --picture alpha0.1.png",
         "sparsyfed describe my_experiment.yaml model.name=resnet18",
@@ -64,22 +65,20 @@ def describe_details() -> str:
 
 def _choices_text() -> str:
     """Every preset, method, model, server optimizer and partition with its first line, for ``--help``."""
-    from algorithms import SERVER_OPTIMIZERS, registry
-    from cluster.configuration.config import PartitionSection
+    from cluster.command_line.describe_choice import first_line
+    from cluster.configuration.choices import KINDS, built_in
     from cluster.configuration.profiles import PROFILES
     from cluster.configuration.trees import presets
-    from cluster.simulation.samplers import SAMPLERS
-    from cluster.workload.models import MODELS
 
     comments = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in presets().items()}
     groups: tuple[tuple[str, Mapping[str, str]], ...] = (
         ("presets", {n: c.lstrip("# ") if c.startswith("#") else "" for n, c in comments.items()}),
-        ("algorithm.name", {name: _first_line(method) for name, method in registry().items()}),
-        ("model.name", {name: _first_line(builder) for name, builder in MODELS.items()}),
-        ("server.name", {name: _first_line(optimizer) for name, optimizer in SERVER_OPTIMIZERS.items()}),
-        ("sampler.name", {name: _first_line(sampler) for name, sampler in SAMPLERS.items()}),
+        *(
+            (f"{section}.name", {name: first_line(choice) for name, choice in known.items()})
+            for section in KINDS
+            if (known := built_in(section))
+        ),
         ("devices.profile", dict.fromkeys(PROFILES, "")),
-        ("partition.name", dict.fromkeys(get_args(PartitionSection.model_fields["name"].annotation), "")),
     )
     parts = []
     for title, items in groups:
@@ -99,7 +98,7 @@ def _keys_text() -> str:
     """Every key of the configuration with its default and meaning, for ``--help``."""
     from cluster.configuration.config import Config
 
-    own = "  algorithm.* is what `sparsyfed describe METHOD` lists"
+    own = "  the keys of what a name stands for: sparsyfed describe partition, describe partition lda ..."
     return f"{_rows_text('keys', _keys(Config, ''))}\n{own}"
 
 
@@ -140,8 +139,3 @@ def _literals(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
     return get_args(kind) if isinstance(kind, types.UnionType) and all(map(_literals, get_args(kind))) else ()
-
-
-def _first_line(described: Any) -> str:
-    first = inspect.cleandoc(described.__doc__ or "").partition("\n")[0].replace("``", "")
-    return first.removeprefix(f"{getattr(described, 'name', '')}: ")

@@ -15,9 +15,9 @@ import numpy as np
 
 from cluster.compare.histories import histories
 from cluster.configuration.choices import ChoiceError
-from cluster.configuration.config import flatten, validate
+from cluster.configuration.config import validate
 from cluster.configuration.plain_yaml import as_value
-from cluster.configuration.trees import ConfigError, read_stored
+from cluster.configuration.trees import ConfigError, flatten, read_stored
 from cluster.records.run_folder import RunFolder
 from cluster.records.tracking_store import check, connect, first_line
 from cluster.references import UserError, did_you_mean

@@ -1,74 +1,151 @@
-"""Choices by name: what ``algorithm.name``, ``server.name`` and ``module:attribute`` stand for."""
+"""Choices by name: what ``*.name`` stands for, section by section, and which other keys it brings along.
+
+A choice is a frozen dataclass that derives from its section's base class; its fields are declared with
+``hyperparameter(default, meaning, ...)``, and the first line of its docstring says what it is. A built-in
+name is a short spelling of ``module:attribute``, so that nothing is imported before it is chosen.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from algorithms import Algorithm, Hyperparameter, hyperparameters, registry
-from cluster.references import UserError, did_you_mean, load_reference
+from algorithms import SERVER_OPTIMIZERS, Algorithm, Hyperparameter, hyperparameters, registry
+from cluster.references import UserError, load_reference, nearest
 
 
 class ChoiceError(UserError):
     """An unknown name or field, or a value outside its declaration; says what is allowed."""
 
 
-def build_choice(
-    section: str, name: str, options: Mapping[str, Any], known: Mapping[str, type], base: type
-) -> Any:
-    """Build the declared dataclass that a section's name stands for, every option checked.
+@dataclass(frozen=True)
+class Kind:
+    """What there is to choose in one section.
+
+    Attributes:
+        meaning: What is chosen.
+        base: The class that every choice derives from, ``module:attribute``. Where it has a method ``of``,
+            plain functions are choices too.
+        names: The built-in choices by name, ``module:attribute``.
+        shared: Keys of the section whatever is chosen; they stay when the name is overridden.
+    """
+
+    meaning: str
+    base: str
+    names: Mapping[str, str]
+    shared: tuple[str, ...] = ()
+
+
+_PARTITIONERS = "cluster.workload.partitioners"
+_SAMPLERS = "cluster.simulation.samplers"
+_AVAILABILITY = "cluster.simulation.availability"
+
+#: Every section that has a ``name``.
+KINDS: dict[str, Kind] = {
+    "algorithm": Kind("the method", "algorithms:Algorithm", {}),
+    "server": Kind("what the server does with the clients' mean", "algorithms:ServerOptimizer", {}),
+    "partition": Kind(
+        "how the training data is divided among clients",
+        f"{_PARTITIONERS}:Partitioner",
+        {
+            "lda": f"{_PARTITIONERS}:Lda",
+            "iid": f"{_PARTITIONERS}:Iid",
+            "dirichlet": f"{_PARTITIONERS}:Dirichlet",
+            "shards": f"{_PARTITIONERS}:Shards",
+            "natural": f"{_PARTITIONERS}:Natural",
+            "sampled": f"{_PARTITIONERS}:Sampled",
+        },
+        ("clients", "seed"),
+    ),
+    "sampler": Kind(
+        "which clients are asked to train",
+        f"{_SAMPLERS}:Sampler",
+        {
+            "uniform": f"{_SAMPLERS}:Uniform",
+            "availability": f"{_SAMPLERS}:ByAvailability",
+            "size": f"{_SAMPLERS}:BySize",
+            "stratified": f"{_SAMPLERS}:Stratified",
+        },
+    ),
+    "availability": Kind(
+        "when a tier's devices can be asked to train",
+        f"{_AVAILABILITY}:Availability",
+        {
+            "always": f"{_AVAILABILITY}:Always",
+            "diurnal": f"{_AVAILABILITY}:Diurnal",
+            "trace": f"{_AVAILABILITY}:Trace",
+        },
+    ),
+    "model": Kind("the network", "", {}),
+    "data": Kind("the data set", "", {}, ("validation", "cache")),
+    "schedule": Kind("when the server takes updates in", "", {}),
+}
+
+#: Keys that up to 0.1 stood in a section whatever was chosen, with their defaults. In older folders they fall
+#: away; they still enter the hash, so that no experiment gets another one.
+EARLIER: dict[str, dict[str, Any]] = {
+    "partition": {"alpha": 1.0, "shards_per_client": 2, "samples_per_client": 50},
+    "availability": {"low": 0.2, "high": 0.8, "phase": 0.0, "slot": 600.0, "path": None},
+}
+
+
+# ------------------------------------------------------------------------------------------- what there is
+
+
+def built_in(section: str) -> dict[str, Any]:
+    """The built-in choices of a section by name."""
+    if section == "algorithm":
+        return dict(registry())
+    if section == "server":
+        return dict(SERVER_OPTIMIZERS)
+    return {
+        name: load_reference(f"{section}.name", reference, ChoiceError)
+        for name, reference in KINDS[section].names.items()
+    }
+
+
+def names(section: str) -> list[str]:
+    """Names of the built-in choices of a section; none is imported for it."""
+    return list(KINDS[section].names or built_in(section))
+
+
+def choice_named(section: str, name: str, key: str | None = None) -> Any:
+    """The class (or, where the section takes one, the function) that a name stands for.
 
     Args:
-        section: Key of the section, for messages.
-        name: A name in ``known``, or ``module:attribute``.
-        options: Field values.
-        known: Classes by name.
-        base: What a class of one's own derives from.
+        section: The section.
+        name: A built-in name, or ``module:attribute``.
+        key: What the name is called in messages; by default the section's.
 
     Raises:
-        ChoiceError: One line for each unknown name or field, wrong type and value out of range.
+        ChoiceError: It is unknown, no choice of this section, or has a field without a declaration.
     """
+    key = key or f"{section}.name"
     if ":" in name:
-        chosen = own_class(f"{section}.name", name, base)
-    elif name in known:
-        chosen = known[name]
-    else:
+        return _own(section, name, key)
+    known = names(section)
+    if name not in known:
+        near = nearest(name, known)
         raise ChoiceError(
-            f"{section}.name: {name!r} is unknown; allowed are {', '.join(known)}, "
-            f"or module:attribute of your own{did_you_mean(name, known)}"
+            f"{key}: {name!r} is unknown; allowed are {', '.join(known)}, or module:attribute of your own"
+            + (f"; did you mean {near}?" if near else "")
         )
-    declared = {parameter.name: parameter for parameter in hyperparameters(chosen)}
-    problems, values = [], {}
-    for key, value in options.items():
-        if key not in declared:
-            fields = ", ".join(declared) or "none"
-            problems.append(
-                f"{section}.{key}: {name} has no such field; its fields: {fields}"
-                + did_you_mean(key, declared)
-            )
-            continue
-        try:
-            values[key] = checked(declared[key], value)
-        except ChoiceError as error:
-            problems.append(f"{section}.{key}: {error}")
-    if problems:
-        raise ChoiceError("\n".join(problems))
-    try:
-        return chosen(**values)
-    except ValueError as error:
-        raise ChoiceError(f"{section}: {error}") from error
+    if reference := KINDS[section].names.get(name):
+        return load_reference(key, reference, ChoiceError)
+    return built_in(section)[name]
 
 
-def own_class(key: str, reference: str, base: type) -> Any:
-    """The class that ``module:attribute`` names.
-
-    Raises:
-        ChoiceError: It is none, does not derive from ``base``, or has a field without a declaration.
-    """
-    found = load_reference(key, reference, ChoiceError)
+def _own(section: str, reference: str, key: str) -> Any:
+    found, base = load_reference(key, reference, ChoiceError), choice_base(section)
     if not (isinstance(found, type) and issubclass(found, base)):
+        if hasattr(base, "of"):
+            return found
         kind = f"a class of its own, {found!r}" if isinstance(found, type) else f"{type(found).__name__}"
         raise ChoiceError(f"{key} = {reference!r}: expected a subclass of {base.__name__}, found {kind}")
+    if missing := getattr(found, "__abstractmethods__", None):
+        raise ChoiceError(f"{key} = {reference!r}: it lacks {', '.join(sorted(missing))}")
     try:
         hyperparameters(found)
     except TypeError as error:
@@ -76,12 +153,95 @@ def own_class(key: str, reference: str, base: type) -> Any:
     return found
 
 
+def choice_base(section: str) -> Any:
+    """The class that every choice of a section derives from."""
+    return load_reference(section, KINDS[section].base, ChoiceError)
+
+
+def kind_of(reference: str, key: str) -> str:
+    """The section that a user's own ``module:attribute`` is a choice of, by the class it derives from.
+
+    Raises:
+        ChoiceError: It derives from none of their base classes.
+    """
+    found = load_reference(key, reference, ChoiceError)
+    for section, kind in KINDS.items():
+        if kind.base and isinstance(found, type) and issubclass(found, choice_base(section)):
+            return section
+    _own("algorithm", reference, key)  # says what is wrong
+    return "algorithm"
+
+
 def method_named(name: str) -> type[Algorithm] | None:
     """The method that ``algorithm.name`` stands for; None where no method is called so."""
-    if ":" not in name:
-        return registry().get(name)
-    found: type[Algorithm] = own_class("algorithm.name", name, Algorithm)
+    if ":" not in name and name not in names("algorithm"):
+        return None
+    found: type[Algorithm] = choice_named("algorithm", name)
     return found
+
+
+def fields(section: str, name: str) -> dict[str, Hyperparameter]:
+    """The declared fields of a choice by name; of a plain function none are known."""
+    chosen = choice_named(section, name)
+    declared = isinstance(chosen, type) and issubclass(chosen, choice_base(section))
+    return {field.name: field for field in hyperparameters(chosen)} if declared else {}
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def build_choice(section: str, name: str, options: Mapping[str, Any], key: str | None = None) -> Any:
+    """Build what a section's name stands for, every option checked.
+
+    Args:
+        section: The section.
+        name: A built-in name, or ``module:attribute``.
+        options: Field values.
+        key: Where the section stands, for messages; by default at the top.
+
+    Raises:
+        ChoiceError: One line for each unknown name or field, wrong type and value out of range.
+    """
+    key = key or section
+    chosen = choice_named(section, name, f"{key}.name")
+    if not (isinstance(chosen, type) and issubclass(chosen, choice_base(section))):
+        return choice_base(section).of(f"{key}.name", name, chosen, options)
+    declared = {parameter.name: parameter for parameter in hyperparameters(chosen)}
+    problems, values = [], {}
+    for field, value in options.items():
+        if field not in declared:
+            problems.append(f"{key}.{field}: {name} has no such field; {_allowed(section, field, declared)}")
+            continue
+        try:
+            values[field] = checked(declared[field], value)
+        except ChoiceError as error:
+            problems.append(f"{key}.{field}: {error}")
+    if problems:
+        raise ChoiceError("\n".join(problems))
+    try:
+        return chosen(**values)
+    except ValueError as error:
+        raise ChoiceError(f"{key}: {error}") from error
+
+
+def _allowed(section: str, field: str, declared: Mapping[str, Any]) -> str:
+    """Which fields there are instead, and to which other choices this one or the nearest one belongs."""
+    shared = KINDS[section].shared
+    text = f"its fields: {', '.join(declared) or 'none'}"
+    if shared:
+        text += f", and of every {section} {', '.join(shared)}"
+    holders: dict[str, list[str]] = {}
+    for name in names(section):
+        for other in fields(section, name):
+            holders.setdefault(other, []).append(name)
+    near = field if field in holders else nearest(field, [*declared, *shared])
+    near = near or nearest(field, holders)
+    if near is None:
+        return text
+    belongs = "" if near in declared or near in shared else f"{near} belongs to {', '.join(holders[near])}"
+    if near == field:
+        return f"{text}; {belongs}"
+    return f"{text}; did you mean {near}?" + (f" {belongs}" if belongs else "")
 
 
 def checked(parameter: Hyperparameter, value: Any) -> Any:
@@ -90,22 +250,56 @@ def checked(parameter: Hyperparameter, value: Any) -> Any:
     Raises:
         ChoiceError: It is of another type, not among the choices or outside the range.
     """
+    if value is None and parameter.optional:
+        return None
     if parameter.kind == "patterns":
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise ChoiceError(f"expected a list of name patterns, found {value!r}")
         return tuple(items)
+    if parameter.kind == "ints":
+        if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
+            raise ChoiceError(f"expected a list of whole numbers, found {value!r}")
+        return tuple(value)
     if parameter.kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value).__name__ != parameter.kind:
-        raise ChoiceError(f"expected {parameter.kind}, found {value!r}")
+        expected = f"{parameter.kind} or null" if parameter.optional else parameter.kind
+        raise ChoiceError(f"expected {expected}, found {'null' if value is None else repr(value)}")
     if parameter.choices is not None and value not in parameter.choices:
+        near = nearest(value, parameter.choices)
         raise ChoiceError(
             f"{value!r} is none of {', '.join(map(str, parameter.choices))}"
-            + did_you_mean(value, parameter.choices)
+            + (f"; did you mean {near}?" if near else "")
         )
-    low, high = parameter.low, parameter.high
+    low, high, above = parameter.low, parameter.high, parameter.above
+    if above is not None and not above < value < math.inf:
+        raise ChoiceError(f"{value!r} is out of range; allowed: a finite number above {above:g}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise ChoiceError(f"{value!r} is out of range; allowed: {allowed}")
     return value
+
+
+def values_of(built: Any) -> dict[str, Any]:
+    """The values of a built choice's declared fields."""
+    return {field.name: getattr(built, field.name) for field in hyperparameters(built)}
+
+
+# ------------------------------------------------------------------------------------------- older versions
+
+
+def earlier_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys that up to 0.1 stood beside those of the choices in a configuration, with their defaults.
+
+    Args:
+        flat: Its dotted keys, or the names among them.
+    """
+    found: dict[str, Any] = {}
+    for key, name in flat.items():
+        path, _, last = key.rpartition(".")
+        section = path.rpartition(".")[2]
+        if last == "name" and section in EARLIER and isinstance(name, str) and name in KINDS[section].names:
+            own = fields(section, name)
+            found |= {f"{path}.{k}": default for k, default in EARLIER[section].items() if k not in own}
+    return found

@@ -9,21 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from algorithms import SERVER_OPTIMIZERS, Algorithm, ServerOptimizer, registry
+from algorithms import Algorithm, ServerOptimizer, registry
 from cluster.configuration.axes import only_point
-from cluster.configuration.choices import ChoiceError, build_choice
+from cluster.configuration.choices import (
+    KINDS,
+    ChoiceError,
+    build_choice,
+    earlier_keys,
+    fields,
+    values_of,
+)
 from cluster.configuration.foreign import references_in
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
     AggregationSection,
     AlgorithmChoice,
+    Choice,
     ClientEvaluationSection,
     DataSection,
     DevicesSection,
@@ -40,9 +49,8 @@ from cluster.configuration.sections import (
     TrackingSection,
     WireSection,
 )
-from cluster.configuration.trees import ConfigError, apply_overrides, load_tree
+from cluster.configuration.trees import ConfigError, apply_overrides, flatten, load_tree
 from cluster.logins import problem
-from cluster.references import load_reference
 
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
@@ -76,6 +84,10 @@ _ADDED = {
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
 }
+
+
+#: Sections that keep what they are given; the others hold every key of their choice, as they did in 0.1.
+_AS_GIVEN = ("algorithm", "server", "model")
 
 
 class Config(Section):
@@ -117,7 +129,7 @@ class Config(Section):
     algorithm: AlgorithmChoice = AlgorithmChoice()
     model: ModelChoice = ModelChoice()
     data: DataSection = DataSection()
-    partition: PartitionSection = PartitionSection()
+    partition: PartitionSection = Field(default_factory=PartitionSection)
     local: LocalSection = LocalSection()
     evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
@@ -134,14 +146,12 @@ class Config(Section):
     def _check(self, info: ValidationInfo) -> Config:
         self._inert = bool((info.context or {}).get("inert") and self.references)
         problems = []
-        for key, build in (
-            ("algorithm", lambda: self.method),
-            ("server", self.build_server),
-            ("sampler", self.build_sampler),
-        ):
+        for key, choice, build in self._choices():
             try:
-                if not self._left_alone(key):
-                    build()
+                if not (self._inert and ":" in choice.name):
+                    built = build()
+                    if key not in _AS_GIVEN and is_dataclass(built):
+                        choice.fill(values_of(built))
             except ChoiceError as error:
                 problems.append(str(error))
         if self.precision == "tf32" and not self.gpus_per_actor:
@@ -173,6 +183,15 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _choices(self) -> Iterator[tuple[str, Choice, Callable[[], Any]]]:
+        """Every choice that is built when the configuration is checked."""
+        yield "algorithm", self.algorithm, lambda: self.method
+        yield "server", self.server, self.build_server
+        yield "sampler", self.sampler, self.build_sampler
+        yield "partition", self.partition, self.build_partitioner
+        for name, tier in self.devices.tiers.items():
+            yield "availability", tier.availability, partial(self.build_availability, name)
 
     def _device_problems(self) -> Iterator[str]:
         kinds = self.devices.kinds
@@ -232,14 +251,15 @@ class Config(Section):
             return
         if shift.round > self.rounds:
             yield f"shift.round: {shift.round} is beyond rounds: {self.rounds}"
-        try:
-            PartitionSection.model_validate({**self.partition.model_dump(), **shift.partition})
-        except ValidationError as error:
-            for problem in error.errors():
-                key, found = ".".join(map(str, problem["loc"])), problem["input"]
-                known = f"; known here: {', '.join(PartitionSection.model_fields)}"
-                known = known if problem["type"] == "extra_forbidden" else ""
-                yield f"shift.partition.{key}: {problem['msg']}, found {found!r}{known}"
+        if not self._left_alone("partition"):
+            try:
+                self.shifted_partition  # noqa: B018
+            except ValidationError as error:
+                for problem in error.errors():
+                    key, found = ".".join(map(str, problem["loc"])), problem["input"]
+                    yield f"shift.partition.{key}: {problem['msg']}, found {found!r}"
+            except ChoiceError as error:
+                yield str(error)
         if "clients" in shift.partition:
             yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 
@@ -256,9 +276,7 @@ class Config(Section):
     @cached_property
     def method(self) -> Algorithm:
         """The method with its hyperparameters."""
-        self._may_build("algorithm")
-        choice = self.algorithm
-        method: Algorithm = build_choice("algorithm", choice.name, choice.options, registry(), Algorithm)
+        method: Algorithm = self._build("algorithm")
         return method
 
     @property
@@ -272,31 +290,51 @@ class Config(Section):
 
     def build_server(self) -> ServerOptimizer:
         """The server optimizer with its hyperparameters."""
-        self._may_build("server")
-        choice = self.server
-        optimizer: ServerOptimizer = build_choice(
-            "server", choice.name, choice.options, SERVER_OPTIMIZERS, ServerOptimizer
-        )
+        optimizer: ServerOptimizer = self._build("server")
         return optimizer
 
     def build_sampler(self) -> Any:
         """Who is asked to train."""
-        self._may_build("sampler")
-        build = load_reference("sampler.name", "cluster.simulation.samplers:build_sampler", ChoiceError)
-        return build(self.sampler.name, self.sampler.options)
+        return self._build("sampler")
+
+    def build_partitioner(self) -> Any:
+        """How the training data is divided among clients, before any shift."""
+        return self._build("partition")
+
+    def build_availability(self, tier: str) -> Any:
+        """When a tier's devices can be asked to train."""
+        choice = self.devices.kinds[tier].availability
+        return build_choice("availability", choice.name, choice.options, f"devices.tiers.{tier}.availability")
+
+    @cached_property
+    def shifted_partition(self) -> PartitionSection:
+        """The partition after a shift: the keys of ``shift.partition``, and what else the new kind has.
+
+        Raises:
+            ChoiceError, ValidationError: One of them is wrong.
+        """
+        change = self.shift.partition
+        name = str(change.get("name", self.partition.name))
+        kept = {*KINDS["partition"].shared, *fields("partition", name)}
+        before = {key: value for key, value in self.partition.model_dump().items() if key in kept}
+        changed = PartitionSection.model_validate({**before, **change, "name": name})
+        changed.fill(values_of(build_choice("partition", name, changed.options, "shift.partition")))
+        return changed
 
     def values(self, section: Literal["algorithm", "server"]) -> dict[str, Any]:
         """Every hyperparameter by name; of code that is not to be imported those that the section gives."""
         if self._left_alone(section):
             return dict(getattr(self, section).options)
-        return dict(vars(self.method if section == "algorithm" else self.build_server()))
+        return values_of(self.method if section == "algorithm" else self.build_server())
 
     def _left_alone(self, section: str) -> bool:
         return self._inert and ":" in getattr(self, section).name
 
-    def _may_build(self, section: str) -> None:
+    def _build(self, section: str) -> Any:
         if self._left_alone(section):
             raise ChoiceError(f"{section}.name: code that a run's folder names is imported by resume alone")
+        choice = getattr(self, section)
+        return build_choice(section, choice.name, choice.options)
 
     def learning_rate(self, round_number: int) -> float:
         """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, falling on beyond T; lr0 where lr_final is unset."""
@@ -332,10 +370,14 @@ class Config(Section):
 
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
+        flat = self.flat()
         relevant = {
             key: value
-            for key, value in self.flat().items()
-            if changes_results(key) and (key not in _ADDED or value != _ADDED[key])
+            for key, value in (earlier_keys(flat) | flat).items()
+            # Of a shift only what was typed ever stood in a configuration.
+            if (key in flat or not key.startswith("shift."))
+            and changes_results(key)
+            and (key not in _ADDED or value != _ADDED[key])
         }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
@@ -388,14 +430,3 @@ def code_digest() -> str:
 def changes_results(key: str) -> bool:
     """Whether a dotted key can change a result."""
     return key.split(".")[0] not in RESULT_FREE and not _PLACE.fullmatch(key)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.configuration.choices import KINDS
 from cluster.references import UserError
-
-#: Sections whose ``name`` decides what their other keys mean.
-CHOICES = ("algorithm", "model", "data", "partition", "server", "sampler", "schedule")
 
 
 class ForeignCodeError(UserError):
@@ -45,7 +43,7 @@ def _is_name(path: list[str]) -> bool:
         return False
     if path[-2:] == ["study", "methods"] or path[-3:] == ["study", "methods", "name"]:
         return True
-    return path[-1] in CHOICES or (path[-1] == "name" and len(path) > 1 and path[-2] in CHOICES)
+    return path[-1] in KINDS or (path[-1] == "name" and len(path) > 1 and path[-2] in KINDS)
 
 
 # ---------------------------------------------------------------------------------------- whose folder it is

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from cluster.configuration.foreign import CHOICES
+from cluster.configuration.choices import KINDS
 from cluster.configuration.sections import Section
 from cluster.logins import masked
 from cluster.references import did_you_mean, nearest
@@ -35,7 +35,7 @@ def in_plain_words(error: ValidationError, root: type[Section], above: str = "")
             hint = f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else ""
             lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
         elif mistake["type"] == "model_type":
-            named = f"{where}.name={mistake['input']}" if where in CHOICES else f"{where}.<key>=<value>"
+            named = f"{where}.name={mistake['input']}" if where in KINDS else f"{where}.<key>=<value>"
             lines.append(
                 f"{where}: a section of keys and values, found {_short(mistake['input'])}; write {named}"
             )

@@ -86,8 +86,13 @@ class Choice(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every key but ``name``."""
+        """Every key that what the name stands for declares."""
         return dict(self.__pydantic_extra__ or {})
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Take in every declared key, as it was checked."""
+        assert self.__pydantic_extra__ is not None
+        self.__pydantic_extra__.update(values)
 
 
 class DataSection(Section):
@@ -114,16 +119,11 @@ class DataSection(Section):
     _absolute = field_validator("path", "cache")(_from_anywhere)
 
 
-class PartitionSection(Section):
+class PartitionSection(Choice):
     """How the training data is divided among clients."""
 
-    name: Literal["lda", "iid", "dirichlet", "shards", "natural", "sampled"] = "lda"
+    name: str = "lda"
     clients: int = Field(100, ge=1, description="number of clients")
-    alpha: float | None = Field(
-        1.0, gt=0.0, description="concentration of lda, dirichlet and sampled; null (sampled): as in the data"
-    )
-    shards_per_client: int = Field(2, ge=1, description="shards of sorted labels a client gets (shards)")
-    samples_per_client: int = Field(50, ge=1, description="samples a client draws with replacement (sampled)")
     seed: Annotated[int, Field(ge=0)] | Literal["seed"] = Field(
         1337,
         description="seed of the partition, shared by all runs; `seed`: the run's own draws it too",
@@ -132,7 +132,8 @@ class PartitionSection(Section):
     @property
     def skew(self) -> float | None:
         """``alpha`` where this kind of partition is drawn with one."""
-        return self.alpha if self.name in ("lda", "dirichlet", "sampled") else None
+        alpha: float | None = self.options.get("alpha")
+        return alpha
 
 
 class LocalSection(Section):
@@ -149,30 +150,19 @@ class LocalSection(Section):
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
 
 
-class AvailabilitySection(Section):
+class AvailabilityChoice(Choice):
     """When a tier's devices can be asked to train."""
 
-    name: Literal["always", "diurnal", "trace"] = "always"
-    low: float = Field(0.2, ge=0.0, le=1.0, description="share available at the bottom of the day (diurnal)")
-    high: float = Field(0.8, ge=0.0, le=1.0, description="share available at its height (diurnal)")
-    phase: float = Field(0.0, ge=0.0, lt=24.0, description="hour of the day's height (diurnal)")
-    slot: float = Field(600.0, gt=0.0, description="seconds between changes of a device's state (diurnal)")
-    path: str | None = Field(None, description="CSV file with the columns client, start, end in s (trace)")
+    name: str = "always"
 
     @model_validator(mode="before")
     @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    _absolute = field_validator("path")(_from_anywhere)
-
-    @model_validator(mode="after")
-    def _check(self) -> AvailabilitySection:
-        if (self.name == "trace") != (self.path is not None):
-            raise ValueError(
-                f"availability.path: the CSV file of a trace, found {self.path} with name {self.name}"
-            )
-        return self
+    def _with_a_path_from_anywhere(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and value.get("path") is not None:
+            return {**value, "path": _from_anywhere(as_text(value["path"]))}
+        return value
 
 
 class ClientEvaluationSection(Section):
@@ -205,7 +195,7 @@ class TierSection(Section):
     latency: float = Field(0.04, ge=0.0, description="seconds a visit, beside transfers and training")
     dropout: float = Field(0.0, ge=0.0, le=1.0, description="chance to download the model and never answer")
     spread: float = Field(0.0, ge=0.0, le=3.0, description="sigma of log compute and of log bandwidth")
-    availability: AvailabilitySection = AvailabilitySection()
+    availability: AvailabilityChoice = Field(default_factory=AvailabilityChoice)
     sparsity: float | None = Field(
         None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
     )
@@ -331,6 +321,6 @@ class ServerChoice(Choice):
 
 
 class SamplerChoice(Choice):
-    """Who is asked to train; other keys are options of a sampler of your own."""
+    """Who is asked to train; other keys are its options."""
 
     name: str = "uniform"

@@ -12,7 +12,7 @@ import yaml
 
 from algorithms import hyperparameters
 from cluster import __version__
-from cluster.configuration.choices import method_named
+from cluster.configuration.choices import EARLIER, KINDS, earlier_keys, method_named
 from cluster.configuration.plain_yaml import YamlError, parse, parse_word
 from cluster.logins import without_logins
 from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
@@ -56,6 +56,8 @@ def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if str(path) in seen:
         raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
     tree = read_yaml(path)
+    if {"name", *KINDS["partition"].shared, *EARLIER["partition"]} <= set(tree.get("partition") or {}):
+        tree = _as_it_counted(tree)  # nobody typed all of these: a folder's config.yaml up to 0.1
     bases = tree.pop("extends", None) or []
     below: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -87,7 +89,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The configuration in a run's or study's folder; passwords that an older version kept are hidden.
+    """The configuration in a run's or study's folder.
+
+    Of an older version's, passwords are hidden and the keys of choices that were not made fall away.
 
     Raises:
         ConfigError: It cannot be read; names the line. Or it is not whole.
@@ -96,7 +100,7 @@ def read_stored(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     if content.startswith(_BEGIN) and not content.endswith(_END):
         raise ConfigError(f"{path}: is cut short: restore it (what is missing would be taken for defaults)")
-    return without_logins(tree)
+    return _as_it_counted(without_logins(tree))
 
 
 def stored_text(tree: Mapping[str, Any]) -> bytes:
@@ -131,7 +135,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = result.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
-            if "name" in value and value["name"] != below.get("name"):
+            if "name" in value and value["name"] != below.get("name") and key in (*KINDS, "pruner"):
                 below = _kept_on_a_new_choice(key, below, str(value["name"]))
             result[key] = merge(below, value)
         else:
@@ -150,14 +154,36 @@ def _preset_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "ray_configs" / "experiments"
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _as_it_counted(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What an older version stored, without the keys that had no meaning for what was chosen."""
+    flat = flatten(tree)
+    if "partition.name" in flat:
+        flat.setdefault("shift.partition.name", flat["partition.name"])
+    return _without(tree, set(earlier_keys(flat)))
+
+
+def _without(tree: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if prefix + key not in keys
+    }
+
+
 def _kept_on_a_new_choice(section: str, old: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if section == "algorithm":
-        # Methods are compared at one sparsity; a dense one has no such field.
-        method = method_named(name)
-        takes_sparsity = method is not None and any(p.name == "sparsity" for p in hyperparameters(method))
-        return {key: value for key, value in old.items() if key == "sparsity" and takes_sparsity}
-    if section in ("model", "server", "sampler", "schedule"):
-        return {}
-    # A partition of another kind or another data set keeps what both share (clients, seed, validation ...).
-    shared = {"clients", "seed", "validation", "cache"}
-    return {key: value for key, value in old.items() if key in shared}
+    kept = set(KINDS[section].shared) if section in KINDS else set()
+    method = method_named(name) if section == "algorithm" else None
+    if method is not None and any(field.name == "sparsity" for field in hyperparameters(method)):
+        kept.add("sparsity")  # methods are compared at one; a dense one has no such field
+    return {key: value for key, value in old.items() if key in kept}

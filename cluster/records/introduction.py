@@ -39,7 +39,7 @@ def description(config: Config, folder: Path) -> str:
         for parameter in hyperparameters(type(method))
         if (value := getattr(method, parameter.name))
     ]
-    alpha = f" {partition.alpha:g}" if partition.name in ("lda", "dirichlet") else ""
+    alpha = "" if partition.skew is None else f" {partition.skew:g}"
     lines = [
         f"**{config.algorithm.name}**, seed {config.seed}" + (f": {', '.join(settings)}" if settings else ""),
         f"{Path(data.path or data.name).name}, {partition.name}{alpha} over {partition.clients} clients, "

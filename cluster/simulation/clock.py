@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cluster.references import UserError
+
 Event = TypeVar("Event")
+
+
+class DeviceError(UserError):
+    """Devices that cannot take part; the message names the tier or file, what was found and the fix."""
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,18 @@ byte a client for its tier, and a device costs nothing until it is drawn.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from cluster import seeding
 from cluster.configuration.config import Config
-from cluster.configuration.sections import AvailabilitySection, TierSection
-from cluster.references import UserError
-from cluster.simulation.clock import Device
-
-_HOUR = 3600.0
-
-
-class DeviceError(UserError):
-    """Devices that cannot take part; the message names the tier or file, what was found and the fix."""
+from cluster.configuration.sections import TierSection
+from cluster.simulation.availability import Always, Availability
+from cluster.simulation.clock import Device, DeviceError
 
 
 @dataclass(frozen=True)
@@ -86,14 +77,16 @@ class Devices:
         """Which of some clients, int64[n], can be asked at a time; bool[n]."""
         result = np.ones(len(clients), bool)
         tiers = self.tiers[clients]
-        for index, tier in enumerate(self.kinds):
-            if tier.availability.name == "always":
-                continue
-            mine = tiers == index
-            if tier.availability.name == "diurnal":
-                result[mine] = self._awake(tier.availability, clients[mine], simulated_s)
-            else:
-                result[mine] = self._traces[str(tier.availability.path)].covers(clients[mine], simulated_s)
+        for index, rule in enumerate(self._availability):
+            if not isinstance(rule, Always):
+                mine = tiers == index
+                answer = np.asarray(rule.available(self.config.seed, clients[mine], simulated_s))
+                if answer.dtype != bool or answer.shape != (int(mine.sum()),):
+                    raise DeviceError(
+                        f"availability.name: {type(rule).__name__} returned {answer.dtype} "
+                        f"{list(answer.shape)}; expected bool [{int(mine.sum())}], one for each client"
+                    )
+                result[mine] = answer
         return result
 
     def drop_outs(self, clients: np.ndarray, visit: int) -> np.ndarray:
@@ -110,7 +103,8 @@ class Devices:
         Raises:
             DeviceError: A tier has too little memory, or a trace cannot be read.
         """
-        _ = self._traces
+        for rule in self._availability:
+            rule.check()
         for name, tier in self.config.devices.kinds.items():
             if tier.share > 0 and tier.memory < training_bytes:
                 raise DeviceError(
@@ -119,88 +113,7 @@ class Devices:
                     f"local.batch_size (now {self.config.local.batch_size}) fits, or give the tier share 0"
                 )
 
-    def _awake(self, section: AvailabilitySection, clients: np.ndarray, simulated_s: float) -> np.ndarray:
-        slot = int(simulated_s // section.slot)
-        hour = (slot + 0.5) * section.slot / _HOUR
-        wave = (1.0 + math.cos(2.0 * math.pi * (hour - section.phase) / 24.0)) / 2.0
-        share = section.low + (section.high - section.low) * wave
-        return seeding.uniform(self.config.seed, "availability", slot, clients) < share
-
     @cached_property
-    def _traces(self) -> dict[str, Trace]:
-        sections = [tier.availability for tier in self.kinds]
-        return {section.path: Trace.read(Path(section.path)) for section in sections if section.path}
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Recorded availability, repeated for ever; clients beyond those of the trace start over at its first.
-
-    Attributes:
-        rows: Place of each interval's client among those of the trace, int64[intervals].
-        starts: First second of each interval, float64[intervals].
-        ends: Second after its last, float64[intervals].
-        clients: Number of clients in the trace.
-    """
-
-    rows: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    clients: int
-
-    @classmethod
-    def read(cls, path: Path) -> Trace:
-        """Read a CSV file with a header and the columns client (any number), start and end (seconds).
-
-        UTF-8, or UTF-16 with its mark; empty lines and those that begin with # are passed over.
-
-        Raises:
-            DeviceError: There is no such file, or a line is no interval.
-        """
-        columns = ("client", "start", "end")
-        place: dict[str, int] = {}
-        intervals = []
-        for number, cells in _rows(path):
-            if not place:
-                place = {name: index for index, name in enumerate(cells)}
-                if not set(columns) <= set(place):
-                    raise DeviceError(f"{path}: expected the columns client, start, end, found {cells}")
-                continue
-            found = [cells[place[name]] if place[name] < len(cells) else "None" for name in columns]
-            try:
-                client, start, end = int(found[0]), float(found[1]), float(found[2])
-                if not 0.0 <= start < end < math.inf:
-                    raise ValueError
-            except ValueError:
-                raise DeviceError(
-                    f"{path}, line {number}: expected a client's number and 0 <= start < end in seconds, "
-                    f"found {','.join(found)}"
-                ) from None
-            intervals.append((client, start, end))
-        if not intervals:
-            raise DeviceError(f"{path}: holds no interval, so that no client would ever be available")
-        numbers, starts, ends = (np.array(column) for column in zip(*intervals, strict=True))
-        clients, rows = np.unique(numbers, return_inverse=True)
-        return cls(rows, starts, ends, len(clients))
-
-    def covers(self, clients: np.ndarray, simulated_s: float) -> np.ndarray:
-        """Which of some clients, int64[n], are in one of their intervals; bool[n]."""
-        time = simulated_s % float(self.ends.max())
-        active = np.unique(self.rows[(self.starts <= time) & (time < self.ends)])
-        return np.isin(clients % self.clients, active)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a CSV file that hold something, each with its number, and their cells."""
-    try:
-        content = path.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if wide else "utf-8-sig")
-        for number, line in enumerate(text.splitlines(), 1):
-            cells = [cell.strip() for cell in next(csv.reader([line]), [])]
-            if any(cells) and not cells[0].startswith("#"):
-                yield number, cells
-    except OSError as error:
-        raise DeviceError(f"availability.path: {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DeviceError(f"availability.path: {path} is no CSV file in UTF-8 or UTF-16: {error}") from None
+    def _availability(self) -> list[Availability]:
+        """When the devices of each tier are there."""
+        return [self.config.build_availability(name) for name in self.config.devices.kinds]

@@ -1,7 +1,17 @@
-"""Samplers: which clients are asked to train.
+"""Samplers: which clients are asked to train, by ``sampler.name``.
 
-A sampler is a function of a generator, the number of clients wanted and the :class:`Candidates`; one of your
-own is what ``sampler.name=module:factory`` returns when it is called with the section's other keys::
+One of your own, ``sampler.name=my_module:Fixed``::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Fixed(Sampler):
+        '''The same clients in every round.'''
+
+        first: int = hyperparameter(0, "number of the first", low=0)
+
+        def __call__(self, rng, count, candidates):
+            return self.first + np.arange(count)
+
+or ``sampler.name=my_module:factory``, a function that makes one of the section's other keys::
 
     def factory(share=0.5):
         def draw(rng, count, candidates):
@@ -12,6 +22,7 @@ own is what ``sampler.name=module:factory`` returns when it is called with the s
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +31,7 @@ import numpy as np
 
 from algorithms.core.masks import apportion
 from cluster.configuration.choices import ChoiceError
-from cluster.references import UserError, did_you_mean, load_reference
+from cluster.references import UserError
 
 
 @dataclass(frozen=True)
@@ -47,96 +58,105 @@ class Candidates:
         return len(self.sizes)
 
 
-#: (generator, clients wanted, candidates) -> distinct clients, int64[at most as many].
-Sampler = Callable[[np.random.Generator, int, Candidates], np.ndarray]
-
-
 class SamplerError(UserError):
     """A sampler returned what is no cohort; the message says what."""
 
 
-def uniform(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Sampler(ABC):
+    """A way to choose clients; a plain function of the same arguments is one too."""
+
+    @abstractmethod
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """At most ``count`` distinct clients, int64.
+
+        Args:
+            rng: The only source of randomness.
+            count: Clients wanted, at most the population.
+            candidates: Whom to choose from.
+        """
+
+    @staticmethod
+    def of(key: str, name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Draw:
+        """The sampler that a user's function makes of the section's other keys.
+
+        Raises:
+            ChoiceError: It is not callable, takes other options, or returns no sampler.
+        """
+        try:
+            inspect.signature(factory).bind(**options)
+        except (TypeError, ValueError) as error:  # it is not callable, has no signature, takes other options
+            raise ChoiceError(f"{key} = {name!r}: {error}") from None
+        made: Draw = factory(**options)
+        if not callable(made):
+            raise ChoiceError(
+                f"{key} = {name!r}: expected a factory that returns a sampler, a function of "
+                f"(rng, count, candidates); it returned {made!r}"
+            )
+        return made
+
+
+#: (generator, clients wanted, candidates) -> distinct clients, int64[at most as many].
+Draw = Callable[[np.random.Generator, int, Candidates], np.ndarray]
+
+
+class Uniform(Sampler):
     """Uniformly without replacement from all clients; who is not available then does not answer."""
-    return rng.choice(candidates.clients, size=count, replace=False)
+
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """See :class:`Sampler`."""
+        return rng.choice(candidates.clients, size=count, replace=False)
 
 
-def by_availability(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+class ByAvailability(Sampler):
     """Uniformly without replacement from the clients that are available; fewer where there are fewer.
 
     Of a population of any size only as many are looked at as it takes: a sample grows until it holds enough.
     """
-    looked_at = count
-    while True:
-        looked_at = min(4 * looked_at, candidates.clients)
-        sample = rng.choice(candidates.clients, size=looked_at, replace=False)
-        found = sample[candidates.available(sample)]
-        if len(found) >= count or looked_at == candidates.clients:
-            return found[:count]
+
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """See :class:`Sampler`."""
+        looked_at = count
+        while True:
+            looked_at = min(4 * looked_at, candidates.clients)
+            sample = rng.choice(candidates.clients, size=looked_at, replace=False)
+            found = sample[candidates.available(sample)]
+            if len(found) >= count or looked_at == candidates.clients:
+                return found[:count]
 
 
-def by_size(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+class BySize(Sampler):
     """One after the other without replacement, with chances in proportion to the clients' samples.
 
     Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the smallest of Exp(n_i).
     """
-    keys = rng.standard_exponential(candidates.clients) / candidates.sizes
-    return np.argpartition(keys, count - 1)[:count]
+
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """See :class:`Sampler`."""
+        keys = rng.standard_exponential(candidates.clients) / candidates.sizes
+        return np.argpartition(keys, count - 1)[:count]
 
 
-def stratified(rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+class Stratified(Sampler):
     """So many of each device tier as is its share of the population, uniformly without replacement within it.
 
     Whole numbers by largest remainder: 10 of tiers of 34, 33 and 33 clients are 4, 3 and 3.
     """
-    members = np.bincount(candidates.tiers)
-    drawn = apportion(count, members, members)
-    return np.concatenate(
-        [
-            rng.choice(np.flatnonzero(candidates.tiers == tier), size=number, replace=False)
-            for tier, number in enumerate(drawn)
-            if number
-        ]
-    )
 
-
-SAMPLERS: dict[str, Sampler] = {
-    "uniform": uniform,
-    "availability": by_availability,
-    "size": by_size,
-    "stratified": stratified,
-}
-
-
-def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
-    """The sampler that ``sampler.name`` stands for.
-
-    Raises:
-        ChoiceError: There is no such sampler, or it takes no such options.
-    """
-    if ":" in name:
-        factory = load_reference("sampler.name", name, ChoiceError)
-        try:
-            inspect.signature(factory).bind(**options)
-        except (TypeError, ValueError) as error:  # it is not callable, has no signature, takes other options
-            raise ChoiceError(f"sampler.name = {name!r}: {error}") from None
-        made: Sampler = factory(**options)
-        if not callable(made):
-            raise ChoiceError(
-                f"sampler.name = {name!r}: expected a factory that returns a sampler, a function of "
-                f"(rng, count, candidates); it returned {made!r}"
-            )
-        return made
-    if name not in SAMPLERS:
-        raise ChoiceError(
-            f"sampler.name: {name!r} is unknown; allowed are {', '.join(SAMPLERS)}, "
-            f"or module:factory of your own{did_you_mean(name, SAMPLERS)}"
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """See :class:`Sampler`."""
+        members = np.bincount(candidates.tiers)
+        drawn = apportion(count, members, members)
+        return np.concatenate(
+            [
+                rng.choice(np.flatnonzero(candidates.tiers == tier), size=number, replace=False)
+                for tier, number in enumerate(drawn)
+                if number
+            ]
         )
-    if options:
-        raise ChoiceError(f"sampler.{next(iter(options))}: {name} has no such field; its fields: none")
-    return SAMPLERS[name]
 
 
-def draw(sampler: Sampler, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+def draw(sampler: Draw, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
     """Ask a sampler for at most ``count`` clients; they are returned in ascending order.
 
     Raises:

@@ -32,7 +32,7 @@ def partition_of(config: Config, period: int) -> PartitionSection:
     section, seed = config.partition, config.partition_seed
     if period == 0:
         return section.model_copy(update={"seed": seed})
-    changed = PartitionSection.model_validate({**section.model_dump(), **config.shift.partition})
+    changed = config.shifted_partition
     if "seed" in config.shift.partition:
         seed = (config.seed if changed.seed == "seed" else changed.seed) - 1
     return changed.model_copy(update={"seed": seed + period})

@@ -1,19 +1,36 @@
-"""Ways to divide training samples among clients.
+"""Ways to divide training samples among clients, by ``partition.name``.
 
 A partition is drawn from the labels (or the groups) and a seed alone, so that every process, every method and
 every resumed run sees the same one. Images are never copied: a client's data set is a list of indices into
 the node's memory-mapped arrays.
 
-    parts = partition("lda", dataset.train.targets, clients=100, seed=1337, alpha=0.1)
+    parts = Lda(alpha=0.1).divide(dataset.train.targets, clients=100, seed=1337)
     dataset.train.inputs[parts.client(7)]
+
+One of your own says who gets each sample; ``partition.name=my_module:ByParity``::
+
+    @dataclass(frozen=True, kw_only=True)
+    class ByParity(Partitioner):
+        '''Odd and even clients see odd and even labels.'''
+
+        leak: float = hyperparameter(0.0, "share that goes anywhere", low=0.0, high=1.0)
+
+        def owners(self, labels, clients, rng, groups):
+            owner = 2 * rng.integers(clients // 2, size=labels.size) + labels % 2
+            anywhere = rng.random(labels.size) < self.leak
+            return np.where(anywhere, rng.integers(clients, size=labels.size), owner)
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.references import UserError, did_you_mean
+from algorithms.core.hyperparameters import hyperparameter
+from cluster.references import UserError
 from cluster.workload.partition import ListedPartition, Partition, SampledPartition
 
-PARTITIONS = ("lda", "iid", "dirichlet", "shards", "natural", "sampled")
 RENORMALISATION = 1e-5  # added by the authors' code to every class still in stock
 
 
@@ -21,131 +38,139 @@ class PartitionError(UserError):
     """A partition that cannot be drawn; the message names the key, what was found and what is allowed."""
 
 
-def partition(
-    name: str,
-    labels: np.ndarray,
-    *,
-    clients: int,
-    seed: int,
-    alpha: float | None = 1.0,
-    shards_per_client: int = 2,
-    samples_per_client: int = 50,
-    groups: np.ndarray | None = None,
-    available: np.ndarray | None = None,
-) -> Partition:
-    """Divide training samples among clients.
+@dataclass(frozen=True, kw_only=True)
+class Partitioner:
+    """A way to divide samples. No sample goes to two clients, and every client gets at least one."""
 
-    No sample goes to two clients (but in `sampled`), and every client gets at least one.
+    def divide(
+        self,
+        labels: np.ndarray,
+        *,
+        clients: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        available: np.ndarray | None = None,
+    ) -> Partition:
+        """Divide training samples among clients.
 
-    Args:
-        name: How to divide N available samples among n clients.
-            `lda`: floor(N/n) samples each, of classes drawn by latent Dirichlet allocation (Hsu et al. 2019,
-            arXiv 1909.06335); the N mod n samples that are last in stock go to nobody.
-            `iid`: all samples, uniformly, with sizes that differ by at most one.
-            `dirichlet`: all samples; each class is cut by proportions drawn from Dirichlet(alpha 1_n)
-            (Yurochkin et al. 2019, arXiv 1905.12022), so that sizes differ widely. A client left with nothing
-            gets one sample of the then largest client, where the usual re-drawing might never end.
-            `shards`: all samples, sorted by label and cut into n shards_per_client even shards, dealt at
-            random (McMahan et al. 2017, arXiv 1602.05629).
-            `natural`: all samples, by group (writer, speaker, device). As many clients as groups: client i is
-            group i in the order of the codes. Fewer: the groups are shuffled and dealt round-robin, each
-            stays whole.
-            `sampled`: samples_per_client samples each, drawn with replacement when the client is played and
-            forgotten afterwards, so that a million clients take no memory. With alpha, a client's classes
-            follow its own Dirichlet(alpha 1_C), as in `lda` with stocks that never run out; without, they are
-            those of the data.
-        labels: int64 [total], labels of the full training split.
-        clients: Number of clients, n.
-        seed: The only source of randomness.
-        alpha: Concentration of `lda`, `dirichlet` and `sampled`, above 0: 1000 is nearly uniform, 0.1
-            strongly skewed. None for `sampled` only.
-        shards_per_client: For `shards`.
-        samples_per_client: For `sampled`.
-        groups: int64 [total], for `natural`.
-        available: int64 indices of the samples that may be used, e.g. what a validation hold-out kept; None
-            for all.
+        Args:
+            labels: int64 [total], labels of the full training split.
+            clients: Number of clients, n.
+            seed: The only source of randomness.
+            groups: int64 [total], codes of writers, speakers or devices, where the data has such.
+            available: int64 indices of the samples that may be used, such as those that are not validation
+                data; None for all.
 
-    Returns:
-        Indices into the full training split.
+        Returns:
+            Indices into the full training split.
 
-    Raises:
-        PartitionError: An unknown name, an argument out of range, too few samples or groups.
-    """
-    if name not in PARTITIONS:
+        Raises:
+            PartitionError: Too few samples or groups, or they cannot be divided so.
+        """
+        pool = _pool(labels, clients, available)
+        if clients > pool.size:
+            raise PartitionError(
+                f"partition.clients = {clients} but only {pool.size} training samples are available: "
+                f"every client needs at least one; partition.name = 'sampled' draws with replacement"
+            )
+        rng = np.random.Generator(np.random.PCG64(seed))
+        owner = self.owners(labels[pool], clients, rng, None if groups is None else groups[pool])
+        sizes = self._sizes(owner, pool.size, clients)
+        order = np.argsort(owner, kind="stable")[pool.size - sizes.sum() :]
+        return ListedPartition(indices=pool[order], offsets=np.concatenate([[0], np.cumsum(sizes)]))
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """Who gets each sample.
+
+        Args:
+            labels: int64 [N], labels of the samples that may be used.
+            clients: Number of clients.
+            rng: The only source of randomness.
+            groups: int64 [N], or None.
+
+        Returns:
+            int64 [N]: a client from 0 on, -1 for nobody.
+        """
         raise PartitionError(
-            f"partition.name = {name!r} is unknown; allowed are {', '.join(PARTITIONS)}"
-            f"{did_you_mean(name, PARTITIONS)}"
+            f"partition.name: {type(self).__name__} has neither `owners` nor `divide` of its own"
         )
+
+    def _sizes(self, owner: np.ndarray, samples: int, clients: int) -> np.ndarray:
+        """Samples of every client, int64 [clients], once it is sure that these are owners."""
+        owner, kind = np.asarray(owner), type(self).__name__
+        if owner.shape != (samples,) or owner.dtype.kind not in "iu":
+            raise PartitionError(
+                f"partition.name: owners of {kind} returned {owner.dtype} {list(owner.shape)}; expected the "
+                f"client of each sample, int64 [{samples}]"
+            )
+        if owner.min() < -1 or owner.max() >= clients:
+            raise PartitionError(
+                f"partition.name: {kind} gives samples to clients {owner.min()} to {owner.max()}; there are "
+                f"0 to {clients - 1}, and -1 is nobody"
+            )
+        sizes = np.bincount(owner + 1, minlength=clients + 1)[1:]  # the first entry counts samples of nobody
+        if sizes.min() < 1:
+            raise PartitionError(
+                f"partition.name: {kind} leaves client {sizes.argmin()} without a sample; every one of the "
+                f"{clients} clients needs at least one"
+            )
+        return sizes
+
+
+def _pool(labels: np.ndarray, clients: int, available: np.ndarray | None) -> np.ndarray:
+    """The samples that may be used, int64, ascending."""
     pool = np.arange(labels.size) if available is None else np.unique(available)
     if available is not None and pool.size != len(available):
         raise PartitionError(f"{len(available) - pool.size} of the available samples are listed twice")
     if clients < 1:
         raise PartitionError(f"partition.clients = {clients}; at least 1 is needed")
-    skew = 0.0 if alpha is None else alpha
-    if (name in ("lda", "dirichlet") or (name == "sampled" and alpha is not None)) and not 0 < skew < np.inf:
-        found = "null" if alpha is None else alpha
-        raise PartitionError(f"partition.alpha = {found}; a finite number above 0 is needed")
-    if name == "sampled":
-        if samples_per_client < 1:
-            raise PartitionError(f"partition.samples_per_client = {samples_per_client}; at least 1 is needed")
-        if not pool.size:
-            raise PartitionError("no training samples are available to draw from")
-        return SampledPartition.over(pool, labels, clients, seed, samples_per_client, alpha)
-    if clients > pool.size:
-        raise PartitionError(
-            f"partition.clients = {clients} but only {pool.size} training samples are available: "
-            f"every client needs at least one; partition.name = 'sampled' draws with replacement"
-        )
-    generator = np.random.Generator(np.random.PCG64(seed))
-    if name == "lda":
-        owner = _lda(labels[pool], clients, skew, generator)
-    elif name == "iid":
-        owner = generator.permutation(pool.size) % clients
-    elif name == "dirichlet":
-        owner = _dirichlet(labels[pool], clients, skew, generator)
-    elif name == "shards":
-        owner = _shards(labels[pool], clients, shards_per_client, generator)
-    else:
-        if groups is None:
-            raise PartitionError(
-                "partition.name = 'natural' needs groups: name the column of writers, speakers or devices "
-                "in data.group_column"
-            )
-        owner = _natural(groups[pool], clients, generator)
-    sizes = np.bincount(owner + 1, minlength=clients + 1)  # the first entry counts samples of nobody (-1)
-    order = np.argsort(owner, kind="stable")[sizes[0] :]
-    return ListedPartition(indices=pool[order], offsets=np.concatenate([[0], np.cumsum(sizes[1:])]))
+    return pool
 
 
-def _lda(labels: np.ndarray, clients: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
-    """Owner of every sample, int64 [N], -1 for nobody.
+@dataclass(frozen=True, kw_only=True)
+class Lda(Partitioner):
+    """Equal sizes, classes by latent Dirichlet allocation (Hsu et al. 2019, arXiv 1909.06335).
 
-    Client after client draws a class distribution, then classes one by one, and takes a sample of each drawn
-    class until its own number is reached. Draws from an unchanged distribution are independent, so they are
-    made in batches and cut after the draw that takes the last sample of a class: the same procedure as one by
-    one, but with at most (clients + classes) batches.
+    floor(N/n) samples each; the N mod n samples that are last in stock go to nobody.
     """
-    present, codes = np.unique(labels, return_inverse=True)
-    pools = [generator.permutation(np.flatnonzero(codes == code)) for code in range(present.size)]
-    stock = np.array([members.size for members in pools])
-    owner = np.full(labels.size, -1)
-    mixtures = generator.dirichlet(np.full(present.size, alpha), size=clients)
-    for client, mixture in enumerate(mixtures):
-        probabilities = _renormalise(mixture, stock)
-        needed = labels.size // clients
-        while needed:
-            draws = generator.choice(present.size, size=needed, p=probabilities)
-            end = needed
-            for code in np.flatnonzero((np.bincount(draws, minlength=stock.size) >= stock) & (stock > 0)):
-                end = min(end, int(np.flatnonzero(draws == code)[stock[code] - 1]) + 1)
-            taken = np.bincount(draws[:end], minlength=stock.size)
-            for code in np.flatnonzero(taken):
-                owner[pools[code][stock[code] - taken[code] : stock[code]]] = client
-            stock -= taken
-            needed -= end
-            if needed:
-                probabilities = _renormalise(probabilities, stock)
-    return owner
+
+    alpha: float = hyperparameter(
+        1.0, "concentration: 1000 is nearly uniform, 0.1 strongly skewed", above=0.0
+    )
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """See :class:`Partitioner`.
+
+        Client after client draws a class distribution, then classes one by one, and takes a sample of each
+        drawn class until its own number is reached. Draws from an unchanged distribution are independent, so
+        they are made in batches and cut after the draw that takes the last sample of a class: the same
+        procedure as one by one, but with at most (clients + classes) batches.
+        """
+        present, codes = np.unique(labels, return_inverse=True)
+        pools = [rng.permutation(np.flatnonzero(codes == code)) for code in range(present.size)]
+        stock = np.array([members.size for members in pools])
+        owner = np.full(labels.size, -1)
+        mixtures = rng.dirichlet(np.full(present.size, self.alpha), size=clients)
+        for client, mixture in enumerate(mixtures):
+            probabilities = _renormalise(mixture, stock)
+            needed = labels.size // clients
+            while needed:
+                draws = rng.choice(present.size, size=needed, p=probabilities)
+                end = needed
+                for code in np.flatnonzero((np.bincount(draws, minlength=stock.size) >= stock) & (stock > 0)):
+                    end = min(end, int(np.flatnonzero(draws == code)[stock[code] - 1]) + 1)
+                taken = np.bincount(draws[:end], minlength=stock.size)
+                for code in np.flatnonzero(taken):
+                    owner[pools[code][stock[code] - taken[code] : stock[code]]] = client
+                stock -= taken
+                needed -= end
+                if needed:
+                    probabilities = _renormalise(probabilities, stock)
+        return owner
 
 
 def _renormalise(probabilities: np.ndarray, stock: np.ndarray) -> np.ndarray:
@@ -157,48 +182,124 @@ def _renormalise(probabilities: np.ndarray, stock: np.ndarray) -> np.ndarray:
     return kept / kept.sum()
 
 
-def _dirichlet(labels: np.ndarray, clients: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
-    """Owner of every sample, int64 [N]: each class cut by proportions drawn for that class."""
-    owner = np.empty(labels.size, dtype=np.int64)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        shares = generator.dirichlet(np.full(clients, alpha))
-        cuts = np.rint(np.cumsum(shares)[:-1] * members.size).astype(np.int64)
-        owner[members] = np.searchsorted(cuts, np.arange(members.size), side="right")
-    sizes = np.bincount(owner, minlength=clients)
-    for client in np.flatnonzero(sizes == 0):
-        largest = int(sizes.argmax())
-        owner[generator.choice(np.flatnonzero(owner == largest))] = client
-        sizes[largest] -= 1
-        sizes[client] += 1
-    return owner
+@dataclass(frozen=True, kw_only=True)
+class Iid(Partitioner):
+    """All samples, uniformly, with sizes that differ by at most one."""
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """See :class:`Partitioner`."""
+        return rng.permutation(labels.size) % clients
 
 
-def _shards(
-    labels: np.ndarray, clients: int, shards_per_client: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Owner of every sample, int64 [N]: even runs of the samples in the order of their labels."""
-    shards = clients * shards_per_client
-    if not clients <= shards <= labels.size:
-        raise PartitionError(
-            f"partition.shards_per_client = {shards_per_client} for {clients} clients makes {shards} shards "
-            f"of {labels.size} available samples; at least 1 shard a client and 1 sample a shard are needed"
-        )
-    shuffled = generator.permutation(labels.size)  # which of a class's samples share a shard is random
-    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    owner = np.empty(labels.size, dtype=np.int64)
-    owner[order] = (generator.permutation(shards) % clients)[np.arange(labels.size) * shards // labels.size]
-    return owner
+@dataclass(frozen=True, kw_only=True)
+class Dirichlet(Partitioner):
+    """All samples; each class is cut by proportions of its own (Yurochkin et al. 2019, arXiv 1905.12022).
+
+    They are drawn from Dirichlet(alpha 1_n), so that sizes differ widely. A client left with nothing gets one
+    sample of the then largest client, where the usual re-drawing might never end.
+    """
+
+    alpha: float = hyperparameter(
+        1.0, "concentration: 1000 is nearly uniform, 0.1 strongly skewed", above=0.0
+    )
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """See :class:`Partitioner`."""
+        owner = np.empty(labels.size, dtype=np.int64)
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            shares = rng.dirichlet(np.full(clients, self.alpha))
+            cuts = np.rint(np.cumsum(shares)[:-1] * members.size).astype(np.int64)
+            owner[members] = np.searchsorted(cuts, np.arange(members.size), side="right")
+        sizes = np.bincount(owner, minlength=clients)
+        for client in np.flatnonzero(sizes == 0):
+            largest = int(sizes.argmax())
+            owner[rng.choice(np.flatnonzero(owner == largest))] = client
+            sizes[largest] -= 1
+            sizes[client] += 1
+        return owner
 
 
-def _natural(groups: np.ndarray, clients: int, generator: np.random.Generator) -> np.ndarray:
-    """Owner of every sample, int64 [N]: whole groups."""
-    present, codes = np.unique(groups, return_inverse=True)
-    if clients > present.size:
-        raise PartitionError(
-            f"partition.clients = {clients} but the available samples have only {present.size} groups, "
-            f"and 'natural' never splits one: use at most {present.size} clients"
-        )
-    if clients == present.size:
-        return codes
-    return (generator.permutation(present.size) % clients)[codes]
+@dataclass(frozen=True, kw_only=True)
+class Shards(Partitioner):
+    """All samples, sorted by label and cut into even shards, dealt at random (McMahan et al. 2017)."""
+
+    shards_per_client: int = hyperparameter(2, "shards of sorted labels that a client gets", low=1)
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """See :class:`Partitioner`; arXiv 1602.05629."""
+        shards = clients * self.shards_per_client
+        if not clients <= shards <= labels.size:
+            raise PartitionError(
+                f"partition.shards_per_client = {self.shards_per_client} for {clients} clients makes "
+                f"{shards} shards of {labels.size} available samples; at least 1 shard a client and 1 sample "
+                "a shard are needed"
+            )
+        shuffled = rng.permutation(labels.size)  # which of a class's samples share a shard is random
+        order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        owner = np.empty(labels.size, dtype=np.int64)
+        owner[order] = (rng.permutation(shards) % clients)[np.arange(labels.size) * shards // labels.size]
+        return owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural(Partitioner):
+    """All samples, by the writer, speaker or device in ``data.group_column``; no group is split.
+
+    As many clients as groups: client i is group i in the order of the codes. Fewer: the groups are shuffled
+    and dealt round-robin.
+    """
+
+    def owners(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> np.ndarray:
+        """See :class:`Partitioner`."""
+        if groups is None:
+            raise PartitionError(
+                "partition.name = 'natural' needs groups: name the column of writers, speakers or devices "
+                "in data.group_column"
+            )
+        present, codes = np.unique(groups, return_inverse=True)
+        if clients > present.size:
+            raise PartitionError(
+                f"partition.clients = {clients} but the available samples have only {present.size} groups, "
+                f"and 'natural' never splits one: use at most {present.size} clients"
+            )
+        if clients == present.size:
+            return codes
+        return (rng.permutation(present.size) % clients)[codes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Partitioner):
+    """Drawn with replacement when a client is played and forgotten afterwards: a million take no memory.
+
+    With alpha, a client's classes follow its own Dirichlet(alpha 1_C), as in `lda` with stocks that never run
+    out; without, they are those of the data.
+    """
+
+    alpha: float | None = hyperparameter(
+        1.0, "concentration of a client's classes; null: those of the data", above=0.0
+    )
+    samples_per_client: int = hyperparameter(50, "samples that a client draws", low=1)
+
+    def divide(
+        self,
+        labels: np.ndarray,
+        *,
+        clients: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        available: np.ndarray | None = None,
+    ) -> Partition:
+        """See :class:`Partitioner`; a sample may have several owners."""
+        pool = _pool(labels, clients, available)
+        if not pool.size:
+            raise PartitionError("no training samples are available to draw from")
+        return SampledPartition.over(pool, labels, clients, seed, self.samples_per_client, self.alpha)

@@ -225,7 +225,7 @@ def test_a_taken_folder_and_a_folder_without_a_run_are_refused(capsys: pytest.Ca
         (["resume", "half", "5"], "'5' is one argument too many"),
         (["sync", "a", "b"], "one argument too many: b"),
         (["fly"], "invalid choice: 'fly'"),
-        (["describe", "topk", "rounds=5"], "topk is a method"),
+        (["describe", "topk", "rounds=5"], "topk is no experiment"),
     ],
 )
 def test_wrong_arguments_say_what_is_right(
@@ -300,9 +300,10 @@ def test_run_help_lists_what_is_declared(capsys: pytest.CaptureFixture[str]) -> 
     assert " local.lr=0.1 " in text
     assert "learning rate of round 1" in text
     assert "float32, float16, bfloat16, int8" in text
-    assert "shards_per_client=2" in text
+    assert "  shards           All samples, sorted by label" in text
+    assert " partition.clients=100 " in text
     assert " devices.tiers.<name>.share=" in text
-    assert " devices.tiers.<name>.availability.phase=0.0 " in text
+    assert " devices.tiers.<name>.availability.name=always" in text
 
 
 def test_help_version_and_wrong_arguments_import_nothing_heavy() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from algorithms import hyperparameters, registry
 from cluster.cli import main
-from cluster.command_line.describe import method_named
+from cluster.command_line.describe_choice import choice_asked
 from cluster.configuration.config import resolve
 from cluster.federation import Federation
 from cluster.transport import wire
@@ -64,7 +64,7 @@ def test_a_method_of_ones_own_and_names_that_are_none(
     text = described(capsys, "own_method:Own")
     assert "A method of one's own." in text
     assert "0.001 to 1, log" in text
-    assert method_named("quickstart") is None
+    assert choice_asked(["quickstart"]) is None
     assert main(["describe", "own_method:Owm"]) == 2
     assert "has no 'Owm'; did you mean Own?" in capsys.readouterr().err
     assert main(["describe", "spasyfed"]) == 2
@@ -84,7 +84,7 @@ def test_quickstart_is_described_with_model_partition_bytes_and_memory(
     # 1,437 digits over 30 clients: 47 each, 27 left over.
     assert "47 / 47 / 47 samples" in text
     assert "given to nobody 27" in text
-    assert "{name: lda, clients: 30, alpha: 0.5" in text
+    assert "{name: lda, clients: 30, seed: 1337, alpha: 0.5}" in text
     assert "beta: 1.25" in text  # a default of the method, not written in the preset
     assert "two float64[size]" in text
     # 4 (20,794 + 650) bytes of values, and |P| H2(0.1) = 207,936 * 0.469 bits of positions: 85,776 + 12,190.

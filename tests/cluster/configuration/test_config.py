@@ -170,7 +170,7 @@ def test_a_new_partition_or_data_set_keeps_what_all_share():
     tree = apply_overrides(tree, ["data.name=digits", "partition.name=iid"])
     config = validate(tree)
     assert (config.data.validation, config.data.path) == (0.1, None)
-    assert (config.partition.clients, config.partition.seed, config.partition.alpha) == (30, 3, 1.0)
+    assert (config.partition.clients, config.partition.seed, config.partition.options) == (30, 3, {})
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -196,7 +196,7 @@ def test_a_new_partition_or_data_set_keeps_what_all_share():
             ["algorithm.name: 'sparsifed' is unknown", "did you mean sparsyfed?", "topk"],
         ),
         ("server.name=adam", ["server.name: 'adam' is unknown", "did you mean fedadam?", "fedyogi"]),
-        ("partition.name=ldaa", ["partition.name", "'lda'", "'dirichlet'", "found 'ldaa'"]),
+        ("partition.name=ldaa", ["partition.name: 'ldaa' is unknown", "dirichlet", "did you mean lda?"]),
         ("wire.downlink=int4", ["wire.downlink", "'int8'", "found 'int4'"]),
         ("algorithm.exponent=spectrl", ["algorithm.exponent: 'spectrl'", "did you mean spectral?"]),
         (

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cluster
+from cluster.configuration.choices import build_choice, names
 from cluster.configuration.trees import ConfigError
 from cluster.simulation.samplers import (
-    SAMPLERS,
+    ByAvailability,
+    BySize,
     Candidates,
     SamplerError,
-    by_availability,
-    by_size,
+    Stratified,
     draw,
-    stratified,
 )
 
 
@@ -26,10 +26,12 @@ def candidates(sizes, available=lambda clients: np.ones(len(clients), bool)):
     )
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", names("sampler"))
 @given(clients=st.integers(1, 60), count=st.integers(1, 80), seed=st.integers(0, 2**32))
 def test_a_cohort_is_distinct_ascending_and_as_large_as_can_be(name, clients, count, seed):
-    cohort = draw(SAMPLERS[name], np.random.default_rng(seed), count, candidates([3] * clients))
+    cohort = draw(
+        build_choice("sampler", name, {}), np.random.default_rng(seed), count, candidates([3] * clients)
+    )
     assert len(cohort) == min(count, clients)
     assert (np.diff(cohort) > 0).all()
     assert cohort[0] >= 0
@@ -39,7 +41,7 @@ def test_a_cohort_is_distinct_ascending_and_as_large_as_can_be(name, clients, co
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 2**32))
 def test_only_available_clients_are_drawn_and_no_fewer_than_there_are(awake, count, seed):
     awake, count = np.array(awake), min(count, len(awake))
-    found = by_availability(
+    found = ByAvailability()(
         np.random.default_rng(seed), count, candidates([1] * len(awake), lambda clients: awake[clients])
     )
     assert awake[found].all()
@@ -50,7 +52,7 @@ def test_every_available_client_has_the_same_chance():
     counts = np.zeros(8)
     pool = candidates([1] * 8, lambda clients: clients % 2 == 0)
     for seed in range(4000):
-        counts[by_availability(np.random.default_rng(seed), 2, pool)] += 1
+        counts[ByAvailability()(np.random.default_rng(seed), 2, pool)] += 1
     # 2 of the 4 even ones: each in half of the draws, 2,000 with a standard deviation of 32.
     assert counts[1::2].sum() == 0
     assert np.abs(counts[::2] - 2000).max() < 160
@@ -63,7 +65,7 @@ def test_of_a_large_population_few_are_looked_at():
         looked_at.append(len(clients))
         return clients % 3 == 0
 
-    found = by_availability(np.random.default_rng(0), 100, candidates(np.ones(10**6), available))
+    found = ByAvailability()(np.random.default_rng(0), 100, candidates(np.ones(10**6), available))
     assert len(found) == 100
     assert sum(looked_at) <= 2000
 
@@ -71,7 +73,7 @@ def test_of_a_large_population_few_are_looked_at():
 def test_by_size_the_first_is_drawn_in_proportion():
     counts = np.zeros(3)
     for seed in range(6000):
-        counts[by_size(np.random.default_rng(seed), 1, candidates([1, 2, 3]))] += 1
+        counts[BySize()(np.random.default_rng(seed), 1, candidates([1, 2, 3]))] += 1
     # Chances 1/6, 2/6, 3/6: 1,000, 2,000 and 3,000 with standard deviations below 39.
     assert np.abs(counts - [1000, 2000, 3000]).max() < 200
 
@@ -81,12 +83,12 @@ def test_stratified_draws_so_many_of_each_tier():
     population = replace(candidates([1] * 100), tiers=tiers)
     seen = np.zeros(100, int)
     for seed in range(300):
-        cohort = draw(stratified, np.random.default_rng(seed), 10, population)
+        cohort = draw(Stratified(), np.random.default_rng(seed), 10, population)
         # 3.4, 3.3 and 3.3: the largest remainder is the first tier's.
         assert np.bincount(tiers[cohort]).tolist() == [4, 3, 3]
         seen[cohort] += 1
     assert seen.min() > 0
-    assert len(draw(stratified, np.random.default_rng(0), 100, population)) == 100
+    assert len(draw(Stratified(), np.random.default_rng(0), 100, population)) == 100
 
 
 def own(last=2):

@@ -6,10 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cluster.configuration.choices import ChoiceError, fields, names
 from cluster.workload import partitioners as module
 from cluster.workload.partition import ListedPartition
 from cluster.workload.partition_picture import picture
-from cluster.workload.partitioners import PARTITIONS, PartitionError, partition
+from cluster.workload.partitioners import PartitionError
+from tests.cluster.workload.divided import partition
+
+PARTITIONS = names("partition")
+
+_SHARED = ("clients", "seed", "groups", "available")
 
 #: The kinds that list every client's samples; `sampled` has a file of its own.
 LISTED = tuple(name for name in PARTITIONS if name != "sampled")
@@ -40,6 +46,7 @@ def requests(draw):
 @given(request=requests())
 def test_every_kind_keeps_its_promises(name, request):
     labels, options = request
+    options = {k: v for k, v in options.items() if k in _SHARED or k in fields("partition", name)}
     parts = partition(name, labels, **options)
     clients, available = options["clients"], options["available"]
     pool = np.arange(labels.size) if available is None else available
@@ -233,25 +240,25 @@ def test_validation_data_stays_out():
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("ldaa", {}, "'ldaa' is unknown; allowed are lda, iid.*did you mean lda"),
         ("lda", {"clients": 11}, "clients = 11 but only 10 training samples.*'sampled' draws with"),
         ("iid", {"clients": 0}, "clients = 0; at least 1"),
         ("iid", {"clients": 4, "available": np.arange(3)}, "only 3 training samples"),
         ("iid", {"available": np.array([1, 1, 2])}, "1 of the available samples are listed twice"),
-        ("lda", {"alpha": 0.0}, "alpha = 0.0; a finite number above 0"),
-        ("dirichlet", {"alpha": float("nan")}, "alpha = nan"),
-        ("lda", {"alpha": None}, "alpha = null; a finite number above 0"),
-        ("sampled", {"alpha": 0.0}, "alpha = 0.0; a finite number above 0"),
-        ("sampled", {"samples_per_client": 0}, "samples_per_client = 0; at least 1"),
+        ("lda", {"alpha": 0.0}, "partition.alpha: 0.0 is out of range; allowed: a finite number above 0"),
+        ("dirichlet", {"alpha": float("nan")}, "alpha: nan is out of range"),
+        ("lda", {"alpha": float("inf")}, "alpha: inf is out of range; allowed: a finite number"),
+        ("lda", {"alpha": None}, "alpha: expected float, found null"),
+        ("sampled", {"alpha": 0.0}, "alpha: 0.0 is out of range; allowed: a finite number above 0"),
+        ("sampled", {"samples_per_client": 0}, "samples_per_client: 0 is out of range; allowed: 1 to inf"),
         ("sampled", {"available": np.array([], np.int64)}, "no training samples"),
         ("shards", {"shards_per_client": 6}, "makes 12 shards of 10 available samples"),
-        ("shards", {"shards_per_client": 0}, "at least 1 shard a client"),
+        ("shards", {"shards_per_client": 0}, "shards_per_client: 0 is out of range"),
         ("natural", {}, "needs groups.*data.group_column"),
         ("natural", {"groups": np.zeros(10, np.int64)}, "clients = 2 but .* only 1 groups"),
     ],
 )
 def test_impossible_partitions_say_why(name, options, match):
-    with pytest.raises(PartitionError, match=match):
+    with pytest.raises((ChoiceError, PartitionError), match=match):
         partition(name, balanced(10), **({"clients": 2, "seed": 1} | options))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from cluster import seeding
 from cluster.workload.partition import SampledPartition
 from cluster.workload.partition_picture import picture
-from cluster.workload.partitioners import partition
+from tests.cluster.workload.divided import partition
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_same, run_inline, tiny_federation
 

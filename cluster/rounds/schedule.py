@@ -130,7 +130,8 @@ class Schedule(ABC):
 
     def sizes(self, round_number: int) -> np.ndarray:
         """Samples of every client in a round, int64[clients]."""
-        period = period_of(self.config.shift, round_number)
+        # The model of the last round is evaluated on the way to one that is not planned.
+        period = period_of(self.config.shift, min(round_number, self.config.rounds))
         if period not in self._sizes:
             self._sizes = {period: self.federation.sizes_in(period)}
         return self._sizes[period]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from algorithms import Instructions
 from cluster.configuration.config import Config
 from cluster.references import UserError
 from cluster.simulation.clock import Device
+from cluster.workload.objectives import Sums
 from cluster.workload.partition import Partition
 
 
@@ -128,6 +129,10 @@ class EvaluationChunk:
     tier: str | None = None  # evaluate the model cut to this tier's budget
     client: int | None = None  # evaluate the model after this client's local training, as it would be sent
     seconds: float = 0.0  # that the evaluation took
+
+
+#: What an evaluation counted and added up on each chunk.
+Evaluated = Sequence[tuple[EvaluationChunk, Sums]]
 
 
 class ClientError(UserError):

@@ -25,6 +25,7 @@ from cluster.workload import models
 from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import to_input
 from cluster.workload.models import ModelError, check_model
+from cluster.workload.objectives import Objective
 from cluster.workload.partition import Partition
 from cluster.workload.partitioners import Partitioner
 from cluster.workload.preparing import prepare
@@ -73,10 +74,10 @@ class Federation:
             DataError, PartitionError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
-        kept, validation = stratified_split(
-            dataset.train.targets, config.data.validation, config.partition_seed
-        )
-        labels = dataset.train.targets
+        # Where samples have no class they are all of one.
+        objective, targets = config.build_objective(), dataset.train.targets
+        labels = targets if objective.by_class else np.zeros(len(targets), np.int64)
+        kept, validation = stratified_split(labels, config.data.validation, config.partition_seed)
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
             section = partition_of(config, period)
@@ -93,15 +94,21 @@ class Federation:
         return cls(config, dataset, periods[0], validation, tuple(periods[1:]))
 
     @cached_property
+    def objective(self) -> Objective:
+        """What is learned."""
+        return self.config.build_objective()
+
+    @cached_property
     def model(self) -> nn.Module:
         """The plain module with the common initialisation."""
         return build_model(self.config, self.dataset)
 
     @cached_property
     def layout(self) -> ParameterLayout:
-        """The model's flat layout, checked by a dry forward on real images."""
-        name = self.config.model.name
-        check_model(self.model, name, self._example, len(self.dataset.classes))
+        """The model's flat layout, checked by a dry forward on real samples."""
+        name, targets = self.config.model.name, self.dataset.train.targets[:2]
+        count = self.objective.count(self.dataset)
+        check_model(self.model, name, self._example, targets, self.objective, count)
         try:
             layout = ParameterLayout.of(self.model, self._example)
         except ValueError as error:
@@ -165,8 +172,8 @@ class Federation:
 
     @property
     def selection_metric(self) -> str:
-        """What the best checkpoint is chosen by: validation accuracy where data was held out."""
-        return "val/accuracy" if len(self.validation) else "test/accuracy"
+        """What the best checkpoint is chosen by, in a line: on validation data where some was held out."""
+        return f"{'val' if len(self.validation) else 'test'}/{self.objective.selects.key}"
 
     def evaluation_chunks(self, rows: int) -> list[EvaluationChunk]:
         """The test split (once more for each tier's budget) and the validation rows, in fixed chunks."""
@@ -222,7 +229,7 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     return models.build(
         config.model.name,
         input_shape=dataset.input_shape,
-        classes=len(dataset.classes),
+        classes=config.build_objective().count(dataset),
         seed=seeding.integer(config.seed, "initialisation"),
         **config.model.options,
     )

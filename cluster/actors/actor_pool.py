@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from algorithms import Total
 from cluster.actors.placement import Bundle
 from cluster.clients.client import ClientHost
 from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
 from cluster.federation import prepare_arguments
 from cluster.references import UserError
+from cluster.workload.objectives import Sums
 from cluster.workload.preparing import prepare
 
 #: Seconds between two questions whether a dead actor is back.
@@ -76,7 +75,7 @@ class HostActor:
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
-    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
+    ) -> list[tuple[EvaluationChunk, Sums]]:
         """See :meth:`ClientHost.evaluate`."""
         return self._host.evaluate(broadcast, chunks)
 

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.actors.actor_pool import ActorPool
 from cluster.actors.placement import CostModel
 from cluster.exchange import EvaluationChunk
-from cluster.rounds.engine import Evaluated
+from cluster.workload.objectives import Sums
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evaluation:
     round: int
     waiting: deque[EvaluationChunk]
     running: int = 0
-    results: Evaluated = field(default_factory=list)
+    results: list[tuple[EvaluationChunk, Sums]] = field(default_factory=list)
     losses: Counter[EvaluationChunk] = field(default_factory=Counter)
 
     @property

@@ -21,8 +21,8 @@ from algorithms import Total
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.ray_calls import Call, Crew, Evaluation
-from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk
-from cluster.rounds.engine import Evaluated, Outcome
+from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, Evaluated, EvaluationChunk
+from cluster.rounds.engine import Outcome
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
 CALLS_IN_FLIGHT = 2
@@ -309,7 +309,7 @@ class Rounds:
         elif call.evaluation is not None:
             call.evaluation.running -= len(call.work)
             call.evaluation.results += result
-            self._crew.costs.learn_chunks(chunk for chunk, _, _ in result)
+            self._crew.costs.learn_chunks(chunk for chunk, _ in result)
         else:
             del self._pool.down[actor]
 

@@ -26,6 +26,7 @@ from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
 from cluster.transport.uplink import Uplink
 from cluster.workload.datasets import Split, open_dataset
+from cluster.workload.objectives import Sums
 
 _logger = logging.getLogger("sparsyfed.client")
 
@@ -66,7 +67,9 @@ class ClientHost:
             config.precision,
             config.cuda_graphs,
         )
-        self._trainer = Trainer(model, self._method, settings, dataset.train, self._device)
+        self._trainer = Trainer(
+            model, self._method, settings, dataset.train, self._device, config.build_objective()
+        )
         self._uplink = Uplink(
             self._trainer.layout,
             config.wire.uplink,
@@ -109,8 +112,8 @@ class ClientHost:
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
-    ) -> list[tuple[EvaluationChunk, np.ndarray, float]]:
-        """Correct predictions in every class and summed loss of the global model w_t on each chunk.
+    ) -> list[tuple[EvaluationChunk, Sums]]:
+        """What the objective adds up of the global model w_t on each chunk.
 
         The chunk of a client whose local training fails and is skipped is left out.
 
@@ -131,8 +134,8 @@ class ClientHost:
                 if chunk.tier not in models:
                     models[chunk.tier] = self._at_budget(broadcast, chunk.tier)
                 model = models[chunk.tier]
-            correct, loss = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
-            results.append((replace(chunk, seconds=time.perf_counter() - started), correct, loss))
+            sums = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
+            results.append((replace(chunk, seconds=time.perf_counter() - started), sums))
         return results
 
     def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, ParameterLayout, Visit
 from algorithms.core.layers import pruned_layers
@@ -27,6 +26,7 @@ from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops
 from cluster.workload.datasets import Split
 from cluster.workload.inputs import to_input
+from cluster.workload.objectives import Classification, Objective, Sums, added
 
 #: Samples of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
 #: On a CPU the activations of more do not stay in its cache: 256 at once take ResNet-18 a third longer.
@@ -73,6 +73,7 @@ class Trainer:
         settings: Local hyperparameters.
         train: The training split.
         device: Where the model lives.
+        objective: What is learned; by default the classes of the samples.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Trainer:
         settings: LocalSettings,
         train: Split,
         device: torch.device,
+        objective: Objective | None = None,
     ) -> None:
         self.method, self.settings, self.device = method, settings, device
+        self.objective = objective or Classification()
         self._data, self._staging = ClientData(train, device), Staging()
         example = to_input(train.inputs[:2], device)
         self.module = model.to(device)
@@ -238,34 +241,28 @@ class Trainer:
                 )
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in visit.kept.items()}
 
-    def evaluate(
-        self, effective: np.ndarray, split: Split, start: int, stop: int
-    ) -> tuple[np.ndarray, float]:
-        """Correct predictions and summed cross-entropy of the plain module on ``split[start:stop]``.
+    def evaluate(self, effective: np.ndarray, split: Split, start: int, stop: int) -> Sums:
+        """What the objective adds up of the plain module on ``split[start:stop]``, which is not empty.
 
         Args:
             effective: theta and the float buffers, float32[size].
             split: What to evaluate on.
             start: First row.
             stop: Row after the last.
-
-        Returns:
-            Correct predictions in every class, int64[classes], and the sum.
         """
         self._staging.send(effective, self._model)
         self.module.eval()
-        correct, loss = np.zeros(0, np.int64), 0.0
+        batch = EVALUATION_BATCH[self.device.type]
+        sums: Sums | None = None
         with torch.no_grad():
-            batch = EVALUATION_BATCH[self.device.type]
             for first in range(start, stop, batch):
                 rows = slice(first, min(first + batch, stop))
-                labels = torch.from_numpy(np.asarray(split.targets[rows])).to(self.device)
-                logits = self.module(to_input(split.inputs[rows], self.device))
-                found = labels[logits.argmax(1) == labels].cpu().numpy()
-                counts = np.bincount(found, minlength=logits.shape[1])
-                correct = counts + correct if len(correct) else counts
-                loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        return correct, loss
+                targets = torch.from_numpy(np.asarray(split.targets[rows])).to(self.device)
+                outputs = self.module(to_input(split.inputs[rows], self.device))
+                more = self.objective.sums(outputs, targets)
+                sums = more if sums is None else added(sums, more)
+        assert sums is not None
+        return sums
 
     def _load(self, broadcast: Broadcast) -> None:
         """Put the model and its counters back to the start of a visit; a round is received once."""
@@ -299,7 +296,7 @@ class Trainer:
 
     def _compute(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with arithmetic(self.settings.precision, self.device):
-            loss = F.cross_entropy(self.module(inputs), targets)
+            loss = self.objective.loss(self.module(inputs), targets)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
         return loss.detach()

@@ -38,6 +38,7 @@ class Kind:
     shared: tuple[str, ...] = ()
 
 
+_OBJECTIVES = "cluster.workload.objectives"
 _PARTITIONERS = "cluster.workload.partitioners"
 _SAMPLERS = "cluster.simulation.samplers"
 _AVAILABILITY = "cluster.simulation.availability"
@@ -58,6 +59,11 @@ KINDS: dict[str, Kind] = {
             "sampled": f"{_PARTITIONERS}:Sampled",
         },
         ("clients", "seed"),
+    ),
+    "objective": Kind(
+        "what is learned",
+        f"{_OBJECTIVES}:Objective",
+        {"classification": f"{_OBJECTIVES}:Classification"},
     ),
     "sampler": Kind(
         "which clients are asked to train",

@@ -40,6 +40,7 @@ from cluster.configuration.sections import (
     Label,
     LocalSection,
     ModelChoice,
+    ObjectiveChoice,
     PartitionSection,
     SamplerChoice,
     ScheduleSection,
@@ -83,6 +84,7 @@ _ADDED = {
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
+    "objective.name": "classification",
 }
 
 
@@ -130,6 +132,7 @@ class Config(Section):
     model: ModelChoice = ModelChoice()
     data: DataSection = DataSection()
     partition: PartitionSection = Field(default_factory=PartitionSection)
+    objective: ObjectiveChoice = ObjectiveChoice()
     local: LocalSection = LocalSection()
     evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
@@ -177,6 +180,8 @@ class Config(Section):
             )
         if not problems:
             problems += self._shift_problems()
+            if not problems and not any(map(self._left_alone, ("objective", "partition"))):
+                problems += self._class_problems()
             if not self._left_alone("algorithm"):
                 problems += [*self._device_problems(), *self._schedule_problems()]
                 problems += self.method.problems(self)
@@ -190,6 +195,7 @@ class Config(Section):
         yield "server", self.server, self.build_server
         yield "sampler", self.sampler, self.build_sampler
         yield "partition", self.partition, self.build_partitioner
+        yield "objective", self.objective, self.build_objective
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
 
@@ -263,6 +269,22 @@ class Config(Section):
         if "clients" in shift.partition:
             yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 
+    def _class_problems(self) -> Iterator[str]:
+        """What needs the classes of the samples, where the objective has none."""
+        if self.build_objective().by_class:
+            return
+        have = f"needs the classes of the samples, and objective.name={self.objective.name} has none"
+        shifted = self.shifted_partition
+        after = build_choice("partition", shifted.name, shifted.options)
+        for key, partitioner in {"partition": self.build_partitioner(), "shift.partition": after}.items():
+            if partitioner.by_class:
+                name = shifted.name if key.startswith("shift") else self.partition.name
+                yield f"{key}.name: {name} {have}; allowed are iid, natural, and sampled with alpha=null"
+        if self.shift.classes is not None:
+            yield f"shift.classes: {have}; leave it out"
+        if self.evaluate_clients.every:
+            yield f"evaluate_clients.every: {have}, by which clients are judged; leave it out"
+
     @property
     def references(self) -> dict[str, str]:
         """Code of a user's own that the experiment names, ``module:attribute`` by key."""
@@ -320,6 +342,10 @@ class Config(Section):
         changed = PartitionSection.model_validate({**before, **change, "name": name})
         changed.fill(values_of(build_choice("partition", name, changed.options, "shift.partition")))
         return changed
+
+    def build_objective(self) -> Any:
+        """What is learned."""
+        return self._build("objective")
 
     def values(self, section: Literal["algorithm", "server"]) -> dict[str, Any]:
         """Every hyperparameter by name; of code that is not to be imported those that the section gives."""

@@ -308,6 +308,12 @@ class ModelChoice(Choice):
     name: str = "small_cnn"
 
 
+class ObjectiveChoice(Choice):
+    """What is learned; other keys are options of an objective of your own."""
+
+    name: str = "classification"
+
+
 class AlgorithmChoice(Choice):
     """The method; other keys are its hyperparameters."""
 

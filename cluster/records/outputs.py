@@ -40,17 +40,18 @@ def summary_of(
 ) -> dict[str, Any]:
     """What ``result.json`` holds; ``last`` is the last round's line with its evaluation."""
     lines = [*folder.rounds()[:-1], last]
-    metric = federation.selection_metric
+    metric, selects = federation.selection_metric, federation.objective.selects
     measured = [line for line in lines if line.get(metric) is not None]
-    best = max(measured, key=lambda line: (line[metric], -line["round"]))
+    best = max(measured, key=lambda line: (selects.merit(line[metric]), -line["round"]))
+    key, test = selects.key, f"test/{selects.key}"
     return {
         "method": config.algorithm.name,
         "seed": config.seed,
         "rounds": last["round"],
         "complete": last["round"] >= config.rounds,
-        "accuracy": last.get("test/accuracy"),  # None where test data is not evaluated
-        "best_accuracy": best.get("test/accuracy"),
-        "val_accuracy": last.get("val/accuracy"),
+        key: last.get(test),  # None where test data is not evaluated
+        f"best_{key}": best.get(test),
+        f"val_{key}": last.get(f"val/{key}"),
         "best_round": best["round"],
         "selected_by": metric,
         "sparsity": last["sparsity/global"],

@@ -1,18 +1,19 @@
 """Per-client evaluation: how well the global model serves each client, before and after local training.
 
-A client is judged on the mix of classes that it holds: the model's test accuracy in every class, weighted by
-the client's class shares. That is the expected accuracy on test images drawn with the client's own class
-distribution, without the noise of drawing them. It takes no sample from the client's training data, and the
-one pass over the test set that the central accuracy takes serves all clients. What clients differ in beside
-their classes, such as a speaker's voice, it does not see. After local training each client has a model, and
-needs a test pass, of its own: that is done on demand, for some of the clients.
+A client is judged on the mix of classes that it holds: what selects, of classification the accuracy, within
+every class of the test set, weighted by the client's class shares. That is what is to be expected on test
+samples drawn with the client's own class distribution, without the noise of drawing them. It takes no sample
+from the client's training data, and the one pass over the test set that the central evaluation takes serves
+all clients. What clients differ in beside their classes, such as a speaker's voice, it does not see. After
+local training each client has a model, and needs a test pass, of its own: that is done on demand, for some
+of the clients.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,12 +22,13 @@ import numpy as np
 from cluster import seeding
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
+from cluster.measures import Measure
 from cluster.records.checkpoint import write_atomically
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.metrics import Part
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
-
-Evaluated = Sequence[tuple[EvaluationChunk, np.ndarray, float]]
+from cluster.workload.objectives import Sums
 
 
 class ClientEvaluation:
@@ -38,6 +40,7 @@ class ClientEvaluation:
 
     def __init__(self, federation: Federation) -> None:
         self._federation, self._section = federation, federation.config.evaluate_clients
+        self._objective = federation.objective
         # Where the test split is not to be read, nobody can be judged on it.
         tested = any(chunk.split == "test" for chunk in federation.evaluation_chunks(2**30))
         self._every = self._section.every if tested else 0
@@ -54,35 +57,36 @@ class ClientEvaluation:
         return [EvaluationChunk("test", 0, rows, client=int(c)) for c in self._trained]
 
     def metrics(
-        self, folder: RunFolder, round_number: int, evaluated: Evaluated, *, last: bool
+        self, folder: RunFolder, round_number: int, parts: Mapping[Part, Sums], *, last: bool
     ) -> dict[str, Any]:
         """Judge the clients, where that is due, and keep ``clients.csv`` in the run's folder.
 
         Args:
             folder: The run's folder.
             round_number: The round whose result was evaluated.
-            evaluated: Results of the central chunks and of ``chunks``.
+            parts: The sums of the central chunks and of ``chunks``.
             last: Whether it is the run's last round.
 
         Returns:
-            Over the clients: mean and standard deviation of their accuracies and the mean of the worst tenth;
-            the same after local training, and what it gained.
+            Over the clients: mean and standard deviation of what selects, and mean of the worst tenth; the
+            same after local training, and what it gained.
         """
-        if not evaluated or not self.due(round_number, last=last):
+        if not parts or not self.due(round_number, last=last):
             return {}
         shares = self._shares(period_of(self._federation.config.shift, round_number))
-        before = self._before(evaluated, shares)
+        before = self._before(parts, shares)
         after = np.full(len(before), np.nan)
         places = np.searchsorted(self._judged, self._trained)
-        hits = {chunk.client: hits for chunk, hits, _ in evaluated if chunk.client is not None}
         for place, client in zip(places, self._trained, strict=True):
-            if int(client) in hits:  # one that failed and was skipped is not
-                after[place] = self._weighted(shares[place : place + 1], hits[int(client)])[0]
+            sums = parts.get(("test", None, int(client)))
+            if sums is not None:  # of one that failed and was skipped there are none
+                after[place] = self._weighted(shares[place : place + 1], sums)[0]
         self._write(folder, round_number, before, after)
-        metrics = _spread(before, "")
+        selects = self._objective.selects
+        metrics = _spread(before, selects, "")
         if np.isfinite(after).any():
             gain = float(np.mean((after - before)[np.isfinite(after)]))
-            metrics |= _spread(after, "_after") | {"clients/accuracy_gain": gain}
+            metrics |= _spread(after, selects, "_after") | {f"clients/{selects.key}_gain": gain}
         return metrics
 
     # ------------------------------------------------------------------------------------------- inside
@@ -105,7 +109,7 @@ class ClientEvaluation:
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        """Test images of every class, int64[classes]."""
+        """Test samples of every class, int64[classes]."""
         dataset = self._federation.dataset
         return np.bincount(dataset.test.targets, minlength=len(dataset.classes))
 
@@ -123,27 +127,24 @@ class ClientEvaluation:
         with np.errstate(invalid="ignore"):  # a client of untested classes alone: no number
             return testable / testable.sum(axis=1, keepdims=True)
 
-    def _weighted(self, shares: np.ndarray, hits: np.ndarray) -> np.ndarray:
-        return (shares * (hits / np.maximum(self._counts, 1))).sum(axis=1)
+    def _weighted(self, shares: np.ndarray, sums: Sums) -> np.ndarray:
+        own: np.ndarray = self._objective.metric_by_class(sums)[: shares.shape[1]]
+        return (shares * own).sum(axis=1)
 
-    def _before(self, evaluated: Evaluated, shares: np.ndarray) -> np.ndarray:
-        """Each judged client's accuracy of the global model: cut to its tier's budget, where it has one."""
-        hits: dict[str | None, np.ndarray] = {}
-        for chunk, correct, _ in evaluated:
-            if chunk.split == "test" and chunk.client is None:
-                hits[chunk.tier] = hits.get(chunk.tier, 0) + correct
-        accuracies = self._weighted(shares, hits[None])
+    def _before(self, parts: Mapping[Part, Sums], shares: np.ndarray) -> np.ndarray:
+        """What selects, of the global model on each client: cut to its tier's budget, if it has one."""
+        values = self._weighted(shares, parts["test", None, None])
         tiers = list(self._federation.config.devices.tiers)
         own = Devices(self._federation.config).tiers[self._judged] if tiers else None
         for index, tier in enumerate(tiers):
-            if tier in hits and own is not None:
-                accuracies[own == index] = self._weighted(shares[own == index], hits[tier])
-        return accuracies
+            if ("test", tier, None) in parts and own is not None:
+                values[own == index] = self._weighted(shares[own == index], parts["test", tier, None])
+        return values
 
     def _write(self, folder: RunFolder, round_number: int, before: np.ndarray, after: np.ndarray) -> None:
-        text = io.StringIO()
+        text, key = io.StringIO(), self._objective.selects.key
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["client", "samples", "accuracy", "accuracy_after", "round"])
+        writer.writerow(["client", "samples", key, f"{key}_after", "round"])
         sizes = self._federation.sizes_in(period_of(self._federation.config.shift, round_number))
         for client, one, other in zip(self._judged, before, after, strict=True):
             cells = ["" if np.isnan(value) else repr(float(value)) for value in (one, other)]
@@ -151,14 +152,15 @@ class ClientEvaluation:
         write_atomically(folder.path / "clients.csv", text.getvalue().encode())
 
 
-def _spread(accuracies: np.ndarray, suffix: str) -> dict[str, float]:
+def _spread(values: np.ndarray, selects: Measure, suffix: str) -> dict[str, float]:
     """Mean, standard deviation (of all clients, not of a sample) and mean of the worst tenth, rounded up."""
-    known = np.sort(accuracies[np.isfinite(accuracies)])
+    known = np.sort(values[np.isfinite(values)])
     if not len(known):
         return {}
-    worst = known[: -(-len(known) // 10)]
+    tenth = -(-len(known) // 10)
+    worst = known[-tenth:] if selects.better == "lower" else known[:tenth]
     return {
-        f"clients/accuracy_mean{suffix}": float(known.mean()),
-        f"clients/accuracy_std{suffix}": float(known.std()),
-        f"clients/accuracy_worst_decile{suffix}": float(worst.mean()),
+        f"clients/{selects.key}_mean{suffix}": float(known.mean()),
+        f"clients/{selects.key}_std{suffix}": float(known.std()),
+        f"clients/{selects.key}_worst_decile{suffix}": float(worst.mean()),
     }

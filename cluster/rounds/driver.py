@@ -27,7 +27,7 @@ from cluster.rounds.buffered import Buffered
 from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.ledger import Ledger, Line
-from cluster.rounds.metrics import Supports, evaluation_metrics, round_metrics, time_metrics
+from cluster.rounds.metrics import Supports, added_up, evaluation_metrics, round_metrics, time_metrics
 from cluster.rounds.schedule import Round, Schedule, Snapshot
 from cluster.rounds.setbacks import Setbacks
 from cluster.rounds.synchronous import Synchronous
@@ -78,7 +78,7 @@ class Driver:
         self._ending = False  # what is measured now is the run's last round
         found = standing(folder, config)
         take_up(folder, found)
-        self._ledger = Ledger(folder, config, found.lines, on_line)
+        self._ledger = Ledger(folder, config, found.lines, on_line, federation.objective.selects)
         self.state = self._initial_state() if found.checkpoint is None else self._restore(found.checkpoint)
 
     # ------------------------------------------------------------------------------------- the run
@@ -191,9 +191,9 @@ class Driver:
 
     def _evaluation(self, outcome: Outcome, round_number: int, *, last: bool) -> Line:
         """What was measured of a round's result: by all, and by each client where that is due."""
-        evaluated = outcome.evaluated()
-        measured = self._clients.metrics(self.folder, round_number, evaluated, last=last)
-        return evaluation_metrics(evaluated) | measured
+        parts = added_up(outcome.evaluated())
+        measured = self._clients.metrics(self.folder, round_number, parts, last=last)
+        return evaluation_metrics(self.federation.objective, parts) | measured
 
     def _complete_line(self, outcome: Outcome, round_number: int) -> None:
         """Store the line that waits for the evaluation that came with the round after it."""
@@ -256,7 +256,7 @@ class Driver:
         return stored.state
 
     def save_model(self) -> None:
-        """Write the effective weights, so that the plain module loads them and reproduces the accuracy."""
+        """Write the effective weights, with which the plain module reproduces the logged metrics."""
         effective = self.method.effective_weights(self.state.weights, self.layout)
         # Through the module, so that tied, frozen and integer tensors are there too and the load is strict.
         model = copy.deepcopy(self.federation.model)

@@ -11,13 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from algorithms import Total
 from cluster.clients.client import ClientHost
-from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
-
-Evaluated = list[tuple[EvaluationChunk, np.ndarray, float]]
+from cluster.exchange import Assignment, Broadcast, ClientReport, Evaluated, EvaluationChunk, HostSetup
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cluster.configuration.config import Config
+from cluster.measures import Measure
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.references import UserError
 from cluster.simulation.shift import shift_metrics
@@ -30,15 +31,21 @@ class Ledger:
         config: The configuration.
         lines: The lines that stand in it already.
         on_line: Called with each new line once it is stored.
+        selects: What rounds are selected by.
 
     Attributes:
         waiting: The last round's line, until its evaluation is in.
     """
 
     def __init__(
-        self, folder: RunFolder, config: Config, lines: Iterable[Line], on_line: Callable[[Line], None]
+        self,
+        folder: RunFolder,
+        config: Config,
+        lines: Iterable[Line],
+        on_line: Callable[[Line], None],
+        selects: Measure,
     ) -> None:
-        self._folder, self._config, self._on_line = folder, config, on_line
+        self._folder, self._config, self._on_line, self._selects = folder, config, on_line, selects
         self._lines = {line["round"]: line for line in lines}
         self._totals: dict[str, float] = {}
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
@@ -78,9 +85,13 @@ class Ledger:
         self._spent = {"log": log, "checkpoint": checkpoint}
 
     def best(self, rounds: Iterable[int], metric: str) -> int | None:
-        """Of some rounds the first one with the best value of a metric; None where none has one."""
+        """Of some rounds the first one with the best value of what selects, ``metric`` in a line.
+
+        None where none has one.
+        """
+        merit = self._selects.merit
         known = [number for number in rounds if self.value(number, metric) is not None]
-        return max(known, key=lambda number: (self.value(number, metric), -number), default=None)
+        return max(known, key=lambda number: (merit(self.value(number, metric)), -number), default=None)
 
     def dump(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, plain JSON values."""
@@ -92,7 +103,7 @@ class Ledger:
         self._totals, self.waiting = dict(stored["totals"]), stored["waiting"]
 
     def _store(self, line: Line) -> None:
-        line |= shift_metrics(self._config, self._lines, line)
+        line |= shift_metrics(self._config, self._lines, line, self._selects)
         number = line["round"]
         if number not in self._lines:
             self._folder.append_round(line)

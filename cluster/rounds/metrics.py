@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from algorithms import ParameterLayout, ServerState
 from algorithms.core.masks import consensus, intersection_over_union
-from cluster.exchange import EvaluationChunk
+from cluster.exchange import Evaluated
 from cluster.records.run_folder import finite
 from cluster.rounds.engine import Outcome
+from cluster.workload.objectives import Objective, Sums, added
 
 #: Rounds between the global models whose supports are compared.
 OVERLAP_ROUNDS = 10
@@ -111,7 +112,7 @@ def time_metrics(outcome: Outcome, actors: int) -> dict[str, Any]:
     return {
         "time/lost_actors": outcome.lost_actors,
         "time/actors": actors,
-        "time/clients_evaluate_s": sum(chunk.seconds for chunk, _, _ in outcome.evaluated()),
+        "time/clients_evaluate_s": sum(chunk.seconds for chunk, _ in outcome.evaluated()),
         **{f"time/{phase}_s": seconds for phase, seconds in outcome.seconds.items()},
         **{f"time/clients_{name}_s": float(s) for name, s in zip(names, phases, strict=True)},
     }
@@ -140,20 +141,29 @@ class Supports:
         return {f"masks/overlap_{OVERLAP_ROUNDS}": intersection_over_union(earlier, support)}
 
 
-def evaluation_metrics(evaluated: Sequence[tuple[EvaluationChunk, np.ndarray, float]]) -> dict[str, Any]:
-    """Accuracy and mean cross-entropy of each split, and accuracy at each tier's budget."""
+#: Whose model was evaluated on what: split, budget of which tier, after which client's local training.
+Part = tuple[str, str | None, int | None]
+
+
+def added_up(evaluated: Evaluated) -> dict[Part, Sums]:
+    """The sums over all chunks of each part, added in the order of their rows."""
+    parts: dict[Part, Sums] = {}
+    for chunk, sums in sorted(evaluated, key=lambda result: result[0].start):
+        part = (chunk.split, chunk.tier, chunk.client)
+        parts[part] = added(parts[part], sums) if part in parts else sums
+    return parts
+
+
+def evaluation_metrics(objective: Objective, parts: Mapping[Part, Sums]) -> dict[str, Any]:
+    """The objective's metrics on each split, and the one that selects at each tier's budget."""
     metrics: dict[str, Any] = {}
-    parts: dict[tuple[str, str | None], list[tuple[EvaluationChunk, np.ndarray, float]]] = {}
-    for part in evaluated:
-        if part[0].client is None:
-            parts.setdefault((part[0].split, part[0].tier), []).append(part)
-    for (split, tier), chunks in sorted(parts.items(), key=lambda item: str(item[0])):
-        rows = sum(chunk.stop - chunk.start for chunk, _, _ in chunks)
-        accuracy = sum(int(np.sum(correct)) for _, correct, _ in chunks) / rows
-        if tier is not None:
-            metrics[f"tiers/{tier}/accuracy"] = accuracy
+    for (split, tier, client), sums in sorted(parts.items(), key=lambda item: str(item[0])):
+        if client is not None:
             continue
-        in_order = sorted(chunks, key=lambda part: part[0].start)
-        metrics[f"{split}/accuracy"] = accuracy
-        metrics[f"{split}/loss"] = finite(sum(loss for _, _, loss in in_order) / rows)
+        measured = objective.metrics(sums)
+        if tier is not None:
+            metrics[f"tiers/{tier}/{objective.selects.key}"] = finite(measured[objective.selects.key])
+            continue
+        for measure in objective.measures:
+            metrics[f"{split}/{measure.key}"] = finite(measured[measure.key])
     return metrics

@@ -1,4 +1,4 @@
-"""Distribution shift: who holds which data from which round on, and what the change does to accuracy."""
+"""Distribution shift: who holds which data from which round on, and what the change does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from cluster.configuration.config import Config
 from cluster.configuration.sections import PartitionSection, ShiftSection
+from cluster.measures import Measure
 
 Line = Mapping[str, Any]
 
@@ -54,38 +55,43 @@ def rows_of(config: Config, period: int, kept: np.ndarray, labels: np.ndarray) -
     return kept[np.isin(labels[kept], present[places])]
 
 
-def shift_metrics(config: Config, stored: Mapping[int, Line], line: Line) -> dict[str, Any]:
-    """What the last shift has done to test accuracy by an evaluated round; nothing without shifts.
+def shift_metrics(config: Config, stored: Mapping[int, Line], line: Line, selects: Measure) -> dict[str, Any]:
+    """What the last shift has done, on test data, by an evaluated round; nothing without shifts.
 
     Args:
         config: The configuration.
         stored: Lines by round; only earlier ones that are evaluated in any run of ``config`` are looked at.
         line: The round's line.
+        selects: What is looked at, the accuracy of classes.
     """
     section, number = config.shift, line["round"]
     if section.round is None:
         return {}
     period = period_of(section, number)
     metrics: dict[str, Any] = {"shift/period": period}
-    accuracy: float | None = line.get("test/accuracy")
-    if period == 0 or accuracy is None:
+    key = f"test/{selects.key}"
+    now: float | None = line.get(key)
+    if period == 0 or now is None:
         return metrics
     first = first_round_of(section, period)
 
-    def accuracy_after(earlier: int) -> float | None:
+    def after(earlier: int) -> float | None:
         if earlier == number:
-            return accuracy
+            return now
         due = earlier % config.evaluate_every == 0
-        return stored.get(earlier, {}).get("test/accuracy") if due else None
+        return stored.get(earlier, {}).get(key) if due else None
 
-    evaluated = (known for r in range(first - 1, 0, -1) if (known := accuracy_after(r)) is not None)
+    evaluated = (known for r in range(first - 1, 0, -1) if (known := after(r)) is not None)
     before = next(evaluated, None)
     if before is None:
         return metrics
-    afterwards = ((r, accuracy_after(r)) for r in range(first, number + 1))
-    recovered = next((r for r, known in afterwards if known is not None and known >= before), None)
+    afterwards = ((r, after(r)) for r in range(first, number + 1))
+    wanted = selects.merit(before)
+    recovered = next(
+        (r for r, known in afterwards if known is not None and selects.merit(known) >= wanted), None
+    )
     return metrics | {
-        "shift/accuracy_before": before,
-        "shift/accuracy_change": accuracy - before,
+        f"shift/{selects.key}_before": before,
+        f"shift/{selects.key}_change": now - before,
         "shift/recovery_rounds": None if recovered is None else recovered - first + 1,
     }

@@ -15,11 +15,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cluster.references import UserError, did_you_mean, load_reference
+from cluster.workload.objectives import Objective, check_objective
 
 # Standard deviation of a standard normal cut at two sigma: dividing by it restores the variance asked for.
 TRUNCATED_NORMAL_DEVIATION = 0.87962566103423978
@@ -74,20 +76,24 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
     return model
 
 
-def check_model(model: nn.Module, name: str, images: torch.Tensor, classes: int) -> None:
-    """Run a few images through a model, to find before the first round what would end or spoil training.
+def check_model(
+    model: nn.Module, name: str, inputs: torch.Tensor, targets: np.ndarray, objective: Objective, count: int
+) -> None:
+    """Train a model for half a step, to find before the first round what would end or spoil training.
 
     Args:
         model: The plain model, on the CPU; it is left as it was.
         name: ``model.name``, for messages.
-        images: Model input, float32 [B, C, H, W].
-        classes: Number of classes.
+        inputs: Model inputs of a few samples, [B, ...].
+        targets: Their targets, [B, ...].
+        objective: What is learned.
+        count: Outputs for each target.
 
     Raises:
-        ModelError: Nothing is trained, the images do not pass, or what comes out are no logits that training
-            could improve.
+        ModelError: Nothing is trained, the inputs do not pass, what comes out is nothing that training could
+            improve, or the objective fails on it.
     """
-    place, shape = f"model.name = {name!r}", list(images.shape)
+    place, shape = f"model.name = {name!r}", list(inputs.shape)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"{place} has no parameter that is trained (requires_grad)")
@@ -95,31 +101,32 @@ def check_model(model: nn.Module, name: str, images: torch.Tensor, classes: int)
     try:
         # What the model draws at random must not shift what is drawn later.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            logits = model.eval()(images)
+            outputs = model.eval()(inputs)
     except Exception as error:  # whatever a model of one's own does
         steps = traceback.extract_tb(error.__traceback__)[1:]
         line = next((s for s in reversed(steps) if f"{os.sep}torch{os.sep}" not in s.filename), steps[-1])
         raise ModelError(
-            f"{place} fails on images of shape {shape}: {type(error).__name__}: "
+            f"{place} fails on inputs of shape {shape}: {type(error).__name__}: "
             f"{' '.join(str(error).split())} ({line.filename}, line {line.lineno})"
         ) from error
     finally:
         model.train(was_training)
-    wanted = f"expected logits, float32 [{len(images)}, {classes}]: one for each of the {classes} classes"
-    if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"{place} returns a value of type {type(logits).__name__}; {wanted}")
-    kind = str(logits.dtype).removeprefix("torch.")
-    found = f"{place} returns {kind} {list(logits.shape)} for images {shape}"
-    fits = logits.ndim == 2 and len(logits) == len(images) and logits.shape[1] >= classes
-    if not fits or not logits.is_floating_point():
+    expected = objective.shape(targets, count)
+    wanted = f"expected float32 {list(expected)}: {objective.outputs_are.format(count=count)}"
+    if not isinstance(outputs, torch.Tensor):
+        raise ModelError(f"{place} returns a value of type {type(outputs).__name__}; {wanted}")
+    kind = str(outputs.dtype).removeprefix("torch.")
+    found = f"{place} returns {kind} {list(outputs.shape)} for inputs {shape}"
+    if not objective.fits(tuple(outputs.shape), expected) or not outputs.is_floating_point():
         raise ModelError(f"{found}; {wanted}")
-    if not logits.isfinite().all():
-        wrong = logits[~logits.isfinite()][0].item()
-        raise ModelError(f"{place} returns {wrong} for images {shape} before any training")
-    if not logits.requires_grad:
+    if not outputs.isfinite().all():
+        wrong = outputs[~outputs.isfinite()][0].item()
+        raise ModelError(f"{place} returns {wrong} for inputs {shape} before any training")
+    if not outputs.requires_grad:
         raise ModelError(
             f"{place}: what it returns depends on none of its parameters; nothing can be learned"
         )
+    check_objective(objective, outputs, torch.from_numpy(np.array(targets)))
 
 
 def initialise(model: nn.Module, seed: int) -> None:

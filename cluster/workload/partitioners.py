@@ -42,6 +42,11 @@ class PartitionError(UserError):
 class Partitioner:
     """A way to divide samples. No sample goes to two clients, and every client gets at least one."""
 
+    @property
+    def by_class(self) -> bool:
+        """Whether it looks at labels. Where the objective has no classes, only what does not is allowed."""
+        return True
+
     def divide(
         self,
         labels: np.ndarray,
@@ -186,6 +191,8 @@ def _renormalise(probabilities: np.ndarray, stock: np.ndarray) -> np.ndarray:
 class Iid(Partitioner):
     """All samples, uniformly, with sizes that differ by at most one."""
 
+    by_class = False
+
     def owners(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> np.ndarray:
@@ -256,6 +263,8 @@ class Natural(Partitioner):
     and dealt round-robin.
     """
 
+    by_class = False
+
     def owners(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> np.ndarray:
@@ -288,6 +297,11 @@ class Sampled(Partitioner):
         1.0, "concentration of a client's classes; null: those of the data", above=0.0
     )
     samples_per_client: int = hyperparameter(50, "samples that a client draws", low=1)
+
+    @property
+    def by_class(self) -> bool:
+        """See :class:`Partitioner`."""
+        return self.alpha is not None
 
     def divide(
         self,

@@ -42,7 +42,7 @@ class Pool:
         if call.method == "evaluate" and self.deadly in call.chunks:
             self.lost_under.append(call.chunks)
             raise ray.exceptions.ActorDiedError
-        return [(chunk, np.zeros(2, np.int64), 0.0) for chunk in call.chunks]
+        return [(chunk, {"loss": 0.0}) for chunk in call.chunks]
 
     def lost(self, actor):
         return self.down.setdefault(actor, 0.0) == 0.0
@@ -65,7 +65,7 @@ def evaluated(monkeypatch):
         broadcast = SimpleNamespace(instructions=SimpleNamespace(round=5))
         rounds = Rounds(crew)
         rounds.start(broadcast, [], CENTRAL + TRAINED)
-        return pool, {chunk for chunk, _, _ in rounds.finish().evaluated()}
+        return pool, {chunk for chunk, _ in rounds.finish().evaluated()}
 
     return evaluate
 
@@ -201,7 +201,7 @@ def test_the_evaluation_goes_on_while_the_next_round_is_played(scripted):
     rounds.start(round_(2), tasks(1), CENTRAL)
     assert len(pool.asked) == 4  # no room yet
     evaluated = outcome.evaluated()
-    assert {chunk.start for chunk, _, _ in evaluated} == {0, 5, 10, 15}
+    assert {chunk.start for chunk, _ in evaluated} == {0, 5, 10, 15}
     assert outcome.evaluated() is evaluated
     asked = [method for _, method, _ in pool.asked[4:]]
     assert asked[0] == "play"

@@ -1,6 +1,7 @@
 """Each client is judged on its own mix of classes, and training does not notice."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 from cluster.clients.local_training import Trainer, to_input
 from cluster.configuration.trees import ConfigError
-from cluster.exchange import ClientError, EvaluationChunk
+from cluster.exchange import ClientError
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.rounds.client_evaluation import ClientEvaluation, _spread
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
+from cluster.workload.objectives import Classification
 from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -53,12 +55,16 @@ def test_spread_by_hand():
     accuracies = np.array([0.1, *[0.55] * 9, 0.0])
     expected = {"mean": 101 / 220, "std": np.sqrt((0.01 + 9 * 0.3025) / 11 - (101 / 220) ** 2)}
     expected["worst_decile"] = (0.0 + 0.1) / 2
-    found = _spread(accuracies, "_after")
+    selects = Classification().selects
+    found = _spread(accuracies, selects, "_after")
     assert found == pytest.approx({f"clients/accuracy_{key}_after": value for key, value in expected.items()})
     assert (
-        _spread(np.array([np.nan, 0.5]), "")["clients/accuracy_mean"] == 0.5
+        _spread(np.array([np.nan, 0.5]), selects, "")["clients/accuracy_mean"] == 0.5
     )  # one that nothing is known of
-    assert _spread(np.array([np.nan]), "") == {}
+    assert _spread(np.array([np.nan]), selects, "") == {}
+    errors = _spread(accuracies, replace(selects, key="rmse", better="lower"), "")
+    # The worst are the largest.
+    assert errors["clients/rmse_worst_decile"] == 0.55
 
 
 @pytest.mark.parametrize(
@@ -167,15 +173,16 @@ def test_a_class_without_test_images_does_not_count_and_a_tier_is_judged_at_its_
     counts = np.bincount(federation.dataset.test.targets)
     # As if class 0 had no test image: every other class is always right on whole models, never on weak ones.
     evaluation.__dict__["_counts"] = np.where(np.arange(len(counts)) == 0, 0, counts)
-    right = evaluation._counts.astype(np.int64)
-    evaluated = [
-        (EvaluationChunk("test", 0, 1), right, 0.0),
-        (EvaluationChunk("val", 0, 1), right * 7, 0.0),
-        (EvaluationChunk("test", 0, 1, "weak"), right * 0, 0.0),
-        (EvaluationChunk("test", 0, 1, "strong"), right, 0.0),
-    ]
+    counts = np.append(evaluation._counts, 0)  # a model may have more logits than there are classes
+    right, wrong = ({"samples": counts, "correct": counts * factor, "loss": 0.0} for factor in (1, 0))
+    parts = {
+        ("test", None, None): right,
+        ("val", None, None): wrong,
+        ("test", "weak", None): wrong,
+        ("test", "strong", None): right,
+    }
     folder = RunFolder.create(tmp_path / "run", config)
-    metrics = evaluation.metrics(folder, 1, evaluated, last=False)
+    metrics = evaluation.metrics(folder, 1, parts, last=False)
     assert sorted(float(row["accuracy"]) for row in rows_of(tmp_path / "run")) == [0, 0, 0, 1, 1, 1]
     assert metrics["clients/accuracy_mean"] == 0.5
     assert metrics["clients/accuracy_std"] == 0.5

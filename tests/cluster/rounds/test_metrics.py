@@ -8,7 +8,8 @@ from torch import nn
 from algorithms import Grid, ParameterLayout, ServerState, Total
 from cluster.exchange import ClientReport, EvaluationChunk
 from cluster.rounds.engine import Outcome
-from cluster.rounds.metrics import Downlink, evaluation_metrics, round_metrics
+from cluster.rounds.metrics import Downlink, added_up, evaluation_metrics, round_metrics
+from cluster.workload.objectives import Classification
 
 # Two layers of 4 and 2 prunable weights; 3 biases.
 LAYOUT = ParameterLayout.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
@@ -104,19 +105,30 @@ def test_two_empty_masks_have_no_overlap():
     assert measure([report(0)], total([0] * 6), before=[0] * 6, after=[0] * 6)["masks/overlap"] is None
 
 
+def sums(correct, samples, loss):
+    return {"correct": np.array([0, correct]), "samples": np.array([1, samples - 1]), "loss": loss}
+
+
 def test_chunks_in_any_order_give_the_same_bits():
     chunks = [
-        (EvaluationChunk("test", 0, 4), 3, 0.1),
-        (EvaluationChunk("test", 4, 8), 1, 0.2),
-        (EvaluationChunk("test", 8, 10), 2, 0.3),
-        (EvaluationChunk("val", 0, 5), 5, 0.5),
+        (EvaluationChunk("test", 0, 4), sums(3, 4, 0.1)),
+        (EvaluationChunk("test", 4, 8), sums(1, 4, 0.2)),
+        (EvaluationChunk("test", 8, 10), sums(2, 2, 0.3)),
+        (EvaluationChunk("val", 0, 5), sums(5, 5, 0.5)),
     ]
-    metrics = evaluation_metrics(chunks)
+
+    def measured(chunks):
+        return evaluation_metrics(Classification(), added_up(chunks))
+
+    metrics = measured(chunks)
+    assert list(metrics) == ["test/accuracy", "test/loss", "val/accuracy", "val/loss"]
     assert metrics["test/accuracy"] == 6 / 10
     assert metrics["test/loss"] == ((0.1 + 0.2) + 0.3) / 10
     assert metrics["val/accuracy"] == 1.0
-    assert evaluation_metrics(chunks[::-1]) == metrics
-    tier = (EvaluationChunk("test", 0, 10, "weak"), 4, 0.9)
-    assert evaluation_metrics([*chunks, tier]) == metrics | {"tiers/weak/accuracy": 0.4}
-    assert evaluation_metrics([]) == {}
-    assert evaluation_metrics([(EvaluationChunk("test", 0, 1), 0, float("inf"))])["test/loss"] is None
+    assert measured(chunks[::-1]) == metrics
+    tier = (EvaluationChunk("test", 0, 10, "weak"), sums(4, 10, 0.9))
+    client = (EvaluationChunk("test", 0, 10, client=3), sums(0, 10, 9.0))
+    assert measured([*chunks, tier, client]) == metrics | {"tiers/weak/accuracy": 0.4}
+    assert measured([]) == {}
+    infinite = (EvaluationChunk("test", 0, 1), sums(0, 1, float("inf")))
+    assert measured([infinite])["test/loss"] is None

@@ -8,11 +8,14 @@ from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
 from cluster.simulation.shift import first_round_of, partition_of, period_of, rows_of, shift_metrics
+from cluster.workload.objectives import Classification
 from cluster.workload.partitioners import PartitionError
 from tests.cluster.records.interrupted_runs import assert_same_run, drive
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+
+ACCURACY = Classification().selects
 
 
 def shifted(cache, rounds=6, **shift):
@@ -84,7 +87,7 @@ def test_metrics_by_hand(cache):
     config = shifted(cache, rounds=20, round=4, every=10)
     accuracy = {1: 0.2, 2: 0.5, 3: 0.6, 4: 0.3, 5: 0.5, 6: 0.61, 7: 0.4, 13: 0.7, 14: 0.2}
     stored = {number: {"round": number, "test/accuracy": value} for number, value in accuracy.items()}
-    found = {number: shift_metrics(config, stored, stored[number]) for number in stored}
+    found = {number: shift_metrics(config, stored, stored[number], ACCURACY) for number in stored}
     assert found[3] == {"shift/period": 0}
     assert found[4] == {
         "shift/period": 1,
@@ -98,8 +101,8 @@ def test_metrics_by_hand(cache):
     assert found[14]["shift/accuracy_before"] == 0.7
     assert found[14]["shift/accuracy_change"] == pytest.approx(-0.5)
     # Rounds computed again know later lines, and must not use them.
-    assert shift_metrics(config, {5: stored[5]} | stored, stored[5]) == found[5]
-    assert shift_metrics(config, stored, {"round": 8}) == {"shift/period": 1}  # not evaluated
+    assert shift_metrics(config, {5: stored[5]} | stored, stored[5], ACCURACY) == found[5]
+    assert shift_metrics(config, stored, {"round": 8}, ACCURACY) == {"shift/period": 1}  # not evaluated
 
 
 def test_resume_across_a_shift(cache, tmp_path):

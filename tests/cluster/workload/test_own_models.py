@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from algorithms.core.parameters import prunable_layers
 from cluster.federation import Federation
 from cluster.flops import LayerFlops
 from cluster.workload.models import ModelError, check_model
+from cluster.workload.objectives import Classification
 from tests.tiny_experiment import tiny_federation
 
 IMAGES = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
@@ -29,6 +31,10 @@ class Returns(nn.Module):
         return self.change(self.net(images))
 
 
+def check(model):
+    check_model(model, "mine:m", IMAGES, np.zeros(len(IMAGES), np.int64), Classification(), 3)
+
+
 def crash(logits):
     return logits.reshape(5, 7)
 
@@ -40,35 +46,35 @@ def frozen():
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (Returns(lambda logits: (logits, None)), r"a value of type tuple; expected logits, float32 \[2, 3\]"),
+        (Returns(lambda logits: (logits, None)), r"a value of type tuple; expected float32 \[2, 3\]: logits"),
         (Returns(lambda logits: {"logits": logits}), "returns a value of type dict"),
         (Returns(lambda logits: None), "returns a value of type NoneType"),
-        (Returns(lambda logits: logits, classes=2), r"float32 \[2, 2\] for images \[2, 1, 8, 8\]; expected"),
+        (Returns(lambda logits: logits, classes=2), r"float32 \[2, 2\] for inputs \[2, 1, 8, 8\]; expected"),
         (Returns(lambda logits: logits.sum(1)), r"returns float32 \[2\]"),
         (Returns(lambda logits: logits[None]), r"returns float32 \[1, 2, 3\]"),
         (Returns(lambda logits: logits.argmax(1, keepdim=True).repeat(1, 3)), r"returns int64 \[2, 3\]"),
         (Returns(lambda logits: logits.detach()), "depends on none of its parameters"),
         (Returns(torch.zeros_like), "depends on none of its parameters"),
-        (Returns(lambda logits: logits * math.nan), "returns nan for images .* before any training"),
-        (Returns(lambda logits: logits / 0.0), "returns -?inf for images"),
+        (Returns(lambda logits: logits * math.nan), "returns nan for inputs .* before any training"),
+        (Returns(lambda logits: logits / 0.0), "returns -?inf for inputs"),
         (frozen(), "no parameter that is trained"),
-        (Returns(crash), r"fails on images of shape \[2, 1, 8, 8\]: Runt.*test_own_models.py, line 33"),
+        (Returns(crash), r"fails on inputs of shape \[2, 1, 8, 8\]: Runt.*test_own_models.py, line 39"),
         (nn.Sequential(nn.Flatten(), nn.Linear(63, 3)), "fails on .*RuntimeError: mat1 and mat2 shapes"),
     ],
 )  # fmt: skip
 def test_what_a_forward_pass_can_tell(model, match):
     with pytest.raises(ModelError, match=r"^model.name = 'mine:m'.*" + match):
-        check_model(model, "mine:m", IMAGES, 3)
+        check(model)
 
 
 def test_a_check_leaves_no_trace():
     model = Returns(lambda logits: logits + nn.functional.dropout(torch.ones(()), 0.5, True)).train()
     before = torch.random.get_rng_state()
-    check_model(model, "mine:m", IMAGES, 3)
+    check(model)
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
-    check_model(Returns(lambda logits: logits, classes=5), "mine:m", IMAGES, 3)  # more logits are only waste
+    check(Returns(lambda logits: logits, classes=5))  # more logits are only waste
 
 
 # --- attention

@@ -154,7 +154,7 @@ class Algorithm:
         if self.uploads_differences:
             # Of the trained parameters only: float buffers are sent as they are and take the plain mean.
             mean[:trained] += state.weights[:trained]
-        weights = torch.cat([mean, state.weights[len(mean) :]])
+        weights = torch.cat([mean[: layout.model_size], state.weights[layout.model_size :]])
         if layout.carried:
             means = layout.split(mean, layout.both + layout.up)
             own = layout.split(weights, layout.carried)

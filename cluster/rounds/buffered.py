@@ -98,6 +98,7 @@ class Buffered(Schedule):
         section = self.config.schedule
         self._size = section.buffer or self.config.cohort
         self._places = section.concurrency or 2 * self._size
+        self._keeps = bool(method.keeps(federation.layout))
         self._sequence = 0
         self._flights: dict[int, Flight] = {}  # by sequence
         self._parcels: dict[int, Parcel] = {}  # by version
@@ -207,7 +208,7 @@ class Buffered(Schedule):
         step = self._step
         now = self.clock.now
         blocked = {flight.assignment.client for flight in self._flights.values()}
-        blocked |= {assignment.client for assignment in step.asked}
+        blocked |= self._met()
         if len(blocked) == self.config.partition.clients:
             return None
         rng = seeding.generator(self.config.seed, "cohort", self._sequence, int(now))
@@ -220,10 +221,18 @@ class Buffered(Schedule):
                 step.unavailable += 1
         return None
 
+    def _met(self) -> set[int]:
+        """Clients that are not asked again in this step."""
+        asked = {assignment.client for assignment in self._step.asked}
+        if not self._keeps:
+            return asked
+        # Whether what one sent is refused, hence what it keeps, is known once the step is made.
+        return asked | {flight.assignment.client for flight in self._step.arrived}
+
     def _wait(self) -> None:
         """Nobody is in flight and nobody could be asked: try again later."""
         step = self._step
-        if len({assignment.client for assignment in step.asked}) == self.config.partition.clients:
+        if len(self._met()) == self.config.partition.clients:
             raise SamplerError(
                 f"all {len(step.asked)} clients were asked in round {step.state.round + 1} and "
                 f"{len(step.arrived)} answered, of {self._size} that a server step needs; "

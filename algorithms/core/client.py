@@ -80,6 +80,7 @@ class Visit:
         workbench: What computes.
         chosen: Rows of the batch in hand, int64[batch].
         step: Steps done.
+        lr_sum: Sum of their learning rates.
         kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
             before its first. What stands here at the end is kept.
     """
@@ -103,6 +104,7 @@ class Visit:
     workbench: Workbench
     chosen: Tensor
     step: int = 0
+    lr_sum: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -150,6 +152,7 @@ class Visit:
         """One local step along ``gradient``; weight decay and the proximal term come on top."""
         self.workbench.descend(self)
         self.step += 1
+        self.lr_sum += self.lr
 
     def draw(self) -> Tensor:
         """Rows of one more batch, int64[batch], from the stream that orders the batches."""

@@ -36,6 +36,8 @@ def config(place, **more):
         "execution": "ray",
         "address": "auto",
         "client_timeout_s": 10.0,
+        # Clients that keep states and carry floats, so that a lost actor, node or driver could lose them.
+        "algorithm": {"name": "tests.keeping_method:Keeping"},
     }
     return tiny_federation(place, **(usual | more))
 

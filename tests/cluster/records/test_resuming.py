@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import cluster
-from cluster import execution
 from cluster.federation import Federation
 from cluster.records import resuming
 from cluster.records.checkpoint import CheckpointError, list_rounds, read_meta
 from cluster.records.resuming import ChangedError
 from cluster.records.run_folder import RunFolder, RunFolderError
+from cluster.rounds import conduct
 from tests import tiny_experiment
 from tests.cluster.records.interrupted_runs import assert_same_run, drive, federated
 
@@ -150,7 +150,7 @@ def test_a_configuration_that_was_cut_short_is_not_taken_for_a_short_one(interru
 def test_a_tracking_server_that_is_away_does_not_keep_a_run_from_going_on(
     cache, tmp_path, undisturbed, monkeypatch, fast_tracking
 ):
-    monkeypatch.setattr(execution, "TRACKING_DEADLINE_S", 0.5)
+    monkeypatch.setattr(conduct, "TRACKING_DEADLINE_S", 0.5)
     config = federated(cache, tracking={"enabled": True, "uri": "http://127.0.0.1:9"})
     folder = RunFolder.create(tmp_path / "run", config)
     drive(folder, Federation.of(config), killed_at=4)
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_version_is_one_line(change, message, interrupte
     from safetensors import safe_open
     from safetensors.torch import save
 
-    from cluster.records.checkpoint import _checksum
+    from cluster.records.checkpoint import checksum
 
     path = interrupted.checkpoints / "round-000004.safetensors"
     with safe_open(path, framework="pt") as stored:
@@ -194,6 +194,6 @@ def test_a_checkpoint_of_another_version_is_one_line(change, message, interrupte
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     change(meta)
     text = json.dumps(meta)
-    path.write_bytes(save(tensors, {"meta": text, "sha256": _checksum(tensors, text)}))
+    path.write_bytes(save(tensors, {"meta": text, "sha256": checksum(tensors, text)}))
     with pytest.raises(CheckpointError, match=message):
         cluster.resume(interrupted.path)

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 import cluster
-from cluster import execution
 from cluster.cli import main
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.records.shared_storage import SharedStorage, StorageError
+from cluster.rounds.driver import Driver
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -71,9 +71,9 @@ def test_a_killed_run_is_resumed_from_its_last_copied_checkpoint(shared, tmp_pat
         raise KeyboardInterrupt
 
     settings = config(tmp_path, checkpoint_uri=shared)
-    original = execution.Driver.checkpoint
+    original = Driver.checkpoint
     monkeypatch.setattr(
-        execution.Driver,
+        Driver,
         "checkpoint",
         lambda self, held: original(self, held) if self.state.round < 4 else killed(self, held),
     )

@@ -102,7 +102,7 @@ def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> I
         cores = os.cpu_count() or 1
         actors = config.actors or max(1, min(config.cohort, int(cores / config.cpus_per_actor)))
         arguments = private_cluster(model_size, actors)
-    user_code = any(_is_user_code(each) for each in (config, *also))
+    user_code = any(each.references for each in (config, *also))
     if not local and user_code and not _job_ships_code():
         arguments["runtime_env"] = {"working_dir": str(Path.cwd())}
     with connection(config.address, **arguments):
@@ -292,8 +292,3 @@ def _job_ships_code() -> bool:
     """Whether this is a job that was submitted with a working directory, beside which Ray takes no other."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return "working_dir" in (job.get("runtime_env") or {})
-
-
-def _is_user_code(config: Config) -> bool:
-    choices = (config.algorithm, config.model, config.data, config.sampler)
-    return any(":" in choice.name for choice in choices)

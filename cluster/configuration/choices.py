@@ -41,6 +41,7 @@ class Kind:
 _OBJECTIVES = "cluster.workload.objectives"
 _PARTITIONERS = "cluster.workload.partitioners"
 _SAMPLERS = "cluster.simulation.samplers"
+_NETWORKS = "cluster.workload.networks"
 _AVAILABILITY = "cluster.simulation.availability"
 
 #: Every section that has a ``name``.
@@ -84,7 +85,15 @@ KINDS: dict[str, Kind] = {
             "trace": f"{_AVAILABILITY}:Trace",
         },
     ),
-    "model": Kind("the network", "", {}),
+    "model": Kind(
+        "the network",
+        "cluster.workload.architecture:Architecture",
+        {
+            "small_cnn": f"{_NETWORKS}:SmallCNN",
+            "resnet18": f"{_NETWORKS}:ResNet18",
+            "mlp": f"{_NETWORKS}:MLP",
+        },
+    ),
     "data": Kind("the data set", "", {}, ("validation", "cache")),
     "schedule": Kind("when the server takes updates in", "", {}),
 }
@@ -266,6 +275,8 @@ def checked(parameter: Hyperparameter, value: Any) -> Any:
     if parameter.kind == "ints":
         if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
             raise ChoiceError(f"expected a list of whole numbers, found {value!r}")
+        for item in value:
+            _check_range(parameter, item)
         return tuple(value)
     if parameter.kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -278,13 +289,17 @@ def checked(parameter: Hyperparameter, value: Any) -> Any:
             f"{value!r} is none of {', '.join(map(str, parameter.choices))}"
             + (f"; did you mean {near}?" if near else "")
         )
+    _check_range(parameter, value)
+    return value
+
+
+def _check_range(parameter: Hyperparameter, value: Any) -> None:
     low, high, above = parameter.low, parameter.high, parameter.above
     if above is not None and not above < value < math.inf:
         raise ChoiceError(f"{value!r} is out of range; allowed: a finite number above {above:g}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise ChoiceError(f"{value!r} is out of range; allowed: {allowed}")
-    return value
 
 
 def values_of(built: Any) -> dict[str, Any]:

@@ -88,6 +88,14 @@ _ADDED = {
 }
 
 
+class _InOwnCode(Exception):
+    """Carries what a user's own code raised out of the validation."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 #: Sections that keep what they are given; the others hold every key of their choice, as they did in 0.1.
 _AS_GIVEN = ("algorithm", "server", "model")
 
@@ -157,6 +165,8 @@ class Config(Section):
                         choice.fill(values_of(built))
             except ChoiceError as error:
                 problems.append(str(error))
+            except (ValueError, AssertionError) as error:
+                raise _InOwnCode(error) from error  # pydantic would make it a mistake of the configuration
         if self.precision == "tf32" and not self.gpus_per_actor:
             problems.append(
                 "precision: tf32 is arithmetic of GPUs; set gpus_per_actor above 0, or precision=float32"
@@ -194,6 +204,7 @@ class Config(Section):
         yield "algorithm", self.algorithm, lambda: self.method
         yield "server", self.server, self.build_server
         yield "sampler", self.sampler, self.build_sampler
+        yield "model", self.model, self.build_model
         yield "partition", self.partition, self.build_partitioner
         yield "objective", self.objective, self.build_objective
         for name, tier in self.devices.tiers.items():
@@ -323,6 +334,10 @@ class Config(Section):
         """How the training data is divided among clients, before any shift."""
         return self._build("partition")
 
+    def build_model(self) -> Any:
+        """The architecture of the network with its options."""
+        return self._build("model")
+
     def build_availability(self, tier: str) -> Any:
         """When a tier's devices can be asked to train."""
         choice = self.devices.kinds[tier].availability
@@ -440,6 +455,8 @@ def validate(tree: Mapping[str, Any], *, inert: bool = False) -> Config:
     """
     try:
         return Config.model_validate(dict(tree), context={"inert": inert})
+    except _InOwnCode as raised:
+        raise raised.error from None
     except ValidationError as error:
         raise ConfigError(in_plain_words(error, Config)) from None
 

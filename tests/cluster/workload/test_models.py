@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.workload.models import MODELS, ModelError, build, initialise
+from cluster.configuration.choices import ChoiceError, names
+from cluster.workload.models import ModelError, build, initialise
 
 DIGITS = (1, 8, 8)
 CIFAR = (3, 32, 32)
@@ -83,12 +84,12 @@ def test_resnet18_is_the_published_one():
 
 
 def test_no_activation_is_changed_in_place():
-    for name in MODELS:
+    for name in names("model"):
         for module in build(name, input_shape=CIFAR, classes=2, seed=1).modules():
             assert not getattr(module, "inplace", False)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", names("model"))
 def test_weights_depend_on_the_seed_alone(name):
     torch.manual_seed(5)
     one = state(build(name, input_shape=CIFAR, classes=10, seed=1))
@@ -139,24 +140,32 @@ def test_initialise_resets_norms_and_keeps_the_rest():
         (
             "resnet81",
             {},
-            "'resnet81' is unknown; allowed are mlp, resnet18, small_cnn.*did you mean resnet18",
+            "'resnet81' is unknown; allowed are small_cnn, resnet18, mlp.*did you mean resnet18",
         ),
-        ("small_cnn", {"chanels": [1, 2]}, "model.chanels is no option.*did you mean channels"),
-        ("mlp", {"norm": "batch"}, "model.norm is no option of 'mlp'; allowed are hidden"),
+        (
+            "small_cnn",
+            {"chanels": [1, 2]},
+            "small_cnn has no such field; .*did you mean channels",
+        ),
+        (
+            "mlp",
+            {"norm": "batch"},
+            "mlp has no such field; its fields: hidden; norm belongs to small_cnn",
+        ),
         (
             "small_cnn",
             {"norm": "grup"},
-            "'grup' is unknown; allowed are group, batch, none; did you mean group",
+            "model.norm: 'grup' is none of group, batch, none; did you mean group",
         ),
         ("small_cnn", {"groups": 7}, "groups = 7 does not divide a layer's 64 channels"),
-        ("small_cnn", {"groups": 0}, "groups = 0 does not divide"),
+        ("small_cnn", {"groups": 0}, "model.groups: 0 is out of range; allowed: 1 to inf"),
         ("small_cnn", {"channels": [8]}, "two numbers"),
-        ("small_cnn", {"hidden": 0}, "every width must be at least 1"),
+        ("small_cnn", {"hidden": 0}, "model.hidden: 0 is out of range; allowed: 1 to inf"),
         ("small_cnn", {"input_shape": (1, 3, 9)}, "at least 4x4 pixels, images have 3x9"),
-        ("resnet18", {"stem": "cifer"}, "allowed are cifar, imagenet; did you mean cifar"),
-        ("resnet18", {"width": -1}, "every width must be at least 1"),
+        ("resnet18", {"stem": "cifer"}, "'cifer' is none of cifar, imagenet; did you mean cifar"),
+        ("resnet18", {"width": -1}, "model.width: -1 is out of range"),
         ("resnet18", {"norm": "group", "width": 3}, "does not divide a layer's 3 channels"),
-        ("mlp", {"hidden": [5, 0]}, "every width must be at least 1"),
+        ("mlp", {"hidden": [5, 0]}, "model.hidden: 0 is out of range"),
         ("my_models:Tny", {}, "has no 'Tny'; did you mean Tiny"),
         ("my_models:Tiny", {"wide": 3}, "model.wide is no option.*allowed are width; did you mean width"),
         ("my_models:nothing", {}, "returned int, not a torch.nn.Module"),
@@ -164,7 +173,7 @@ def test_initialise_resets_norms_and_keeps_the_rest():
     ],
 )
 def test_impossible_models_say_why(own_models, name, options, match):
-    with pytest.raises(ModelError, match=match):
+    with pytest.raises((ChoiceError, ModelError), match=match):
         build(name, **({"input_shape": DIGITS, "classes": 10, "seed": 1} | options))
 
 

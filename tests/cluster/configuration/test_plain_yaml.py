@@ -88,7 +88,8 @@ def test_text_in_lists_and_files_is_what_was_written(tmp_path):
     assert config.model.options["hidden"] == 16
     assert type(config.model.options["hidden"]) is int
     assert config.local.lr == 0.001
-    assert resolve("quickstart", [f"model.name={__name__}:own", "model.bias=no"]).model.options == {"bias": False}
+    config = resolve("quickstart", [f"model.name={__name__}:own", "model.bias=no"])
+    assert config.model.options == {"bias": False}
 
 
 def own(*, input_shape, classes, bias=True):

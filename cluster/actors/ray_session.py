@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,25 +230,53 @@ def _ended_with_us(before: set[int]) -> Iterator[None]:
 
 
 def _check_answer(address: str, timeout_s: float = 5.0) -> None:
-    """Refuse a ``host:port`` where no Ray listens; Ray itself would try for minutes."""
+    """Refuse a cluster that is not there or takes no call of ours; Ray itself would try for half a minute."""
+    from ray._private import services
+
     place = address.removeprefix("ray://")
+    if address == "auto":  # where none is found, or it is written otherwise, Ray says so
+        with suppress(ValueError):
+            place = services.canonicalize_bootstrap_address(address) or address
     host, colon, port = place.rpartition(":")
     if not colon:
         return  # local, auto
     import grpc
 
+    known = True
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
         if os.environ.get("RAY_USE_TLS", "0") == "0":
             # Another server, such as the dashboard's, takes the connection but does not speak Ray's protocol.
             with grpc.insecure_channel(place) as channel:
                 grpc.channel_ready_future(channel).result(timeout=timeout_s)
+                known = _knows_our_token(channel, timeout_s)
     except (OSError, ValueError, OverflowError, grpc.FutureTimeoutError) as error:
         reason = str(error) or "something else listens there"
         raise ClusterError(
             f"address: no Ray cluster answers at {address!r} ({reason}); "
             "start one with `ray start --head` (port 6379), or use address=local"
         ) from None
+    if not known:
+        raise ClusterError(
+            f"address: the Ray cluster at {address!r} wants its token: set RAY_AUTH_MODE=token, and have the "
+            "token in ~/.ray/auth_token or in a file that RAY_AUTH_TOKEN_PATH names"
+        )
+
+
+def _knows_our_token(channel: Any, timeout_s: float) -> bool:
+    """False where a cluster demands another token than this process has, or this process has lost its own."""
+    import grpc
+    from ray._private.authentication import grpc_authentication_client_interceptor as ours
+    from ray.exceptions import AuthenticationError
+
+    channel = grpc.intercept_channel(channel, ours.SyncAuthenticationMetadataClientInterceptor())
+    try:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=timeout_s)
+    except AuthenticationError:
+        return False
+    except grpc.RpcError as error:  # what else there is to say of it Ray says better
+        return bool(error.code() is not grpc.StatusCode.UNAUTHENTICATED)
+    return True
 
 
 def _decode_on_every_node(config: Config, expected: Path) -> None:

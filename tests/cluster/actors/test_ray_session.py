@@ -1,13 +1,17 @@
 """What a cluster is asked for before anything runs on it; no Ray is started here."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import ray
+from ray._private.authentication import grpc_authentication_client_interceptor as interceptor
 
 from cluster.actors import ray_session
+from cluster.actors.ray_session import ClusterError
 from cluster.references import DataError
 from tests.tiny_experiment import tiny_federation
 
@@ -88,3 +92,53 @@ def test_a_private_ray_that_does_not_start_is_one_line(monkeypatch):
         ray_session.connection("local"),
     ):
         pass
+
+
+@pytest.fixture
+def guarded():
+    """The address of a server that answers as the head of a cluster with a token does."""
+
+    class Head(grpc.GenericRpcHandler):
+        def service(self, call):
+            def answer(request, context):
+                if ("authorization", "Bearer right") not in map(tuple, context.invocation_metadata()):
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+                if call.method != "/ray.rpc.NodeInfoGcsService/GetClusterId":
+                    context.abort(grpc.StatusCode.UNIMPLEMENTED, call.method)
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Head()])
+    port = server.add_insecure_port("0.0.0.0:0")  # Ray makes a reachable address of a loopback one
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def missing_token():
+    """What Ray's loader does where RAY_AUTH_MODE=token is set and no token is found."""
+    raise ray.exceptions.AuthenticationError("no token")
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        (lambda: (), False),
+        (missing_token, False),
+        (lambda: (("authorization", "Bearer wrong"),), False),
+        (lambda: (("authorization", "Bearer right"),), True),
+    ],
+    ids=["none", "lost", "wrong", "right"],
+)
+def test_a_cluster_that_wants_its_token_says_so_at_once(guarded, monkeypatch, given, known, auto):
+    # Ray reads its settings once a process, so what it makes of them is given here.
+    monkeypatch.setattr(interceptor, "_get_authentication_metadata_tuple", given)
+    monkeypatch.setenv("RAY_ADDRESS", guarded)
+    address = "auto" if auto else guarded
+    if known:
+        ray_session._check_answer(address)
+        return
+    with pytest.raises(ClusterError, match=f"the Ray cluster at '{address}' wants its token: set RAY_AUTH_M"):
+        ray_session._check_answer(address)

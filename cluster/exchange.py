@@ -11,6 +11,7 @@ import numpy as np
 
 from algorithms import Instructions
 from cluster.configuration.config import Config
+from cluster.measured import Measured
 from cluster.references import UserError
 from cluster.simulation.clock import Device
 from cluster.workload.objectives import Sums
@@ -70,19 +71,12 @@ class ClientReport:
     """
 
     client: int
-    samples: int
-    steps: int
-    loss: float
+    measured: Measured
     seconds: float
     phases: tuple[float, float, float, float]  # train, encode, decode, fold in seconds
     uplink_bytes: int
     uplink_nonzero_bytes: int
     upload_density: float
-    regrown_before_cut: int
-    regrown: int
-    deactivated: int
-    flops_dense: float
-    flops_sparse: np.ndarray
     refused: str | None
     visit_s: float = math.inf
     late: bool = False
@@ -90,6 +84,11 @@ class ClientReport:
     message: bytes | None = None
     skipped: bool = False
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """n_i."""
+        return self.measured.samples
 
     @property
     def accepted(self) -> bool:
@@ -101,19 +100,12 @@ class ClientReport:
         """The report of a client that failed and was skipped: nothing trained, nothing sent."""
         return cls(
             client=client,
-            samples=samples,
-            steps=0,
-            loss=math.nan,
+            measured=Measured.nothing(samples, layers),
             seconds=0.0,
             phases=(0.0, 0.0, 0.0, 0.0),
             uplink_bytes=0,
             uplink_nonzero_bytes=0,
             upload_density=0.0,
-            regrown_before_cut=0,
-            regrown=0,
-            deactivated=0,
-            flops_dense=0.0,
-            flops_sparse=np.zeros(layers),
             refused=reason,
             skipped=True,
         )

@@ -82,6 +82,8 @@ def tiny_federation(tmp_path: Path, **overrides: Any) -> Config:
     for key, value in overrides.items():
         merged = isinstance(value, dict) and key in tree and key not in ("algorithm", "model", "server")
         tree[key] = {**tree[key], **value} if merged else value
+        if key == "partition" and "name" in value and value["name"] != "dirichlet" and "alpha" not in value:
+            del tree[key]["alpha"]  # of another choice
     return resolve(tree)
 
 

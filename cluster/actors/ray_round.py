@@ -92,7 +92,7 @@ class Rounds:
         while not self._complete():
             self._wait()
             self._hand_out()
-        layers = len(next(iter(self._reports.values())).flops_sparse) if self._reports else 1
+        layers = len(next(iter(self._reports.values())).measured.flops_sparse) if self._reports else 1
         for client, reason in self._failed.items():
             samples = int(self._crew.sizes[client])
             self._reports[client] = ClientReport.failed(client, samples, layers, reason)

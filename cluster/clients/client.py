@@ -220,7 +220,8 @@ class ClientHost:
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
-            flops = float(trained.flops_sparse.sum()) if sparse else trained.flops_dense
+            measured = trained.measured
+            flops = float(measured.flops_sparse.sum()) if sparse else measured.flops_dense
             visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
             late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
             refused = None
@@ -230,7 +231,7 @@ class ClientHost:
                     self._total,
                     assignment.client,
                     received,
-                    self.config.weight(trained.samples),
+                    self.config.weight(measured.samples),
                     broadcast.weights,
                 )
             marks.append(time.perf_counter())
@@ -240,19 +241,12 @@ class ClientHost:
         phases = (seconds, marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2])
         return ClientReport(
             client=assignment.client,
-            samples=trained.samples,
-            steps=trained.steps,
-            loss=trained.loss,
+            measured=measured,
             seconds=sum(phases),
             phases=phases,
             uplink_bytes=len(posted.message),
             uplink_nonzero_bytes=posted.nonzero_bytes,
             upload_density=posted.density,
-            regrown_before_cut=trained.regrown_before_cut,
-            regrown=trained.regrown,
-            deactivated=trained.deactivated,
-            flops_dense=trained.flops_dense,
-            flops_sparse=trained.flops_sparse,
             refused=refused,
             visit_s=visit_s,
             late=late,

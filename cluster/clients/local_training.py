@@ -24,6 +24,7 @@ from cluster.clients.passes import EagerPasses, GraphPasses, Passes, arithmetic
 from cluster.clients.transfers import ClientData, Staging
 from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops
+from cluster.measured import Measured
 from cluster.workload.datasets import Split
 from cluster.workload.inputs import to_input
 from cluster.workload.objectives import Classification, Objective, Sums, added
@@ -40,27 +41,13 @@ class Trained:
     Attributes:
         values: The update, float32[size] on the CPU, +0.0 outside the support.
         support: bool[prunable], or None for all of it.
-        samples: n_i.
-        steps: Local steps.
-        loss: Mean training loss over the steps.
-        regrown_before_cut: |{w_t = 0 and w_i != 0}| before the final cut.
-        regrown: The same after it.
-        deactivated: |{w_t != 0 and w_i = 0}| after it.
-        flops_dense: Dense-equivalent training FLOPs.
-        flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
+        measured: What was measured.
         kept: What the client keeps for its next visit, float32 arrays by name.
     """
 
     values: np.ndarray
     support: np.ndarray | None
-    samples: int
-    steps: int
-    loss: float
-    regrown_before_cut: int
-    regrown: int
-    deactivated: int
-    flops_dense: float
-    flops_sparse: np.ndarray
+    measured: Measured
     kept: dict[str, np.ndarray]
 
 
@@ -216,14 +203,16 @@ class Trainer:
         return Trained(
             values=self._staging.fetch(values),
             support=None if support is None else self._staging.fetch(support),
-            samples=len(visit.targets),
-            steps=visit.step,
-            loss=loss,
-            regrown_before_cut=count_beyond(before_cut, self._received),
-            regrown=count_beyond(after_cut, self._received),
-            deactivated=count_beyond(self._received, after_cut),
-            flops_dense=bill.dense(),
-            flops_sparse=bill.sparse(client_half, received, density_trained, activations),
+            measured=Measured(
+                samples=len(visit.targets),
+                steps=visit.step,
+                loss=loss,
+                regrown_before_cut=count_beyond(before_cut, self._received),
+                regrown=count_beyond(after_cut, self._received),
+                deactivated=count_beyond(self._received, after_cut),
+                flops_dense=bill.dense(),
+                flops_sparse=bill.sparse(client_half, received, density_trained, activations),
+            ),
             kept=self._kept(visit),
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from algorithms import ParameterLayout, ServerState
 from algorithms.core.masks import consensus, intersection_over_union
 from cluster.exchange import Evaluated
+from cluster.measured import cohort_metrics
 from cluster.records.run_folder import finite
 from cluster.rounds.engine import Outcome
 from cluster.workload.objectives import Objective, Sums, added
@@ -53,16 +54,14 @@ def round_metrics(
     nonzeros = int(np.count_nonzero(new))
     regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
     accepted = [report for report in reports if report.accepted]
-    samples = sum(report.samples for report in accepted)
-    loss = sum(report.loss * report.samples for report in accepted) / samples if samples else None
     uplink = sum(report.uplink_bytes for report in reports)
-    flops_layers = sum((report.flops_sparse for report in reports), np.zeros(len(layout.prunable)))
 
     def mean(values: Sequence[float]) -> float | None:
         return float(np.mean(values)) if len(values) else None
 
+    everyone = [report.measured for report in reports]
     return {
-        "train/loss": finite(loss),
+        **cohort_metrics(everyone, [report.measured for report in accepted], layout),
         "sparsity/global": 1.0 - nonzeros / prunable,
         "sparsity/upload": finite(mean([1.0 - report.upload_density for report in accepted])),
         "sparsity/layers": [
@@ -72,14 +71,6 @@ def round_metrics(
         "masks/regrowth_share": regrown / prunable,
         "masks/deactivation": deactivated,
         "masks/deactivation_share": deactivated / prunable,
-        "masks/client_regrowth_before_cut": mean([report.regrown_before_cut for report in accepted]),
-        "masks/client_regrowth": mean([report.regrown for report in accepted]),
-        "masks/client_regrowth_share": mean([report.regrown / prunable for report in accepted]),
-        "masks/client_deactivation": mean([report.deactivated for report in accepted]),
-        # |(supp w_t u supp w_i) \\ supp cut(w_i)|: what the SparsyFed authors log and call regrowth.
-        "masks/client_cut": mean(
-            [report.regrown_before_cut + report.deactivated - report.regrown for report in accepted]
-        ),
         "masks/consensus": consensus(total.votes, len(accepted)) if total is not None else None,
         "masks/overlap": intersection_over_union(old, new),
         "comm/uplink_bytes": uplink,
@@ -89,14 +80,9 @@ def round_metrics(
         "comm/uplink_nonzero_bytes": sum(report.uplink_nonzero_bytes for report in reports),
         "comm/downlink_nonzero_bytes": downlink.nonzeros,
         "comm/dense_bytes": downlink.dense,
-        "flops/dense": sum(report.flops_dense for report in reports),
-        "flops/sparse": float(flops_layers.sum()),
-        "flops/layers": [float(flops) for flops in flops_layers],
         "clients/trained": len(reports),
-        "clients/steps": sum(report.steps for report in reports),
         "clients/refused": sum(report.refused is not None for report in reports),
         "clients/refused_list": sorted([r.client, r.refused] for r in reports if r.refused is not None),
-        "clients/samples": samples,
     }
 
 

@@ -53,7 +53,7 @@ def one_round(
     for client, (_, _, count) in enumerate(clients):
         trained = trainer.visit(client, np.arange(first, first + count), method.sparsity, broadcast)
         uploads.append(trained.values.reshape(start.shape).tolist())
-        total.fold(client, trained.values, trained.support, trained.samples, layout)
+        total.fold(client, trained.values, trained.support, trained.measured.samples, layout)
         first += count
     after = method.advance(state, total, server or ServerOptimizer(), layout)
     return uploads, [after.weights.reshape(start.shape).tolist()]

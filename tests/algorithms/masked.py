@@ -69,7 +69,7 @@ def play(
         trained = trainer.visit(client, np.arange(first, first + count), sparsity, broadcast)
         trained.values = trained.values.copy()
         trained.support = None if trained.support is None else trained.support.copy()
-        total.fold(client, trained.values, trained.support, trained.samples, trainer.layout)
+        total.fold(client, trained.values, trained.support, trained.measured.samples, trainer.layout)
         sent.append(trained)
         first += count
     return sent, method.advance(state, total, server or ServerOptimizer(), trainer.layout)

@@ -91,7 +91,7 @@ def test_flops_count_the_mask_and_not_the_nonzeros():
     sent, _ = play(FixedMask(sparsity=0.25), state_of([[0.0] * 4] * 2, mask), [([1.0, 0.0, 1.0, 1.0], 0, 4)])
     # One batch of four is the first forward (w_t all zero): 4 samples * 16 FLOPs * (0 + 6/8 of
     # the weight gradient).
-    assert sent[0].flops_sparse.tolist() == [48.0]
+    assert sent[0].measured.flops_sparse.tolist() == [48.0]
     sent, _ = play(
         FixedMask(sparsity=0.25),
         state_of([[0.0] * 4] * 2, mask),
@@ -99,7 +99,7 @@ def test_flops_count_the_mask_and_not_the_nonzeros():
         batch_size=2,
     )
     # Two samples as before, then two at density 6/8: 24 + 2 * 16 * (.75 + .75) = 72.
-    assert sent[0].flops_sparse.tolist() == [72.0]
+    assert sent[0].measured.flops_sparse.tolist() == [72.0]
 
 
 # -------------------------------------------------------------------------------------- whole federations

@@ -100,7 +100,7 @@ CASES = {
 def test_gradients_and_weights_of_every_step(name):
     trace = load(name)
     trained, steps = play(*CASES[name], trace, len(trace["steps"]))
-    assert trained.steps == len(steps) == 3
+    assert trained.measured.steps == len(steps) == 3
     for (gradient, weights), expected in zip(steps, trace["steps"], strict=True):
         np.testing.assert_allclose(gradient, flat(expected["grad"]), rtol=0, atol=GRADIENT)
         np.testing.assert_allclose(weights, flat(expected["weights"]), rtol=0, atol=WEIGHT)
@@ -114,7 +114,7 @@ def test_losses(name):
     losses = [step["loss"] for step in trace["steps"]]
     for batches in (1, 2, 3):
         trained, _ = play(*CASES[name], trace, batches)
-        assert trained.loss == pytest.approx(sum(losses[:batches]) / batches, abs=LOSS)
+        assert trained.measured.loss == pytest.approx(sum(losses[:batches]) / batches, abs=LOSS)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from cluster.actors.placement import CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
 from cluster.exchange import Assignment, ClientError, EvaluationChunk
+from cluster.measured import Measured
 
 CENTRAL = [EvaluationChunk("test", start, start + 5) for start in (0, 5)]
 TRAINED = [EvaluationChunk("test", 0, 10, client=client) for client in range(18)]
@@ -118,7 +119,7 @@ class Played:
 
     def __init__(self, client, seconds=1.0):
         self.client, self.seconds, self.samples, self.folded = client, seconds, 1, False
-        self.flops_sparse = np.zeros(1)
+        self.measured = Measured.nothing(1, 1)
 
 
 class Scripted(Pool):

@@ -84,7 +84,7 @@ def test_integer_buffers_are_restored_at_each_start(cache, tmp_path):
     def counting(client, *arguments):
         trained = visit(client, *arguments)
         seen = dict(trainer.module.named_buffers())["1.num_batches_tracked"]
-        counts.append((int(seen), trained.steps))
+        counts.append((int(seen), trained.measured.steps))
         return trained
 
     trainer.visit = counting

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 import cluster
 from cluster.exchange import ClientError, ClientReport
 from cluster.federation import Federation, MemoryNeeded
+from cluster.measured import Measured
 from cluster.records.checkpoint import CheckpointError, read_meta
 from cluster.records.kept_files import KeptState, drop_unused, load_kept, save_kept
 from cluster.records.run_folder import RunFolder, comparable
@@ -34,10 +35,9 @@ def visits(run):
 
 
 def report(client, **values):
-    usual = {"samples": 3, "steps": 1, "loss": 0.5, "seconds": 0.0, "phases": (0.0,) * 4}
-    usual |= {"uplink_bytes": 1, "uplink_nonzero_bytes": 1, "upload_density": 1.0, "regrown": 0}
-    usual |= {"regrown_before_cut": 0, "deactivated": 0, "flops_dense": 0.0, "refused": None}
-    return ClientReport(client=client, flops_sparse=np.zeros(1), **(usual | values))
+    usual = {"measured": Measured.nothing(3, 1), "seconds": 0.0, "phases": (0.0,) * 4, "refused": None}
+    usual |= {"uplink_bytes": 1, "uplink_nonzero_bytes": 1, "upload_density": 1.0}
+    return ClientReport(client=client, **(usual | values))
 
 
 def test_who_keeps_the_new_and_who_the_old():

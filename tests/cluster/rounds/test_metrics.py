@@ -1,5 +1,7 @@
 """The numbers of a round from reports small enough to count by hand."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from algorithms import Grid, ParameterLayout, ServerState, Total
 from cluster.exchange import ClientReport, EvaluationChunk
+from cluster.measured import Measured
 from cluster.rounds.engine import Outcome
 from cluster.rounds.metrics import Downlink, added_up, evaluation_metrics, round_metrics
 from cluster.workload.objectives import Classification
@@ -33,7 +36,9 @@ def report(client, **values):
         "flops_sparse": np.array([10.0, 5.0]),
         "refused": None,
     }
-    return ClientReport(**(default | values))
+    given = default | values
+    measured = Measured(**{field.name: given.pop(field.name) for field in fields(Measured)})
+    return ClientReport(measured=measured, **given)
 
 
 def total(*supports):

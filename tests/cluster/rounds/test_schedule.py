@@ -90,7 +90,7 @@ def test_a_round_lasts_as_long_as_its_slowest_visit(cache, tmp_path, flops):
         seconds = []
         for report in reports:
             kind = kinds["ab"[tiers[report.client]]]
-            work = report.flops_dense if flops == "dense" else report.flops_sparse.sum()
+            work = report.measured.flops_dense if flops == "dense" else report.measured.flops_sparse.sum()
             download, upload = (
                 8 * sent[report.client] / kind["downlink"],
                 8 * report.uplink_bytes / kind["uplink"],

@@ -251,9 +251,6 @@ def _compare(arguments: argparse.Namespace) -> int:
         tracked = arguments.store or arguments.filter or (sources and not Path(sources[0]).is_dir())
         if tracked and len(sources) != 1:
             arguments.parser.error("name one MLflow experiment, or one or more folders of runs")
-        target = None if arguments.target is None else arguments.target / 100
-        if target is not None and not 0 < target <= 1:
-            arguments.parser.error(f"--target {arguments.target:g}: expected a percentage, such as 80")
         if tracked:
             uri, (experiment,) = _store(arguments), sources
             runs = compare.read_experiment(uri, experiment, arguments.filter or "")
@@ -261,7 +258,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         else:
             folders = [Path(each) for each in sources or [arguments.root]]
             runs, source = compare.read_folders(folders), f"runs in {', '.join(map(str, folders))}"
-        comparison = compare.Comparison.of(runs, source, after=arguments.round, target=target)
+        comparison = compare.Comparison.of(
+            runs, source, after=arguments.round, target=compare.target_of(runs, arguments.target)
+        )
         folder = Path(arguments.output)
         report = compare.write(comparison, folder)
         if tracked and not arguments.no_log:

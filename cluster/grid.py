@@ -29,15 +29,18 @@ from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
 from cluster.execution import Result, complete, run_or_resume
 from cluster.federation import Federation
+from cluster.measures import Measure
 from cluster.records.csv_text import as_csv
 from cluster.records.run_folder import RunFolder
 from cluster.records.shared_storage import below
 from cluster.rounds.conduct import stop_on_signal
+from cluster.workload.objectives import selects_of
 
 #: Columns of the table: header, how a run's cell is computed from its result and lines, format.
-_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str], ...] = (
-    ("accuracy %", lambda result, lines: _percent(result["accuracy"]), ".1f"),
-    ("best %", lambda result, lines: _percent(result["best_accuracy"]), ".1f"),
+_Column = tuple[str, Callable[[dict[str, Any], list[dict[str, Any]]], float | None], str]
+
+#: The columns after those of what selects.
+_COLUMNS: tuple[_Column, ...] = (
     ("sparsity %", lambda result, lines: 100 * result["sparsity"], ".1f"),
     ("MB up", lambda result, lines: result["uplink_bytes"] / 1e6, ".2f"),
     ("MB down", lambda result, lines: result["downlink_bytes"] / 1e6, ".2f"),
@@ -158,16 +161,32 @@ def run_grid(
 
 def table(results: Mapping[str, Result]) -> list[list[str]]:
     """Header and one row a run, as text."""
-    rows = [["run", *(header for header, _, _ in _COLUMNS)]]
+    selects = {selects_of(result.summary): None for result in results.values()}
+    columns = [column for measure in selects for column in _columns_of(measure)] + list(_COLUMNS)
+    rows = [["run", *(header for header, _, _ in columns)]]
     for name, result in results.items():
         lines = RunFolder(result.folder).rounds()
-        cells = [compute(result.summary, lines) for _, compute, _ in _COLUMNS]
+        cells = [compute(result.summary, lines) for _, compute, _ in columns]
         texts = [
             "-" if cell is None else format(cell, form)
-            for cell, (_, _, form) in zip(cells, _COLUMNS, strict=True)
+            for cell, (_, _, form) in zip(cells, columns, strict=True)
         ]
         rows.append([name, *texts])
     return rows
+
+
+def _columns_of(selects: Measure) -> tuple[_Column, ...]:
+    """What selects, after the last round and in the best one, on test data where that is read."""
+    unit = " %" if selects.unit == "share" else ""
+
+    def column(header: str, key: str) -> _Column:
+        def compute(result: dict[str, Any], lines: list[dict[str, Any]]) -> float | None:
+            value = result.get(key)
+            return None if value is None else selects.scale * value
+
+        return header + unit, compute, ".1f" if unit else ".4g"
+
+    return column(selects.title, selects.key), column("best", f"best_{selects.key}")
 
 
 def write_table(results: Mapping[str, Result], folder: Path) -> None:
@@ -268,10 +287,6 @@ def _largest_model(configs: Any) -> int:
         if key not in sizes:
             sizes[key] = Federation.of(config).layout.size
     return max(sizes.values(), default=0)
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share  # None where test data is not evaluated
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> float | None:

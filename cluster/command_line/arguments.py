@@ -190,7 +190,12 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "--output", type=_path, default="comparison", metavar="DIR", help="default %(default)s, overwritten"
     )
     compare.add_argument("--round", type=int, metavar="N", help="compare after this round, not at the end")
-    compare.add_argument("--target", type=float, metavar="PERCENT", help="accuracy whose cost in MB is shown")
+    compare.add_argument(
+        "--target",
+        type=float,
+        metavar="VALUE",
+        help="accuracy in percent, or whatever selects, whose cost in MB is shown",
+    )
     compare.add_argument("--no-log", action="store_true", help="do not keep the comparison in MLflow")
 
     ui = command(

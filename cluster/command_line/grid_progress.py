@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from cluster.command_line.progress import duration, percent
+from cluster.command_line.progress import duration, evaluated, final_text, percent
 from cluster.configuration.config import Config
 from cluster.execution import Result
 from cluster.grid import Grid, Outcome, table
+from cluster.workload.objectives import selecting
 
 #: Seconds between two lines of one run where stdout is not a terminal.
 _LINE_INTERVAL_S = 10.0
@@ -65,14 +66,12 @@ class GridDisplay:
             self._rows[name] = self._progress.add_task(name, total=last, state="starting")
         if not self._console.is_terminal:
             self._print(f"{name}  started")
-        printed, state = time.monotonic(), "starting"
+        printed, state, selects = time.monotonic(), "starting", selecting(config)
 
         def on_line(line: dict[str, Any]) -> None:
             nonlocal printed, state
-            if line.get("test/accuracy") is not None:
-                state = (
-                    f"accuracy {percent(line['test/accuracy'])}  sparsity {percent(line['sparsity/global'])}"
-                )
+            if (value := evaluated(line, selects)) is not None:
+                state = f"{selects.title} {selects.text(value)}  sparsity {percent(line['sparsity/global'])}"
             self._progress.update(self._rows[name], completed=line["round"], state=state)
             now = time.monotonic()
             if not self._console.is_terminal and now - printed >= _LINE_INTERVAL_S:
@@ -94,7 +93,7 @@ class GridDisplay:
             summary = result.summary
             self._print(
                 f"{place} {name}  {summary['rounds']} rounds in {took}  "
-                f"accuracy {percent(summary['accuracy'])}  sparsity {percent(summary['sparsity'])}"
+                f"{final_text(summary)}  sparsity {percent(summary['sparsity'])}"
             )
 
     def _print(self, text: str) -> None:

@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.configuration.config import Config
+from cluster.measures import Measure
 from cluster.records.run_folder import RunFolder
 from cluster.records.sqlite_store import sqlite_uri
+from cluster.workload.objectives import selecting, selects_of
 
 if TYPE_CHECKING:
     from cluster.execution import Result
@@ -55,7 +57,9 @@ class RunDisplay:
         self._start = "preparing data" + (", starting Ray and its actors" * (config.execution == "ray"))
         self._started = self._arrived = time.monotonic()
         self._lines: list[Line] = []
-        self._accuracy: float | None = None
+        self._value: float | None = None  # what selects, as it was last evaluated
+        self._selects = selecting(config)
+        self._config = config
         self._printed_at, self._unprinted = 0.0, 0
         self._spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
         self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=5, transient=True)
@@ -86,8 +90,9 @@ class RunDisplay:
         """Take in one round's line."""
         self._lines.append(line)
         self._arrived, self._done = time.monotonic(), line["round"]
-        accuracy = _accuracy(line)
-        self._accuracy = self._accuracy if accuracy is None else accuracy
+        self._selects = selecting(self._config, line)
+        value = evaluated(line, self._selects)
+        self._value = self._value if value is None else value
         if self._console.is_terminal:
             return  # redrawn five times a second by its own thread
         due = self._last <= _EVERY_LINE_UP_TO or self._arrived - self._printed_at >= _LINE_INTERVAL_S
@@ -104,7 +109,7 @@ class RunDisplay:
             return None
         recent = [line["time/round_s"] for line in self._lines[-_RECENT:]]
         # An evaluated round's line arrives when the next round, which hides its evaluation, is computed too.
-        ahead = 1 if _accuracy(self._lines[-1]) is not None else 0
+        ahead = 1 if evaluated(self._lines[-1], self._selects) is not None else 0
         rounds = max(0, self._last - self._done - ahead)
         return max(0.0, rounds * sum(recent) / len(recent) - (time.monotonic() - self._arrived))
 
@@ -127,13 +132,13 @@ class RunDisplay:
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        heads = ("round", "accuracy", "loss", "sparsity", "up MB", "down MB", "seconds")
+        heads = ("round", self._selects.title, "loss", "sparsity", "up MB", "down MB", "seconds")
         for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
         for line in self._lines[-_ROUNDS_SHOWN:]:
             table.add_row(
                 str(line["round"]),
-                percent(_accuracy(line)),
+                self._selects.text(evaluated(line, self._selects)),
                 number(line["train/loss"], ".3f"),
                 percent(line["sparsity/global"]),
                 number(line["comm/uplink_bytes"] / 1e6, ".2f"),
@@ -153,7 +158,7 @@ class RunDisplay:
         grid.add_row(
             Text(f"round {self._done}/{self._last}", style="bold"),
             ProgressBar(total=self._last, completed=self._done),
-            Text(f"acc {percent(self._accuracy)}", style="bold green"),
+            Text(f"{self._selects.title[:3]} {self._selects.text(self._value)}", style="bold green"),
             Text(f"sparse {percent(line['sparsity/global'])}"),
             Text(f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB"),
             Text(f"{duration(time.monotonic() - self._started)} eta {duration(remaining)}", style="dim"),
@@ -172,7 +177,8 @@ class RunDisplay:
         width = len(str(self._last))
         left = "" if self._done >= self._last else f"  eta {duration(self.remaining_s())}"
         return (
-            f"round {line['round']:>{width}}/{self._last}  accuracy {percent(_accuracy(line)):>6}"
+            f"round {line['round']:>{width}}/{self._last}"
+            f"  {self._selects.title} {self._selects.text(evaluated(line, self._selects)):>6}"
             f"  loss {number(line['train/loss'], '.3f')}  sparsity {percent(line['sparsity/global'])}"
             f"  up {megabytes(line, 'uplink')} MB  down {megabytes(line, 'downlink')} MB"
             f"  simulated {duration(line['time/simulated_s'])}"
@@ -239,11 +245,12 @@ def conclude(console: Console, result: Result) -> None:
     """The summary table, and what to do next."""
     summary, folder = result.summary, RunFolder(result.folder)
     config, lines = folder.config(inert=True), folder.rounds()
+    selects = selects_of(summary)
     split = "validation" if summary["selected_by"].startswith("val") else "test"
-    best = f" (round {summary['best_round']} by {split} accuracy)"
-    kind, final = "accuracy", summary["accuracy"]
+    best = f" (round {summary['best_round']} by {split} {selects.title})"
+    kind, final = selects.title, summary[selects.key]
     if final is None:
-        kind, final = "validation accuracy", summary["val_accuracy"]
+        kind, final = f"validation {selects.title}", summary[f"val_{selects.key}"]
     console.print()
     console.print(
         Text(
@@ -256,8 +263,8 @@ def conclude(console: Console, result: Result) -> None:
     grid.add_column(style="dim")
     grid.add_row(
         kind,
-        Text(percent(final), "bold green")
-        + Text(f" final, {percent(summary['best_accuracy'])} best{best}", "not bold default"),
+        Text(selects.text(final), "bold green")
+        + Text(f" final, {selects.text(summary[f'best_{selects.key}'])} best{best}", "not bold default"),
     )
     grid.add_row("sparsity", percent(summary["sparsity"]))
     grid.add_row("simulated", f"{duration(summary['simulated_s'])} on the devices' clock")
@@ -279,6 +286,15 @@ def conclude(console: Console, result: Result) -> None:
             console.print(warning, style="yellow", soft_wrap=True)
     for key, value in _next_steps(config, result):
         console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)
+
+
+def final_text(summary: Mapping[str, Any]) -> str:
+    """What selects, with its name, as a result has it: on test data, else on validation data."""
+    selects = selects_of(summary)
+    final = summary[selects.key]
+    if final is None:
+        return f"validation {selects.title} {selects.text(summary[f'val_{selects.key}'])}"
+    return f"{selects.title} {selects.text(final)}"
 
 
 def refusals(lines: Sequence[Line]) -> str:
@@ -368,8 +384,9 @@ def shown(path: Path) -> str:
     return shlex.quote(str(near))
 
 
-def _accuracy(line: Line) -> float | None:
-    value: float | None = line.get("test/accuracy", line.get("val/accuracy"))
+def evaluated(line: Line, selects: Measure) -> float | None:
+    """What selects in a round's line, on test data where that is read; None where nothing was evaluated."""
+    value: float | None = line.get(f"test/{selects.key}", line.get(f"val/{selects.key}"))
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -10,10 +11,19 @@ from rich.table import Table
 
 from cluster.actors.ray_session import ClusterError, connection
 from cluster.actors.remote import driver_at, drivers, follow, how_to_come_back, progress_of
-from cluster.command_line.progress import RunDisplay, announce, conclude, duration, percent, shown
-from cluster.configuration.config import validate
+from cluster.command_line.progress import (
+    RunDisplay,
+    announce,
+    conclude,
+    duration,
+    evaluated,
+    final_text,
+    shown,
+)
+from cluster.configuration.config import Config, validate
 from cluster.execution import Result
 from cluster.rounds.conduct import RunGoesOn
+from cluster.workload.objectives import selecting
 
 
 def status(console: Console, address: str) -> int:
@@ -24,7 +34,7 @@ def status(console: Console, address: str) -> int:
         console.print(f"no run is on the cluster at {address}")
         return 0
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in ("run", "state", "round", "accuracy", "time", "folder"):
+    for head in ("run", "state", "round", "evaluated", "time", "folder"):
         table.add_column(head, overflow="fold")
     for name, progress in found.items():
         if progress is None:
@@ -36,12 +46,19 @@ def status(console: Console, address: str) -> int:
             name,
             progress["state"] + ", detached" * progress["detached"],
             f"{line['round']}/{config.stop_after or config.rounds}",
-            percent(line.get("test/accuracy")),
+            _evaluated(config, line),
             duration(progress["seconds"]),
             f"{progress['host']}:{progress['folder']}",
         )
     console.print(table)
     return 0
+
+
+def _evaluated(config: Config, line: dict[str, Any]) -> str:
+    """What selects, with its name; a dash for a round that was not evaluated."""
+    selects = selecting(config, line)
+    value = evaluated(line, selects)
+    return "-" if value is None else f"{selects.title} {selects.text(value)}"
 
 
 def stop(console: Console, address: str, wanted: str | None) -> int:
@@ -56,7 +73,7 @@ def stop(console: Console, address: str, wanted: str | None) -> int:
         try:
             ray.get(driver.stop.remote())
             summary = follow(driver, lambda line: None)
-            console.print(f"ended after round {summary['rounds']}, accuracy {percent(summary['accuracy'])}")
+            console.print(f"ended after round {summary['rounds']}, {final_text(summary)}")
         except ray.exceptions.RayActorError:
             console.print("ended")  # the one who started it has taken the result and closed it
     console.print(
@@ -89,5 +106,5 @@ def attach(console: Console, address: str, wanted: str | None) -> int:
     if (folder / "result.json").is_file():
         conclude(console, Result(folder, summary))
     else:
-        console.print(f"accuracy {percent(summary['accuracy'])}, folder {progress['host']}:{shown(folder)}")
+        console.print(f"{final_text(summary)}, folder {progress['host']}:{shown(folder)}")
     return 130 if summary["rounds"] < (config.stop_after or config.rounds) else 0

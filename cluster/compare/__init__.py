@@ -9,7 +9,7 @@ from cluster.compare.formats import print_comparison
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, Run, read_experiment, read_folders
 from cluster.compare.report import log_to_mlflow, write
-from cluster.compare.table import Comparison, Table
+from cluster.compare.table import Comparison, Table, target_of
 
 __all__ = [
     "Comparison",
@@ -21,5 +21,6 @@ __all__ = [
     "print_comparison",
     "read_experiment",
     "read_folders",
+    "target_of",
     "write",
 ]

@@ -15,7 +15,7 @@ from cluster.statistics import SIGNIFICANCE, p_worse_than_best, seeds_to_tell, t
 #: "": no verdict, for there is no contest, or too few seeds.
 Verdict = Literal["best", "tied", "worse", ""]
 
-#: Difference in points whose number of seeds is told.
+#: Difference whose number of seeds is told: points of a share, else percent of the best mean.
 POINTS = 3.0
 
 
@@ -32,6 +32,7 @@ class Contest:
         left: How many are not told apart from the best, it included.
         error: Standard deviation beside method and seed, of those that the last test was about; NaN without
             verdict.
+        best: The best mean.
     """
 
     places: tuple[int, ...]
@@ -41,11 +42,11 @@ class Contest:
     p_values: tuple[float, ...]
     left: int
     error: float
+    best: float
 
-    @property
-    def seeds_to_tell(self) -> int | None:
-        """Seeds that a difference of :data:`POINTS` among those of the last test takes, at 80 % power."""
-        return seeds_to_tell(POINTS, self.error, max(2, self.left))
+    def seeds_to_tell(self, difference: float) -> int | None:
+        """Seeds that a difference among those of the last test takes, at 80 % power."""
+        return seeds_to_tell(difference, self.error, max(2, self.left))
 
 
 def contest(
@@ -72,7 +73,7 @@ def contest(
     if len(seeds) < 2:
         none: list[Verdict] = [""] * len(chosen)
         unknown = (math.nan,) * len(chosen)
-        return Contest(competing, len(seeds), most, tuple(none), unknown, len(chosen), math.nan)
+        return Contest(competing, len(seeds), most, tuple(none), unknown, len(chosen), math.nan, math.nan)
     table = np.array([[values[turn][seed] for turn in chosen] for seed in seeds], np.float64)
     if better == "lower":
         table = -table
@@ -90,4 +91,5 @@ def contest(
         tuple(p_values.tolist()),
         left,
         float(two_way_error(table[:, last])),
+        abs(float(table.mean(0).max())),
     )

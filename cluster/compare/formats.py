@@ -12,8 +12,9 @@ import numpy as np
 from cluster.compare.contest import POINTS, Contest, Verdict
 from cluster.compare.groups import Group
 from cluster.compare.plots import mean_curve, metric
-from cluster.compare.reading import METRICS
-from cluster.compare.table import Cell, Column, Comparison, Table
+from cluster.compare.reading import read_of
+from cluster.compare.table import Cell, Column, Comparison, Table, selecting
+from cluster.measures import Measure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,10 +50,9 @@ METHOD_NOTE = (
     "those of two groups may overlap although their differences, seed by seed, tell them apart."
 )
 
-#: Columns that fit a terminal, and rows that anyone reads there.
+#: Columns that fit a terminal, beside what selects, and rows that anyone reads there.
 _ON_A_TERMINAL = frozenset(
     {
-        "accuracy",
         "worst_decile",
         "sparsity",
         "uplink_mb",
@@ -72,7 +72,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     from rich.table import Table as Drawn
 
     columns = comparison.table.columns
-    table = comparison.table.only([i for i in range(len(columns)) if columns[i].key in _ON_A_TERMINAL])
+    kept = _ON_A_TERMINAL | {measure.key for measure in selecting(comparison.table.groups)}
+    table = comparison.table.only([place for place, column in enumerate(columns) if column.key in kept])
     drawn = Drawn(title=comparison.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("group", min_width=min(_LABEL_WIDTH, max(len(group.label) for group in table.groups)))
     for column in table.columns:
@@ -128,26 +129,32 @@ def legend(table: Table) -> list[str]:
 
 
 def findings(table: Table) -> list[str]:
-    """What the verdicts on accuracy rest on, a line a contest, and which measures differ in their rules."""
+    """What the verdicts on what selects rest on, a line a contest, and which measures' rules differ."""
     contests = table.contests
-    lines = [_finding(table, contest) for contest in contests[:_MOST_CONTESTS]]
+    lines = [_finding(table, measure, contest) for measure, contest in contests[:_MOST_CONTESTS]]
     if len(contests) > _MOST_CONTESTS:
-        lines.append(f"and {len(contests) - _MOST_CONTESTS} more contests of accuracy")
+        what = ", ".join(dict.fromkeys(measure.title for measure, _ in contests))
+        lines.append(f"and {len(contests) - _MOST_CONTESTS} more contests of {what}")
     return lines + table.differing_rules
 
 
-def _finding(table: Table, contest: Contest) -> str:
+def _finding(table: Table, measure: Measure, contest: Contest) -> str:
     labels = [table.groups[place].label for place in contest.places]
-    who = "Accuracy" if len(table.contests) == 1 else "Accuracy of " + _some(labels)
+    who = measure.title[:1].upper() + measure.title[1:]
+    who += "" if len(table.contests) == 1 else " of " + _some(labels)
     if math.isnan(contest.error):
         shared = f"{contest.seeds} common seed" + ("s" if contest.seeds != 1 else "")
         return f"{who}: no verdict, which takes two seeds that all {len(labels)} groups have; found {shared}"
     over = f"the {contest.seeds} seeds" + (f" of {contest.most}" if contest.seeds < contest.most else "")
     what = f"the {contest.left} not told apart" if contest.left > 1 else "the best and the next"
-    needed = contest.seeds_to_tell
-    text = f"{who}: {len(labels)} groups over {over} in common. A difference of {POINTS:g} points between"
+    points = measure.unit == "share"
+    difference = POINTS if points else POINTS / 100 * contest.best
+    needed, unit = contest.seeds_to_tell(difference), " points" if points else ""
+    text = (
+        f"{who}: {len(labels)} groups over {over} in common. A difference of {difference:.3g}{unit} between"
+    )
     takes = "takes more than a thousand" if needed is None else f"takes about {needed}"
-    return f"{text} {what} {takes} seeds to tell (80 % power, error {contest.error:.2g} points)"
+    return f"{text} {what} {takes} seeds to tell (80 % power, error {contest.error:.2g}{unit})"
 
 
 def _some(labels: Sequence[str]) -> str:
@@ -228,7 +235,7 @@ def curve_rows(groups: Sequence[Group]) -> Iterator[list[object]]:
     """What the plots over rounds show: mean and interval of every metric."""
     yield ["group", "metric", "round", "mean", "low", "high"]
     for group in groups:
-        for key in METRICS:
+        for key in read_of(group.runs[0].metrics):
             points = np.transpose(mean_curve(group, metric(key)))
             for number, mean, low, high in points.tolist():
                 yield [group.label, key, int(number), mean, low, high]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.compare.measures import unmixed
 from cluster.compare.reading import ComparisonError, Run
-from cluster.configuration.config import changes_results
+from cluster.compare.versions import unmixed
+from cluster.configuration.config import changes_results, stays_out
 
 #: Keys that name a group before all others do, in this order.
 _FIRST = (
@@ -23,7 +23,7 @@ _FIRST = (
 )
 
 #: What must be equal for two groups to compete for the best value.
-_TASK = ("data.", "partition.", "model.")
+_TASK = ("data.", "objective.", "partition.", "model.")
 
 #: The round compared, as a key beside those of the configuration.
 _LENGTH = "length"
@@ -118,7 +118,11 @@ def _nothing_counts(left_out: Sequence[tuple[Run, str]]) -> str:
 
 def _identity(run: Run, after: int | None) -> dict[str, str]:
     """Everything that makes a run what it is but its seed."""
-    own = {key: value for key, value in run.params.items() if key != "seed" and changes_results(key)}
+    own = {
+        key: value
+        for key, value in run.params.items()
+        if key != "seed" and changes_results(key) and not stays_out(key, value)
+    }
     if after is None and run.planned is not None:
         own[_LENGTH] = str(run.planned)
     return own

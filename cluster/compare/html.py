@@ -117,7 +117,7 @@ def _legend(table: Table) -> str:
 def _plots_note(table: Table) -> str:
     text = "Lines are means over seeds, bands 95 % intervals (none for a single seed)."
     if len(table.groups) > MOST_LINES:
-        text += f" Of the {len(table.groups)} groups the {MOST_LINES} most accurate are drawn."
+        text += f" Of the {len(table.groups)} groups the {MOST_LINES} best are drawn."
     if table.differing_rules:
         text += f" {'. '.join(table.differing_rules)}."
     return escape(text)

@@ -17,7 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from cluster.compare.groups import Group
 from cluster.compare.reading import Run, Series
-from cluster.compare.table import GIGA, HOUR, MEGA, bytes_to_reach, total_bytes
+from cluster.compare.table import GIGA, HOUR, MEGA, bytes_to_reach, merits, selecting, total_bytes
+from cluster.measures import Measure
 from cluster.records.plots import COLOURS, MARKERS
 from cluster.statistics import mean_interval
 
@@ -30,7 +31,7 @@ _SQUEEZED = 8.0
 
 _PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")
 
-#: More lines than this in one picture are a thicket: the most accurate are drawn.
+#: More lines than this in one picture are a thicket: the best are drawn.
 MOST_LINES = 14
 
 _WIDTH, _HEIGHT, _LEGEND_LINE = 3.4, 2.35, 0.155
@@ -79,9 +80,9 @@ class Plot:
 
 def figures(groups: Sequence[Group]) -> Iterator[tuple[Plot, Figure | None]]:
     """Every picture, one after the other; None where no group has what it shows."""
-    drawn = most_accurate(groups)
+    drawn = best_of(groups)
     styles = styles_of(drawn)
-    for plot in (*_curves(), *_others(drawn)):
+    for plot in (*_curves(selecting(drawn)), *_others(drawn)):
         with rc_context(_STYLE):
             yield plot, _figure(plot, drawn, styles)
 
@@ -103,19 +104,26 @@ def _figure(plot: Plot, groups: Sequence[Group], styles: Sequence[dict[str, Any]
     return figure
 
 
-def most_accurate(groups: Sequence[Group]) -> list[Group]:
-    """The groups that are drawn, in their order: all, or the most accurate :data:`MOST_LINES`."""
+def best_of(groups: Sequence[Group]) -> list[Group]:
+    """The groups that are drawn, in their order: all, or the :data:`MOST_LINES` best on test data.
+
+    Groups of several objectives take turns: first the best of each.
+    """
     if len(groups) <= MOST_LINES:
         return list(groups)
-
-    def accuracy(group: Group) -> float:
-        finals = [
-            run.series["test/accuracy"].values[-1] for run in group.runs if "test/accuracy" in run.series
-        ]
-        return float(np.mean(finals)) if finals else -1.0
-
-    kept = sorted(range(len(groups)), key=lambda place: -accuracy(groups[place]))[:MOST_LINES]
+    ranks: dict[int, int] = {}
+    for measure in selecting(groups):
+        own = [place for place, group in enumerate(groups) if group.runs[0].metrics[:1] == (measure,)]
+        own.sort(key=lambda place: -_final_merit(groups[place], measure))
+        ranks |= {place: rank for rank, place in enumerate(own)}
+    kept = sorted(range(len(groups)), key=lambda place: ranks.get(place, len(groups)))[:MOST_LINES]
     return [groups[place] for place in sorted(kept)]
+
+
+def _final_merit(group: Group, measure: Measure) -> float:
+    key = f"test/{measure.key}"
+    finals = [merits(run.series[key], measure)[-1] for run in group.runs if key in run.series]
+    return float(np.mean(finals)) if finals else -np.inf
 
 
 def styles_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -169,17 +177,18 @@ def metric(key: str, scale: float = 1.0, first: int = 0) -> Callable[[Run], Seri
 
 # ----------------------------------------------------------------------------------------------- curves
 
-_ACCURACY = "test accuracy (%)"
-_accuracy = metric("test/accuracy", 100.0)
-
 
 def _total(run: Run) -> Series | None:
     own = total_bytes(run)
     return None if own is None else Series(own.rounds, own.values / MEGA)
 
 
-def _curves() -> tuple[Plot, ...]:
-    """Metrics over rounds, and accuracy over what it costs."""
+def _on_test(measure: Measure) -> Callable[[Run], Series | None]:
+    return metric(f"test/{measure.key}", measure.scale)
+
+
+def _curves(selects: Sequence[Measure]) -> tuple[Plot, ...]:
+    """Metrics over rounds, and what selects over what it costs."""
     costs = (
         ("mb-up", "MB sent by clients", metric("comm/uplink_bytes_total", 1 / MEGA)),
         ("mb-down", "MB sent to clients", metric("comm/downlink_bytes_total", 1 / MEGA)),
@@ -200,15 +209,18 @@ def _curves() -> tuple[Plot, ...]:
     )  # fmt: skip
     sparsity = metric("sparsity/global", 100)
     return (
-        Plot("accuracy-rounds", "Test accuracy over rounds", _line(_accuracy), _axes("round", _ACCURACY)),
         *(
             Plot(
-                f"accuracy-{name}",
-                f"Test accuracy against {label.partition(' (')[0]}",
-                _line(_accuracy, against=cost),
-                _axes(label, _ACCURACY),
+                f"{measure.key}-{name}",
+                f"Test {measure.title} " + (f"against {label.partition(' (')[0]}" if cost else "over rounds"),
+                _line(_on_test(measure), against=cost),
+                _axes(label, f"test {measure.label}", share=measure.unit == "share"),
             )
-            for name, label, cost in costs
+            for measure in selects
+            for name, label, cost in (
+                ("rounds", "round", None),
+                *costs,
+            )
         ),
         Plot(
             "sparsity-rounds", "Sparsity of the global model", _line(sparsity), _axes("round", "sparsity (%)")
@@ -244,10 +256,10 @@ def _line(of: Callable[[Run], Series | None], against: Callable[[Run], Series | 
     return _each(draw)
 
 
-def _axes(across: str, up: str) -> Callable[[Any], None]:
+def _axes(across: str, up: str, *, share: bool = False) -> Callable[[Any], None]:
     def finish(axes: Any) -> None:
         axes.set(xlabel=across, ylabel=up)
-        if up == _ACCURACY:  # the interval of few seeds may go beyond what there is
+        if share:  # the interval of few seeds may go beyond what there is
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, 0.0), min(high, 102.0))
         if across == "round":
@@ -291,15 +303,69 @@ def _others(groups: Sequence[Group]) -> tuple[Plot, ...]:
             _each(_draw_layers),
             _layer_axes(groups),
         ),
-        Plot("accuracy-sparsity", "Accuracy against the sparsity reached", _draw_sparsities, _sparsity_axes),
-        Plot(
-            "mb-to-accuracy",
-            "MB sent until an accuracy was first reached, by all seeds",
-            _each(_draw_costs),
-            _cost_axes,
+        *(
+            plot
+            for place, measure in enumerate(selecting(groups))
+            for plot in _others_of(measure, groups, f"-{measure.key}" if place else "")
         ),
-        Plot("clients", "Share of clients with at most an accuracy", _each(_draw_clients), _client_axes),
     )
+
+
+def _others_of(measure: Measure, groups: Sequence[Group], mark: str) -> tuple[Plot, ...]:
+    """What else is drawn of what selects; ``mark`` tells the files of several objectives apart."""
+    key, title = measure.key, measure.title
+
+    def cost_axes(axes: Any) -> None:
+        axes.set(xlabel=f"test {title} reached{_unit(measure)}", ylabel="MB sent up and down", yscale="log")
+        axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if measure.better == "lower":
+            axes.invert_xaxis()
+
+    def client_axes(axes: Any) -> None:
+        across = f"{title} of the global model on a client{_unit(measure)}"
+        axes.set(xlabel=across, ylabel="share of clients", ylim=(0, 1))
+
+    return (
+        Plot(
+            f"{key}-sparsity",
+            f"{title[:1].upper()}{title[1:]} against the sparsity reached",
+            _sparsities(measure),
+            _sparsity_axes(measure),
+        ),
+        Plot(
+            f"mb-to-{key}",
+            f"MB sent until {_a(title)} was first reached, by all seeds",
+            _each(_costs(measure, _levels(measure, groups))),
+            cost_axes,
+        ),
+        Plot(
+            f"clients{mark}",
+            f"Share of clients with at most {_a(title)}",
+            _each(_clients(measure)),
+            client_axes,
+        ),
+    )
+
+
+def _a(title: str) -> str:
+    return f"an {title}" if title[0] in "aeiou" else f"a {title}"
+
+
+def _unit(measure: Measure) -> str:
+    return measure.label.removeprefix(measure.title)
+
+
+def _levels(measure: Measure, groups: Sequence[Group]) -> list[float]:
+    """Values whose cost is drawn, worse ones first: every 5 % of a share, else twenty of what there is."""
+    if measure.unit == "share":
+        return sorted(np.arange(0.05, 1.0, 0.05).tolist(), key=measure.merit)
+    key = f"test/{measure.key}"
+    found = [run.series[key].values for group in groups for run in group.runs if key in run.series]
+    if not found:
+        return []
+    ends = np.concatenate(found)
+    return sorted(np.linspace(ends.min(), ends.max(), 20).tolist(), key=measure.merit)
 
 
 def _draw_layers(axes: Any, group: Group, style: dict[str, Any]) -> bool:
@@ -326,74 +392,82 @@ def _layer_axes(groups: Sequence[Group]) -> Callable[[Any], None]:
     return finish
 
 
-def _draw_costs(axes: Any, group: Group, style: dict[str, Any]) -> bool:
-    targets = np.arange(0.05, 1.0, 0.05)
-    points = []
-    for target in targets:
-        costs = [bytes_to_reach(run, float(target)) for run in group.runs]
-        if None in costs:
-            break
-        points.append((100 * target, *(np.array(mean_interval([c for c in costs if c is not None])) / MEGA)))
-    if not points:
-        return False
-    across, mean, low, high = np.array(points).T
-    axes.plot(across, mean, label=group.label, **style)
-    axes.fill_between(
-        across, np.maximum(low, 0.3 * mean), high, color=style["color"], alpha=0.16, linewidth=0
-    )
-    return True
+def _costs(measure: Measure, levels: Sequence[float]) -> Callable[[Any, Group, dict[str, Any]], bool]:
+    def draw(axes: Any, group: Group, style: dict[str, Any]) -> bool:
+        points = []
+        for level in levels:
+            costs = [bytes_to_reach(run, measure, level) for run in group.runs]
+            if None in costs:
+                break
+            interval = mean_interval([cost for cost in costs if cost is not None])
+            points.append((measure.scale * level, *(np.array(interval) / MEGA)))
+        if not points:
+            return False
+        across, mean, low, high = np.array(points).T
+        axes.plot(across, mean, label=group.label, **style)
+        axes.fill_between(
+            across, np.maximum(low, 0.3 * mean), high, color=style["color"], alpha=0.16, linewidth=0
+        )
+        return True
+
+    return draw
 
 
-def _cost_axes(axes: Any) -> None:
-    axes.set(xlabel="test accuracy reached (%)", ylabel="MB sent up and down", yscale="log")
-    axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _clients(measure: Measure) -> Callable[[Any, Group, dict[str, Any]], bool]:
+    def draw(axes: Any, group: Group, style: dict[str, Any]) -> bool:
+        own = [run for run in group.runs if len(run.clients) and run.metrics[:1] == (measure,)]
+        if not own:
+            return False
+        values = measure.scale * np.concatenate([run.clients for run in own])
+        axes.ecdf(values, label=group.label, **(style | {"marker": ""}))
+        return True
+
+    return draw
 
 
-def _draw_clients(axes: Any, group: Group, style: dict[str, Any]) -> bool:
-    accuracies = [100 * run.clients for run in group.runs if len(run.clients)]
-    if not accuracies:
-        return False
-    axes.ecdf(np.concatenate(accuracies), label=group.label, **(style | {"marker": ""}))
-    return True
-
-
-def _client_axes(axes: Any) -> None:
-    axes.set(xlabel="accuracy of the global model on a client (%)", ylabel="share of clients", ylim=(0, 1))
-
-
-def _draw_sparsities(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, Any]]) -> bool:
+def _sparsities(measure: Measure) -> Draw:
     """One line through the groups that differ in their target sparsity alone."""
-    lines: dict[str, list[tuple[float, Any]]] = {}
-    looks: dict[str, dict[str, Any]] = {}
-    for group, style in zip(groups, styles, strict=True):
-        finals = [
-            (run.series["sparsity/global"].values[-1], 100 * run.series["test/accuracy"].values[-1])
-            for run in group.runs
-            if "sparsity/global" in run.series and "test/accuracy" in run.series
-        ]
-        if finals:
-            sparsities, accuracies = zip(*finals, strict=True)
-            lines.setdefault(group.family, []).append(
-                (max(1.0 - float(np.mean(sparsities)), 1e-6), mean_interval(accuracies))
-            )
-            looks.setdefault(group.family, style)
-    if len({round(density, 3) for points in lines.values() for density, _ in points}) < 2:
-        return False
-    for name, points in lines.items():
-        densities, intervals = zip(*sorted(points), strict=True)
-        mean, low, _ = np.array(intervals).T
-        axes.errorbar(densities, mean, yerr=np.nan_to_num(mean - low), label=name, capsize=2, **looks[name])
-    return True
+    key = f"test/{measure.key}"
+
+    def draw(axes: Any, groups: Sequence[Group], styles: Sequence[dict[str, Any]]) -> bool:
+        lines: dict[str, list[tuple[float, Any]]] = {}
+        looks: dict[str, dict[str, Any]] = {}
+        for group, style in zip(groups, styles, strict=True):
+            finals = [
+                (run.series["sparsity/global"].values[-1], measure.scale * run.series[key].values[-1])
+                for run in group.runs
+                if "sparsity/global" in run.series and key in run.series
+            ]
+            if finals:
+                sparsities, values = zip(*finals, strict=True)
+                lines.setdefault(group.family, []).append(
+                    (max(1.0 - float(np.mean(sparsities)), 1e-6), mean_interval(values))
+                )
+                looks.setdefault(group.family, style)
+        if len({round(density, 3) for points in lines.values() for density, _ in points}) < 2:
+            return False
+        for name, points in lines.items():
+            densities, intervals = zip(*sorted(points), strict=True)
+            mean, low, _ = np.array(intervals).T
+            spread = np.nan_to_num(mean - low)
+            axes.errorbar(densities, mean, yerr=spread, label=name, capsize=2, **looks[name])
+        return True
+
+    return draw
 
 
-def _sparsity_axes(axes: Any) -> None:
+def _sparsity_axes(measure: Measure) -> Callable[[Any], None]:
     """Equal steps for equal factors of density: 0, 90, 99, 99.9 %."""
-    axes.set(xlabel="sparsity of the global model (%)", ylabel=_ACCURACY, xscale="log")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.6g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    reached = {float(f"{density:.2g}") for line in axes.get_lines() for density in line.get_xdata()}
-    if len(reached) <= _MOST_TICKS:
-        axes.set_xticks(sorted(reached))
-        axes.minorticks_off()
+
+    def finish(axes: Any) -> None:
+        up = f"test {measure.label}"
+        axes.set(xlabel="sparsity of the global model (%)", ylabel=up, xscale="log")
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.6g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        reached = {float(f"{density:.2g}") for line in axes.get_lines() for density in line.get_xdata()}
+        if len(reached) <= _MOST_TICKS:
+            axes.set_xticks(sorted(reached))
+            axes.minorticks_off()
+
+    return finish

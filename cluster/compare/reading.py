@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.compare.histories import histories
-from cluster.configuration.choices import ChoiceError
+from cluster.configuration.choices import ChoiceError, choice_named
 from cluster.configuration.config import validate
 from cluster.configuration.plain_yaml import as_value
 from cluster.configuration.trees import ConfigError, flatten, read_stored
+from cluster.measures import Measure, from_values
 from cluster.records.run_folder import RunFolder
 from cluster.records.tracking_store import check, connect, first_line
 from cluster.references import UserError, did_you_mean
+from cluster.workload.objectives import Classification
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
 
-#: What is read of every round; a run may lack any of them.
+#: What is read of every round beside the objective's; a run may lack any of them.
 METRICS = (
-    "test/accuracy",
-    "val/accuracy",
     "sparsity/global",
     "masks/regrowth_share",
     "masks/client_regrowth_share",
@@ -41,10 +41,9 @@ METRICS = (
     "comm/downlink_bytes_total",
     "flops/sparse_total",
     "time/simulated_s",
-    "clients/accuracy_mean",
-    "clients/accuracy_mean_after",
-    "clients/accuracy_worst_decile",
 )
+#: The same of what selects.
+OF_SELECTS = ("test/{}", "val/{}", "clients/{}_mean", "clients/{}_mean_after", "clients/{}_worst_decile")
 
 #: Files of a run that hold what is no number a round.
 LAYERS_FILE, CLIENTS_FILE = "sparsity_per_layer.csv", "clients.csv"
@@ -85,12 +84,13 @@ class Run:
         params: Flattened configuration as text; what does not apply is left out.
         series: By metric; empty ones are left out.
         layers: Sparsity of every prunable layer after the last round.
-        clients: Accuracy of the final model on each client, float64[clients].
+        clients: What selects, of the final model on each client, float64[clients].
         reached: Last round computed; 0 where there is none.
         status: How it ended in the words of its source, where that knows; else "".
         started: Orders runs by age, seconds.
         measures: Version of the rule by which each family of metrics was measured, 1 where it names none;
-            None where the run does not say yet. See :mod:`cluster.compare.measures`.
+            None where the run does not say yet. See :mod:`cluster.compare.versions`.
+        metrics: Those of its objective, the one that selects first; empty where nothing tells them yet.
     """
 
     name: str
@@ -103,11 +103,17 @@ class Run:
     status: str = ""
     started: float = 0.0
     measures: Mapping[str, int] | None = field(default_factory=dict)
+    metrics: tuple[Measure, ...] = Classification.measures
 
     @property
     def seed(self) -> str:
         """The seed; runs of two groups with one seed are paired."""
         return self.params.get("seed", "")
+
+    @property
+    def objective(self) -> str:
+        """Name of what is learned."""
+        return self.params.get("objective.name", "classification")
 
     @property
     def planned(self) -> int | None:
@@ -150,35 +156,65 @@ def read_folders(paths: Iterable[Path]) -> list[Run]:
     folders = find_folders(paths)
     if not folders:
         raise ComparisonError(f"no run lies in {', '.join(map(str, paths))}; `sparsyfed run` makes one")
-    return [read_folder(folder) for folder in folders]
+    runs = [read_folder(folder) for folder in folders]
+    known = _known_metrics(runs)
+    return [
+        run if run.metrics else read_folder(folder, known.get(run.objective, ()))
+        for folder, run in zip(folders, runs, strict=True)
+    ]
 
 
-def read_folder(path: Path) -> Run:
-    """Read one run; one that cannot be read has its reason as ``status``, and no series."""
+def read_folder(path: Path, metrics: Sequence[Measure] = ()) -> Run:
+    """Read one run; one that cannot be read has its reason as ``status``, and no series.
+
+    Args:
+        path: Its folder.
+        metrics: Those of its objective, where nothing in the folder tells them.
+    """
     try:
         params, lines = _params_of(path), RunFolder(path).rounds()
         layers: list[float] = lines[-1].get("sparsity/layers", []) if lines else []
         result = RunFolder(path).result()
+        stored = (result or {}).get("objective", {}).get("metrics")
+        metrics = _metrics(stored, params) or tuple(metrics)
         names = _layer_names(path / LAYERS_FILE) or [str(number) for number in range(1, len(layers) + 1)]
         return Run(
             path.name,
             str(path),
             params,
-            series_of(lines),
+            series_of(lines, metrics),
             dict(zip(names, layers, strict=False)),
-            client_accuracies(path / CLIENTS_FILE),
+            values_of_clients(path / CLIENTS_FILE, metrics),
             reached=max((line["round"] for line in lines), default=0),
             started=lines[0].get("timestamp", 0.0) if lines else 0.0,
             measures=None if result is None else result.get("measures", {}),
+            metrics=metrics,
         )
     except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
         return Run(path.name, str(path), {}, {}, status=f"cannot be read: {first_line(error)}")
 
 
-def series_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """The series of :data:`METRICS` in the lines of ``rounds.jsonl``; null is not measured."""
+def read_of(metrics: Sequence[Measure]) -> tuple[str, ...]:
+    """The keys of a line that are read of a run of an objective with these metrics."""
+    return (*(form.format(metric.key) for metric in metrics[:1] for form in OF_SELECTS), *METRICS)
+
+
+def _metrics(stored: Any, params: Mapping[str, str]) -> tuple[Measure, ...]:
+    """A run's metrics, as it says or as its objective declares them; code of others is not asked."""
+    if stored:
+        return from_values(stored)
+    name = params.get("objective.name", "classification")
+    return () if ":" in name else tuple(choice_named("objective", name).measures)
+
+
+def _known_metrics(runs: Iterable[Run]) -> dict[str, tuple[Measure, ...]]:
+    return {run.objective: run.metrics for run in runs if run.metrics}
+
+
+def series_of(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Measure]) -> dict[str, Series]:
+    """The series that are compared, in the lines of ``rounds.jsonl``; null is not measured."""
     series = {}
-    for key in METRICS:
+    for key in read_of(metrics):
         measured = [(line["round"], line[key]) for line in lines if line.get(key) is not None]
         if measured:
             rounds, values = zip(*measured, strict=True)
@@ -186,13 +222,14 @@ def series_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     return series
 
 
-def client_accuracies(path: Path) -> np.ndarray:
-    """Column ``accuracy`` (or ``accuracy_global``) of a table of clients; empty where there is none."""
-    if not path.is_file():
+def values_of_clients(path: Path, metrics: Sequence[Measure]) -> np.ndarray:
+    """What selects, in a table of clients (of older ones column ``accuracy_global``); empty without any."""
+    if not path.is_file() or not metrics:
         return np.empty(0)
+    key = metrics[0].key
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    texts = [row.get("accuracy") or row.get("accuracy_global") for row in rows]
+    texts = [row.get(key) or row.get(f"{key}_global") for row in rows]
     return np.array([float(text) for text in texts if text], np.float64)
 
 
@@ -233,11 +270,13 @@ def read_experiment(uri: str, name: str, rule: str = "") -> list[Run]:
     if not stored:
         passes = f" passes the filter {rule!r}" if rule else ""
         raise ComparisonError(f"no run of experiment {name!r}{passes or ' is left'} in {uri}")
-    logged = {key: [run.info.run_id for run in stored if key in run.data.metrics] for key in METRICS}
+    own = [_metrics(json.loads(run.data.tags.get("metrics", "[]")), run.data.params) for run in stored]
+    keys = list(dict.fromkeys(key for metrics in own for key in read_of(metrics)))
+    logged = {key: [run.info.run_id for run in stored if key in run.data.metrics] for key in keys}
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda key: histories(client, key, logged[key]), METRICS)
-        points = dict(zip(METRICS, found, strict=True))
-        return list(pool.map(lambda run: _read_stored(client, run, points), stored))
+        found = pool.map(lambda key: histories(client, key, logged[key]), keys)
+        points = dict(zip(keys, found, strict=True))
+        return list(pool.map(lambda run, metrics: _read_stored(client, run, points, metrics), stored, own))
 
 
 def _search(client: MlflowClient, uri: str, name: str, rule: str) -> list[StoredRun]:
@@ -265,7 +304,10 @@ def _search(client: MlflowClient, uri: str, name: str, rule: str) -> list[Stored
 
 
 def _read_stored(
-    client: MlflowClient, run: StoredRun, points: Mapping[str, Mapping[str, Mapping[int, float]]]
+    client: MlflowClient,
+    run: StoredRun,
+    points: Mapping[str, Mapping[str, Mapping[int, float]]],
+    metrics: tuple[Measure, ...],
 ) -> Run:
     series = {}
     for key, of_runs in points.items():
@@ -281,11 +323,12 @@ def _read_stored(
         {key: own for key, own in run.data.params.items() if own not in ABSENT and key != "algorithm"},
         series,
         _last_row(layers) if layers else {},
-        client_accuracies(clients) if clients else np.empty(0),
+        values_of_clients(clients, metrics) if clients else np.empty(0),
         reached=max((int(own.rounds[-1]) for own in series.values()), default=0),
         status=run.info.status.lower(),
         started=run.info.start_time / 1000,
         measures=json.loads(run.data.tags.get("measures", "{}")),
+        metrics=metrics,
     )
 
 

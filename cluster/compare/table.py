@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from cluster.compare.contest import Contest, Verdict, contest
 from cluster.compare.groups import Group, Grouped, group_runs
-from cluster.compare.measures import differences, newest, outdated
-from cluster.compare.reading import Run, Series
+from cluster.compare.reading import ComparisonError, Run, Series
+from cluster.compare.versions import differences, newest, outdated
+from cluster.measures import Better, Measure
 from cluster.statistics import Interval, mean_interval
 
 _PAGE_COLUMNS = 7
 
 MEGA, GIGA, HOUR = 1e6, 1e9, 3600.0
-
-#: What counts as better; None where it is no contest.
-Better = Literal["higher", "lower"] | None
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,15 @@ class Table:
         groups: Its rows.
         columns: Its columns.
         cells: By row and column.
-        target: The accuracy whose cost is a column; None where there is none.
-        contests: Those for accuracy.
+        target: The value of what selects, of the first objective, whose cost is a column; None for none.
+        contests: Those for what selects, each with its measure.
     """
 
     groups: tuple[Group, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
     target: float | None
-    contests: tuple[Contest, ...]
+    contests: tuple[tuple[Measure, Contest], ...]
 
     @classmethod
     def of(cls, groups: Sequence[Group], target: float | None = None) -> Table:
@@ -88,14 +85,15 @@ class Table:
 
         Args:
             groups: The groups compared.
-            target: Accuracy in [0, 1] whose cost in bytes is a column; by default the highest multiple of
-                5 % that every run of half of the groups reaches.
+            target: Value of what selects, of the first objective, whose cost in bytes is a column, such as
+                an accuracy in [0, 1]; by default a round one that every run of half of the groups reaches.
         """
-        if target is None:
-            target = default_target(groups)
+        selects = selecting(groups)
+        if target is None and selects:
+            target = default_target(groups, selects[0])
         columns, by_column, contests = [], [], {}
         versions = newest(run for group in groups for run in group.runs)
-        for column in columns_for(target):
+        for column in columns_for(selects, target):
             values = [_values(group, column) for group in groups]
             if any(values):
                 columns.append(column)
@@ -105,7 +103,8 @@ class Table:
                 cells, contests[column.key] = _cells(groups, column, values, old)
                 by_column.append(cells)
         cells_of = tuple(zip(*by_column, strict=True))
-        return cls(tuple(groups), tuple(columns), cells_of, target, tuple(contests.get("accuracy", ())))
+        found = tuple((measure, each) for measure in selects for each in contests.get(measure.key, ()))
+        return cls(tuple(groups), tuple(columns), cells_of, target, found)
 
     @property
     def parts(self) -> list[Table]:
@@ -162,15 +161,22 @@ class Comparison:
         return cls(title, source, grouped, Table.of(grouped.groups, target))
 
 
-def columns_for(target: float | None) -> tuple[Column, ...]:
-    """Every column that there may be, in order."""
-    cost = () if target is None else (_cost_column(target),)
+def selecting(groups: Sequence[Group]) -> list[Measure]:
+    """What selects in the runs of some groups, each once, in the order of the groups."""
+    found = [run.metrics[0] for group in groups for run in group.runs if run.metrics]
+    return list({measure.key: measure for measure in found}.values())
+
+
+def columns_for(selects: Sequence[Measure], target: float | None) -> tuple[Column, ...]:
+    """Every column that there may be, in order.
+
+    Args:
+        selects: What selects, of one objective after the other.
+        target: Value of the first one whose cost is a column; None for no such column.
+    """
+    cost = () if target is None else (_cost_column(selects[0], target),)
     return (
-        _last("accuracy", "accuracy (%)", "test/accuracy", 100, better="higher"),
-        Column("best_accuracy", "best (%)", _best_accuracy, ("test/accuracy", "val/accuracy")),
-        _last("clients_accuracy", "clients' mean (%)", "clients/accuracy_mean", 100, better="higher"),
-        _last("clients_after", "after local (%)", "clients/accuracy_mean_after", 100, better="higher"),
-        _last("worst_decile", "worst decile (%)", "clients/accuracy_worst_decile", 100, better="higher"),
+        *(column for place, measure in enumerate(selects) for column in _columns_of(measure, place)),
         *cost,
         _last("sparsity", "sparsity (%)", "sparsity/global", 100),
         _last("uplink_mb", "MB up", "comm/uplink_bytes_total", 1 / MEGA, digits=2),
@@ -187,6 +193,20 @@ def columns_for(target: float | None) -> tuple[Column, ...]:
     )
 
 
+def target_of(runs: Iterable[Run], shown: float | None) -> float | None:
+    """A target as it is stored, from one as it is shown: an accuracy from its percentage.
+
+    Raises:
+        ComparisonError: There is no such percentage.
+    """
+    selects = next((run.metrics[0] for run in runs if run.metrics), None)
+    if shown is None or selects is None:
+        return None
+    if selects.unit == "share" and not 0 < shown <= 100:
+        raise ComparisonError(f"--target {shown:g}: expected a percentage, such as 80")
+    return shown / selects.scale
+
+
 def total_bytes(run: Run) -> Series | None:
     """Bytes up and down so far, where both were measured."""
     up, down = run.series.get("comm/uplink_bytes_total"), run.series.get("comm/downlink_bytes_total")
@@ -196,26 +216,41 @@ def total_bytes(run: Run) -> Series | None:
     return Series(rounds, up.values[at_up] + down.values[at_down]) if len(rounds) else None
 
 
-def bytes_to_reach(run: Run, target: float) -> float | None:
-    """Bytes up and down until test accuracy first was at least ``target``; None where it never was."""
-    accuracy, cost = run.series.get("test/accuracy"), total_bytes(run)
-    if accuracy is None or cost is None:
+def bytes_to_reach(run: Run, selects: Measure, target: float) -> float | None:
+    """Bytes up and down until what selects first was as good as ``target`` on test data; None if never."""
+    measured, cost = run.series.get(f"test/{selects.key}"), total_bytes(run)
+    if measured is None or cost is None:
         return None
-    there = accuracy.rounds[accuracy.values >= target]
+    there = measured.rounds[merits(measured, selects) >= selects.merit(target)]
     at = np.flatnonzero(cost.rounds == there[0]) if len(there) else there
     return float(cost.values[at[0]]) if len(at) else None
 
 
-def default_target(groups: Sequence[Group]) -> float | None:
-    """The highest multiple of 5 % that every run of half of the groups reaches; None where that is 0."""
+def merits(series: Series, measure: Measure) -> np.ndarray:
+    """A series with the sign by which better values are larger."""
+    return -series.values if measure.better == "lower" else series.values
+
+
+def default_target(groups: Sequence[Group], selects: Measure) -> float | None:
+    """The best round value that every run of half of the groups reaches on test data.
+
+    Of a share that is a multiple of 5 %, None where that is 0; of anything else one of two digits.
+    """
+    key = f"test/{selects.key}"
     reached = sorted(
-        min(float(run.series["test/accuracy"].values.max()) for run in group.runs)
+        min(float(merits(run.series[key], selects).max()) for run in group.runs)
         for group in groups
-        if all("test/accuracy" in run.series for run in group.runs)
+        if all(key in run.series for run in group.runs)
     )
     if not reached:
         return None
-    return math.floor(reached[len(reached) // 2] * 20 + 1e-9) / 20 or None
+    middle = reached[len(reached) // 2]
+    if selects.unit == "share":
+        return selects.merit(math.floor(middle * 20 + 1e-9) / 20) or None
+    if middle == 0.0 or not math.isfinite(middle):
+        return None
+    step = 10.0 ** (math.floor(math.log10(abs(middle))) - 1)
+    return selects.merit(math.floor(middle / step + 1e-9) * step)
 
 
 # ------------------------------------------------------------------------------------------ the contest
@@ -277,15 +312,39 @@ def _mean(key: str, header: str, metric: str, scale: float = 1.0, digits: int = 
     return Column(key, header, of, (metric,), digits=digits)
 
 
-def _best_accuracy(run: Run) -> float | None:
-    """Test accuracy of the round with the best validation accuracy, of the best round without validation."""
-    accuracy = run.series.get("test/accuracy")
-    if accuracy is None:
+def _columns_of(selects: Measure, place: int) -> tuple[Column, ...]:
+    """What there is of one objective; the columns of a second one say in their names whose they are."""
+    key, scale, better = selects.key, selects.scale, selects.better
+    unit = selects.label.removeprefix(selects.title)
+    digits = 1 if selects.unit == "share" else 3
+    mark, of = (f"_{key}", f" {selects.title}") if place else ("", "")
+
+    def last(name: str, header: str, metric: str) -> Column:
+        return _last(name, header + of + unit, metric, scale, better, digits)
+
+    def best(run: Run) -> float | None:
+        value = best_value(run, selects)
+        return None if value is None else scale * value
+
+    on_test, on_validation = f"test/{key}", f"val/{key}"
+    return (
+        _last(key, selects.label, on_test, scale, better, digits),
+        Column(f"best_{key}", f"best{of}{unit}", best, (on_test, on_validation), digits=digits),
+        last(f"clients_{key}", "clients' mean", f"clients/{key}_mean"),
+        last(f"clients_after{mark}", "after local", f"clients/{key}_mean_after"),
+        last(f"worst_decile{mark}", "worst decile", f"clients/{key}_worst_decile"),
+    )
+
+
+def best_value(run: Run, selects: Measure) -> float | None:
+    """What selects on test data, of the round that is best on validation data, else on test data."""
+    measured = run.series.get(f"test/{selects.key}")
+    if measured is None:
         return None
-    chosen_by = run.series.get("val/accuracy", accuracy)
-    best = chosen_by.rounds[int(np.argmax(chosen_by.values))]
-    at = np.flatnonzero(accuracy.rounds == best)
-    return 100 * float(accuracy.values[at[0]]) if len(at) else None
+    chosen_by = run.series.get(f"val/{selects.key}", measured)
+    best = chosen_by.rounds[int(np.argmax(merits(chosen_by, selects)))]
+    at = np.flatnonzero(measured.rounds == best)
+    return float(measured.values[at[0]]) if len(at) else None
 
 
 def _downlink_ratio(run: Run) -> float | None:
@@ -309,10 +368,11 @@ def _ratio(run: Run, rounds: slice) -> float | None:
     return float(dense.values[rounds].sum()) / sent if sent else None
 
 
-def _cost_column(target: float) -> Column:
+def _cost_column(selects: Measure, target: float) -> Column:
     def of(run: Run) -> float | None:
-        cost = bytes_to_reach(run, target)
+        cost = bytes_to_reach(run, selects, target)
         return None if cost is None else cost / MEGA
 
-    metrics = ("test/accuracy", "comm/uplink_bytes_total", "comm/downlink_bytes_total")
-    return Column("mb_to_target", f"MB to {100 * target:g} %", of, metrics, "lower")
+    metrics = (f"test/{selects.key}", "comm/uplink_bytes_total", "comm/downlink_bytes_total")
+    shown = f"{100 * target:g} %" if selects.unit == "share" else f"{selects.title} {target:g}"
+    return Column("mb_to_target", f"MB to {shown}", of, metrics, "lower")

@@ -418,7 +418,7 @@ class Config(Section):
             # Of a shift only what was typed ever stood in a configuration.
             if (key in flat or not key.startswith("shift."))
             and changes_results(key)
-            and (key not in _ADDED or value != _ADDED[key])
+            and not stays_out(key, value)
         }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
@@ -468,6 +468,11 @@ def code_digest() -> str:
     for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def stays_out(key: str, value: Any) -> bool:
+    """Whether a key came after 0.1 and has the default that changes nothing, as a value or as text."""
+    return key in _ADDED and (value == _ADDED[key] or value == str(_ADDED[key]))
 
 
 def changes_results(key: str) -> bool:

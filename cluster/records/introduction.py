@@ -10,9 +10,10 @@ import numpy as np
 
 from algorithms import hyperparameters
 from cluster.configuration.config import Config
+from cluster.workload.objectives import selecting, selects_of
 
 #: Measured by some runs alone, as they were after the last round.
-_LAST = ("clients/accuracy_mean", "clients/accuracy_worst_decile", "time/simulated_s")
+_LAST = ("clients/{}_mean", "clients/{}_worst_decile", "time/simulated_s")
 
 
 def in_short(config: Config) -> dict[str, str]:
@@ -32,6 +33,7 @@ def group_name(config: Config) -> str:
 
 def description(config: Config, folder: Path) -> str:
     """What a run is, in Markdown: method, data, training, and the command that continues it."""
+    selects = selecting(config)
     method, data, partition, local = config.method, config.data, config.partition, config.local
     # What is zero, off or none goes without saying; the parameters have it all.
     settings = [
@@ -48,6 +50,8 @@ def description(config: Config, folder: Path) -> str:
         f"batch {local.batch_size}, lr {local.lr:g}"
         + (f" to {local.lr_final:g}" if local.lr_final is not None else "")
         + (f"; server {config.server.name}" if config.server.name != "fedavg" else ""),
+        f"judged by {selects.title}: {selects.meaning[:1].lower()}{selects.meaning[1:].rstrip('.')} "
+        f"({selects.better} is better)",
         f"`sparsyfed resume {folder}`",
     ]
     return "  \n".join(lines)
@@ -60,11 +64,12 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         summary: What ``result.json`` holds.
         lines: The lines of ``rounds.jsonl``.
     """
+    selects = selects_of(summary).key
     up, down = summary["uplink_bytes"] / 1e6, summary["downlink_bytes"] / 1e6
     scalars = {
         "rounds": summary["rounds"],
-        "accuracy": summary["accuracy"],
-        "best_accuracy": summary["best_accuracy"],
+        selects: summary[selects],
+        f"best_{selects}": summary[f"best_{selects}"],
         "sparsity": summary["sparsity"],
         "uplink_mb": up,
         "downlink_mb": down,
@@ -80,7 +85,9 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
             scalars[name] = float(np.mean(values))
     last = lines[-1] if lines else {}
     scalars |= {
-        key.removeprefix("time/").replace("/", "_"): last[key] for key in _LAST if last.get(key) is not None
+        name.removeprefix("time/").replace("/", "_"): last[name]
+        for name in (form.format(selects) for form in _LAST)
+        if last.get(name) is not None
     }
     return {f"final/{name}": float(value) for name, value in scalars.items() if value is not None}
 

@@ -15,21 +15,18 @@ import torch
 from algorithms import SERVER_OPTIMIZERS, hyperparameters, registry
 from cluster.configuration.config import Config, code_digest, validate
 from cluster.federation import Federation
+from cluster.measures import VERSIONS, as_values
 from cluster.records import introduction, tracking
 from cluster.records.plots import curves, population
 from cluster.records.run_folder import RunFolder
 from cluster.references import file_name, installed
 from cluster.workload.partition_picture import picture
 
-#: Versions of measures whose meaning has changed: those of different versions are not compared. 2 of
-#: flops/sparse: the weight gradient costs only the share of its entries that a method uses.
-MEASURES = {"flops/sparse": 2}
 
-
-def measures_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def versions_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """The versions of what some rounds' lines hold; 0 where an older version measured a part of them."""
     # Version 0.1, which measured by the older rule, logged no client_cut.
-    return MEASURES if all("masks/client_cut" in line for line in lines) else dict.fromkeys(MEASURES, 0)
+    return VERSIONS if all("masks/client_cut" in line for line in lines) else dict.fromkeys(VERSIONS, 0)
 
 
 _logger = logging.getLogger("sparsyfed.outputs")
@@ -54,6 +51,10 @@ def summary_of(
         f"val_{key}": last.get(f"val/{key}"),
         "best_round": best["round"],
         "selected_by": metric,
+        "objective": {
+            "name": config.objective.name,
+            "metrics": as_values(federation.objective.measures),
+        },
         "sparsity": last["sparsity/global"],
         "uplink_bytes": last["comm/uplink_bytes_total"],
         "downlink_bytes": last["comm/downlink_bytes_total"],
@@ -64,7 +65,7 @@ def summary_of(
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
-        "measures": measures_of(lines),
+        "measures": versions_of(lines),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -93,7 +94,7 @@ def _pictures(folder: RunFolder, federation: Federation, lines: list[dict[str, A
     method = f"{config.algorithm.name}, seed {config.seed}"
     draw: dict[str, Callable[[Path], None]] = {
         "partition": lambda path: picture(federation.partition, labels, classes, path, title=title),
-        "curves": lambda path: curves(lines, path, title=method),
+        "curves": lambda path: curves(lines, path, federation.objective.selects, title=method),
         "devices": lambda path: population(federation, path),
     }
     if federation.shifted:
@@ -137,7 +138,8 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "config_hash": config.digest(),
         "code_hash": code_digest(),
         "partition_hash": federation.partition.digest(),
-        "measures": json.dumps(measures_of(folder.rounds())),
+        "measures": json.dumps(versions_of(folder.rounds())),
+        "metrics": json.dumps(as_values(federation.objective.measures)),
         "git_sha": _git_sha(),
         "kind": "run",
         **section.tags,

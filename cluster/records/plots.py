@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cluster.federation import Federation
+from cluster.measures import Measure
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
 
@@ -34,12 +35,13 @@ def finish(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Accuracy, sparsity, communication and masks over the rounds, shifts of the data dotted, as one PNG.
+def curves(lines: Sequence[dict[str, Any]], path: Path, selects: Measure, *, title: str) -> None:
+    """What selects, sparsity, communication and masks over the rounds, shifts of the data dotted, as one PNG.
 
     Args:
         lines: The lines of ``rounds.jsonl``.
         path: Where the picture goes.
+        selects: What selects, such as accuracy.
         title: Its title.
     """
     from matplotlib.figure import Figure
@@ -53,9 +55,9 @@ def curves(lines: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         if points:
             place.plot(*zip(*points, strict=True), label=label, linewidth=1.8)
 
-    draw(axes[0, 0], "test/accuracy", "test", 100)
-    draw(axes[0, 0], "val/accuracy", "validation", 100)
-    axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 100))
+    draw(axes[0, 0], f"test/{selects.key}", "test", selects.scale)
+    draw(axes[0, 0], f"val/{selects.key}", "validation", selects.scale)
+    axes[0, 0].set(ylabel=selects.label, **({"ylim": (0, 100)} if selects.unit == "share" else {}))
     draw(axes[0, 1], "sparsity/global", "global model", 100)
     draw(axes[0, 1], "sparsity/upload", "uploads (mean)", 100)
     axes[0, 1].set(ylabel="sparsity (%)")

@@ -292,13 +292,15 @@ def points(values: Mapping[str, object], step: int, written_ms: int) -> list[Met
     """The numbers among `values` as points; null, lists, text and what is not finite are left out.
 
     MLflow would store infinity as 1.8e308 and ruin the chart's scale; the line in rounds.jsonl keeps it. Its
-    page that compares runs draws the metric that was logged first: accuracy comes before all others.
+    page that compares runs draws the metric that was logged first: what selects, the first metric on test
+    data in a line, comes before all others.
     """
     from mlflow.entities import Metric
 
+    first = next((key for key in values if key.startswith("test/")), None)
     return [
         Metric(metric_name(key), float(value), written_ms, step)
-        for key, value in sorted(values.items(), key=lambda item: item[0] != "test/accuracy")
+        for key, value in sorted(values.items(), key=lambda item: item[0] != first)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
 

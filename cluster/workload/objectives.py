@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.configuration.choices import ChoiceError
-from cluster.measures import Measure
+from cluster.configuration.config import Config
+from cluster.measures import Measure, from_values
 from cluster.workload.datasets import Dataset
 
 #: What was counted or added up over some samples, by name: numbers and arrays, of which ``+`` makes those of
@@ -133,6 +134,27 @@ class Classification(Objective):
         """See :class:`Objective`: accuracy."""
         shares: np.ndarray = sums["correct"] / np.maximum(sums["samples"], 1)
         return shares
+
+
+def selects_of(summary: Mapping[str, Any]) -> Measure:
+    """What selects, as a result says; version 0.1 knew accuracy alone."""
+    stored = summary.get("objective", {}).get("metrics")
+    return from_values(stored)[0] if stored else Classification.measures[0]
+
+
+def selecting(config: Config, line: Mapping[str, Any] | None = None) -> Measure:
+    """What selects in an experiment.
+
+    Args:
+        config: The experiment.
+        line: One of its lines; the first metric in it is what selects where the experiment names code that is
+            not to be imported.
+    """
+    if not (config.inert and ":" in config.objective.name):
+        objective: Objective = config.build_objective()
+        return objective.selects
+    key = next((key.partition("/")[2] for key in line or () if key.startswith(("test/", "val/"))), "metric")
+    return Measure(key, key.replace("_", " "), "", "")
 
 
 def added(first: Sums, second: Sums) -> Sums:

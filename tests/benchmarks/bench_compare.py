@@ -12,11 +12,12 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from cluster.compare.reading import METRICS, read_experiment
+from cluster.compare.reading import read_experiment, read_of
 from cluster.records.tracking_store import connect, find_experiment
+from cluster.workload.objectives import Classification
 from tests.benchmarks.report import Figure
 
-EXPERIMENT, LOGGED, ROUNDS, GROUP = "many", METRICS[:12], 30, 100
+EXPERIMENT, LOGGED, ROUNDS, GROUP = "many", read_of(Classification.measures)[:12], 30, 100
 
 
 def figures(name: str, quick: bool) -> list[Figure]:

@@ -104,8 +104,8 @@ def test_a_wrong_source_is_one_clear_error(uri, name, rule, message):
 @pytest.fixture
 def one_picture(monkeypatch):
     """The first plot alone: the others are drawn by the report's own tests."""
-    first = plots._curves()[:1]
-    monkeypatch.setattr(plots, "_curves", lambda: first)
+    curves = plots._curves
+    monkeypatch.setattr(plots, "_curves", lambda selects: curves(selects)[:1])
     monkeypatch.setattr(plots, "_others", lambda groups: ())
 
 
@@ -147,7 +147,6 @@ def test_compare_without_a_name_reads_the_folders_of_the_root(root, tmp_path, mo
         (["--filter", "tags.method = 'x'"], "name one MLflow experiment"),
         (["a", "b"], "name one MLflow experiment"),
         ([], "runs: there is no such folder"),
-        (["--target", "0"], "--target 0: expected a percentage, such as 80"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):

@@ -5,11 +5,12 @@ import pytest
 
 from cluster.compare.reading import (
     ComparisonError,
-    client_accuracies,
     find_folders,
     read_folder,
     read_folders,
+    values_of_clients,
 )
+from cluster.workload.objectives import Classification
 from tests.cluster.compare.made import LAYERS, write_run
 
 
@@ -78,10 +79,10 @@ def test_a_method_that_is_not_installed_is_read_all_the_same(tmp_path):
 def test_accuracies_of_clients(tmp_path):
     path = tmp_path / "clients.csv"
     path.write_text("client,samples,accuracy\n0,10,0.5\n1,12,\n2,9,1.0\n")
-    np.testing.assert_array_equal(client_accuracies(path), [0.5, 1.0])
+    np.testing.assert_array_equal(values_of_clients(path, Classification.measures), [0.5, 1.0])
     path.write_text("client,samples,accuracy_before,accuracy_after,accuracy_global\n0,10,0.1,0.2,0.75\n")
-    np.testing.assert_array_equal(client_accuracies(path), [0.75])
-    assert len(client_accuracies(tmp_path / "none.csv")) == 0
+    np.testing.assert_array_equal(values_of_clients(path, Classification.measures), [0.75])
+    assert len(values_of_clients(tmp_path / "none.csv", Classification.measures)) == 0
 
 
 def test_a_run_as_it_was_after_a_round(tmp_path):

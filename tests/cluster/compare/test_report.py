@@ -186,11 +186,9 @@ def test_styles_are_all_different_and_a_method_keeps_its_colour():
     assert len({(style["color"], str(style["linestyle"])) for style in single}) == 14
 
 
-def test_of_many_groups_the_most_accurate_are_drawn_in_their_order():
+def test_of_many_groups_the_best_are_drawn_in_their_order():
     groups = group_runs([made(number / 40, local__lr=number) for number in range(40)]).groups
-    assert [group.label for group in plots.most_accurate(groups)] == [
-        f"lr {number}" for number in range(26, 40)
-    ]
+    assert [group.label for group in plots.best_of(groups)] == [f"lr {number}" for number in range(26, 40)]
 
 
 def test_a_thousand_runs(tmp_path, monkeypatch):
@@ -210,4 +208,4 @@ def test_a_thousand_runs(tmp_path, monkeypatch):
     assert comparison.table.groups[-1].label == "lr 199.5"
     text = write(comparison, tmp_path / "out").read_text()
     assert "1000 runs in 200 groups" in text
-    assert f"Of the 200 groups the {plots.MOST_LINES} most accurate are drawn" in text
+    assert f"Of the 200 groups the {plots.MOST_LINES} best are drawn" in text

@@ -2,16 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
+from cluster.compare import plots
 from cluster.compare.formats import findings
 from cluster.compare.groups import group_runs
-from cluster.compare.reading import Series, read_folder
-from cluster.compare.table import Table, bytes_to_reach, default_target
+from cluster.compare.reading import ComparisonError, Series, read_folder, read_folders
+from cluster.compare.table import Table, bytes_to_reach, default_target, target_of
+from cluster.measures import as_values
+from cluster.workload.objectives import Classification
 from tests.cluster.compare.made import made, write_run
+
+ACCURACY = Classification().selects
 
 
 def table_of(**accuracies):
@@ -94,7 +101,7 @@ def test_the_best_is_the_best_where_all_others_are_worse():
     adjusted = {label: cell.adjusted for label, cell in column(table, "accuracy").items()}
     assert adjusted["a"] == 1.0
     assert adjusted["b"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
-    (contest,) = table.contests
+    ((_, contest),) = table.contests
     assert (contest.seeds, contest.left) == (3, 1)
     assert contest.error == pytest.approx(np.std([10, 11, 12], ddof=1) / math.sqrt(2))
 
@@ -124,7 +131,7 @@ def test_all_that_compete_count():
 def test_one_seed_has_no_verdict():
     table = table_of(a=[0.9], b=[0.1])
     assert verdicts(table) == {"a": "", "b": ""}
-    (contest,) = table.contests
+    ((_, contest),) = table.contests
     assert contest.seeds == 1
     assert math.isnan(contest.error)
     interval = column(table, "accuracy")["a"].interval
@@ -141,7 +148,7 @@ def test_only_seeds_that_all_have_count():
     a, b = {0: 0.9, 1: 0.50, 2: 0.51, 3: 0.52}, {1: 0.40, 2: 0.40, 3: 0.40, 7: 0.99}
     table = table_of(a=a, b=b)
     assert verdicts(table) == {"a": "best", "b": "worse"}
-    assert (table.contests[0].seeds, table.contests[0].most) == (3, 4)
+    assert (table.contests[0][1].seeds, table.contests[0][1].most) == (3, 4)
     assert findings(table)[0].startswith("Accuracy: 2 groups over the 3 seeds of 4 in common.")
     apart = table_of(a={0: 0.5, 1: 0.51}, b={1: 0.1, 2: 0.1})
     assert set(verdicts(apart).values()) == {""}
@@ -153,7 +160,7 @@ def test_only_seeds_that_all_have_count():
 def test_how_many_seeds_3_points_take():
     # Differences of a and b vary by 1 point: error 1 / sqrt 2, as in the test of `seeds_to_tell`.
     table = table_of(a=[0.50, 0.51, 0.52], b=[0.50, 0.50, 0.50])
-    assert table.contests[0].error == pytest.approx(0.7071, abs=1e-4)
+    assert table.contests[0][1].error == pytest.approx(0.7071, abs=1e-4)
     assert "between the 2 not told apart takes about 4 seeds to tell (80 % power" in findings(table)[0]
 
 
@@ -190,8 +197,13 @@ def test_a_lower_cost_is_better(tmp_path):
 
 def test_bytes_to_reach_an_accuracy(tmp_path):
     run = read_folder(write_run(tmp_path / "one", [0.1, None, 0.5, 0.4, 0.7]))
-    assert [bytes_to_reach(run, target) for target in (0.1, 0.2, 0.5, 0.6)] == [5e6, 15e6, 15e6, 25e6]
-    assert bytes_to_reach(run, 0.71) is None
+    assert [bytes_to_reach(run, ACCURACY, target) for target in (0.1, 0.2, 0.5, 0.6)] == [
+        5e6,
+        15e6,
+        15e6,
+        25e6,
+    ]
+    assert bytes_to_reach(run, ACCURACY, 0.71) is None
 
 
 def test_the_default_target_is_what_half_of_the_groups_reach():
@@ -199,6 +211,86 @@ def test_the_default_target_is_what_half_of_the_groups_reach():
         [made(value, algorithm__name=name) for name, value in
          {"a": 0.10, "b": 0.74, "c": 0.76, "d": 0.92}.items()]
     ).groups  # fmt: skip
-    assert default_target(groups) == 0.75  # c and d reach it
-    assert default_target(groups[1:2]) == 0.7
-    assert default_target(group_runs([made(0.04)]).groups) is None
+    assert default_target(groups, ACCURACY) == 0.75  # c and d reach it
+    assert default_target(groups[1:2], ACCURACY) == 0.7
+    assert default_target(group_runs([made(0.04)]).groups, ACCURACY) is None
+
+
+# --- where lower is better
+
+RMSE = replace(ACCURACY, key="rmse", title="error", unit="", better="lower")
+NAME = "nowhere:Regression"  # never imported by a comparison
+
+
+def errors_of(folder, **errors):
+    """Runs of an objective of one's own, one group a method; only the first of all says what it measures."""
+    params = ("algorithm.beta=1",)
+    for name, by_seed in errors.items():
+        for seed, values in enumerate(by_seed):
+            more = {"test/rmse": None}
+            path = write_run(folder / f"{name}-{seed}", [None] * len(values), f"seed={seed}", *params, **more)
+            lines = [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
+            for line, value in zip(lines, values, strict=True):
+                line["test/rmse"] = value
+            (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            tree = yaml.safe_load((path / "config.yaml").read_text())
+            tree["objective"], tree["algorithm"]["beta"] = {"name": NAME}, float(name.removeprefix("b"))
+            (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    first = next(iter(sorted(folder.iterdir())))
+    told = {"complete": True, "objective": {"name": NAME, "metrics": as_values([RMSE])}}
+    (first / "result.json").write_text(json.dumps(told))
+    return read_folders([folder])
+
+
+def test_the_lowest_error_is_the_best(tmp_path):
+    # b2 errs least in the end, b3 most; every run's least error is that of its second round.
+    runs = errors_of(
+        tmp_path / "runs",
+        b1=[[9.0, 4.0, 5.00], [9.0, 4.0, 5.01], [9.0, 4.0, 5.02]],
+        b2=[[9.0, 2.0, 3.00], [9.0, 2.0, 3.02], [9.0, 2.0, 3.01]],
+        b3=[[9.0, 6.0, 7.00], [9.0, 6.0, 7.01], [9.0, 6.0, 7.03]],
+    )
+    table = Table.of(group_runs(runs).groups)
+    assert [each.key for each in table.columns][:3] == ["rmse", "best_rmse", "mb_to_target"]
+    assert [each.header for each in table.columns][:3] == ["error", "best", "MB to error 4"]
+    assert verdicts(table, "rmse") == {"beta 1.0": "worse", "beta 2.0": "best", "beta 3.0": "worse"}
+    means = {label: cell.interval.mean for label, cell in column(table, "best_rmse").items()}
+    assert means == {"beta 1.0": 4.0, "beta 2.0": 2.0, "beta 3.0": 6.0}
+    # 5 MB a round: 4 is reached in the second round by two of three.
+    spent = {label: cell.values for label, cell in column(table, "mb_to_target").items()}
+    assert spent["beta 1.0"] == spent["beta 2.0"] == {"0": 10.0, "1": 10.0, "2": 10.0}
+    assert spent["beta 3.0"] == {}
+    assert table.target == default_target(table.groups, RMSE) == 4.0
+    assert target_of(runs, 4.5) == 4.5
+    (finding,) = findings(table)[:1]
+    assert finding.startswith("Error: 3 groups over the 3 seeds in common. A difference of 0.0903 between")
+    assert "accuracy" not in " ".join([*findings(table), *(each.header for each in table.columns)])
+
+
+def test_of_many_groups_those_with_the_least_errors_are_drawn():
+    runs = [
+        replace(
+            made(0.0, seed=0, algorithm__name=f"m{place:02d}"),
+            series={"test/rmse": Series(np.array([1]), np.array([float(place)]))},
+            metrics=(RMSE,),
+        )
+        for place in range(plots.MOST_LINES + 3)
+    ]
+    drawn = plots.best_of(group_runs(runs).groups)
+    assert [group.label for group in drawn] == [f"m{place:02d}" for place in range(plots.MOST_LINES)]
+
+
+def test_two_objectives_in_one_table_do_not_compete(tmp_path):
+    runs = errors_of(tmp_path / "runs", b1=[[9.0, 4.0], [9.0, 4.5]], b2=[[9.0, 2.0], [9.0, 2.5]])
+    runs += [made(0.5, seed=seed, algorithm__name="topk") for seed in (0, 1)]
+    table = Table.of(group_runs(runs).groups)
+    assert {"accuracy", "rmse"} <= {each.key for each in table.columns}
+    assert set(verdicts(table).values()) == {""}
+    assert {label: cell.values for label, cell in column(table, "rmse").items()}["topk"] == {}
+
+
+@pytest.mark.parametrize("shown", [0, -1, 101])
+def test_a_target_that_is_no_percentage_is_refused(shown):
+    with pytest.raises(ComparisonError, match=f"--target {shown}: expected a percentage, such as 80"):
+        target_of([made(0.5)], shown)
+    assert target_of([made(0.5)], 80) == 0.8

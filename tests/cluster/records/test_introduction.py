@@ -53,6 +53,8 @@ def test_a_description_reads_as_sentences():
         "**topk**, seed 3: sparsity 0.9",
         "digits, lda 0.5 over 30 clients, 10 a round; small_cnn",
         "30 rounds of 5 local epochs, batch 16, lr 0.1 to 0.01; server fedyogi",
+        "judged by accuracy: share of the samples whose largest logit is that of their class "
+        "(higher is better)",
         "`sparsyfed resume /runs/mine`",
     ]
     dense = resolve("quickstart", ["algorithm.name=fedavg", "local.epochs=1", "data.path=/data/cifar10"])

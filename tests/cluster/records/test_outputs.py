@@ -8,7 +8,7 @@ from tests.tiny_experiment import tiny_federation
 
 
 def test_a_picture_that_fails_is_one_line_and_ends_no_run(cache, tmp_path, monkeypatch, caplog):
-    def fails(lines, path, *, title):
+    def fails(lines, path, selects, *, title):
         path.write_bytes(b"half a picture")
         raise ValueError("Unknown symbol:\n    ^")
 

@@ -9,9 +9,9 @@ import pytest
 from cluster.compare.formats import findings, number_rows, text_rows
 from cluster.compare.groups import group_runs
 from cluster.compare.html import page
-from cluster.compare.measures import is_of, version
 from cluster.compare.reading import Series, read_folder
 from cluster.compare.table import Comparison, Table
+from cluster.compare.versions import is_of, version
 from tests.cluster.compare.made import made, write_run
 
 
@@ -90,7 +90,7 @@ def test_a_figure_measured_by_an_older_rule_does_not_compete():
             for name, measures in (("a", {}), ("b", accuracy), ("c", accuracy))]  # fmt: skip
     groups = group_runs(runs).groups
     table = Table.of(groups)
-    assert table.contests[0].places == (1, 2)
+    assert table.contests[0][1].places == (1, 2)
     assert [row[0].verdict for row in table.cells] == ["", "tied", "tied"]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from algorithms import ServerState
 from cluster.configuration.config import Config, resolve
+from cluster.configuration.trees import merge
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
@@ -81,9 +82,7 @@ def tiny_federation(tmp_path: Path, **overrides: Any) -> Config:
     }
     for key, value in overrides.items():
         merged = isinstance(value, dict) and key in tree and key not in ("algorithm", "model", "server")
-        tree[key] = {**tree[key], **value} if merged else value
-        if key == "partition" and "name" in value and value["name"] != "dirichlet" and "alpha" not in value:
-            del tree[key]["alpha"]  # of another choice
+        tree[key] = merge(tree, {key: value})[key] if merged else value
     return resolve(tree)
 
 

@@ -41,6 +41,7 @@ class Kind:
 _OBJECTIVES = "cluster.workload.objectives"
 _PARTITIONERS = "cluster.workload.partitioners"
 _SAMPLERS = "cluster.simulation.samplers"
+_SCHEDULES = "cluster.rounds.schedules"
 _NETWORKS = "cluster.workload.networks"
 _AVAILABILITY = "cluster.simulation.availability"
 
@@ -95,7 +96,11 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "data": Kind("the data set", "", {}, ("validation", "cache")),
-    "schedule": Kind("when the server takes updates in", "", {}),
+    "schedule": Kind(
+        "when the server takes updates in",
+        f"{_SCHEDULES}:Timing",
+        {"synchronous": f"{_SCHEDULES}:Synchronous", "buffered": f"{_SCHEDULES}:Buffered"},
+    ),
 }
 
 #: Keys that up to 0.1 stood in a section whatever was chosen, with their defaults. In older folders they fall
@@ -103,6 +108,14 @@ KINDS: dict[str, Kind] = {
 EARLIER: dict[str, dict[str, Any]] = {
     "partition": {"alpha": 1.0, "shards_per_client": 2, "samples_per_client": 50},
     "availability": {"low": 0.2, "high": 0.8, "phase": 0.0, "slot": 600.0, "path": None},
+    "schedule": {
+        "over_selection": 1.0,
+        "deadline": None,
+        "buffer": None,
+        "concurrency": None,
+        "staleness_exponent": 0.5,
+        "max_staleness": None,
+    },
 }
 
 

@@ -43,7 +43,7 @@ from cluster.configuration.sections import (
     ObjectiveChoice,
     PartitionSection,
     SamplerChoice,
-    ScheduleSection,
+    ScheduleChoice,
     Section,
     ServerChoice,
     ShiftSection,
@@ -145,7 +145,7 @@ class Config(Section):
     evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
-    schedule: ScheduleSection = ScheduleSection()
+    schedule: ScheduleChoice = Field(default_factory=ScheduleChoice)
     sampler: SamplerChoice = SamplerChoice()
     aggregation: AggregationSection = AggregationSection()
     shift: ShiftSection = ShiftSection()
@@ -193,8 +193,10 @@ class Config(Section):
             if not problems and not any(map(self._left_alone, ("objective", "partition"))):
                 problems += self._class_problems()
             if not self._left_alone("algorithm"):
-                problems += [*self._device_problems(), *self._schedule_problems()]
+                problems += self._device_problems()
                 problems += self.method.problems(self)
+                if not self._left_alone("schedule"):
+                    problems += self.build_schedule().problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -206,6 +208,7 @@ class Config(Section):
         yield "sampler", self.sampler, self.build_sampler
         yield "model", self.model, self.build_model
         yield "partition", self.partition, self.build_partitioner
+        yield "schedule", self.schedule, self.build_schedule
         yield "objective", self.objective, self.build_objective
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
@@ -231,31 +234,6 @@ class Config(Section):
                 f"algorithm.sparsity: {method.sparsity:g} is not the densest tier's budget; with these "
                 f"devices.tiers set algorithm.sparsity={densest:g}"
             )
-
-    def _schedule_problems(self) -> Iterator[str]:
-        section, method = self.schedule, self.method
-        if section.name == "synchronous":
-            others = ["buffer", "concurrency", "max_staleness"]
-        else:
-            others = ["deadline"] + ["over_selection"] * (section.over_selection > 1.0)
-            if not method.asynchronous:
-                able = ", ".join(name for name, known in registry().items() if known.asynchronous)
-                yield (
-                    f"schedule.name: {self.algorithm.name} needs all clients of a round on one model; "
-                    f"buffered works with {able}"
-                )
-            if method.keeps_updates:
-                yield f"schedule.name: {self.algorithm.name} looks at every update of a round: synchronous"
-            buffer = section.buffer or self.cohort
-            concurrency = section.concurrency or 2 * buffer
-            if concurrency + buffer > self.partition.clients:
-                yield (
-                    f"schedule.concurrency: {concurrency} clients in flight and {buffer} in the buffer are "
-                    f"more than partition.clients, {self.partition.clients}"
-                )
-        for key in others:
-            if getattr(section, key) is not None:
-                yield f"schedule.{key}: has no meaning with schedule.name={section.name}; leave it out"
 
     def _shift_problems(self) -> Iterator[str]:
         shift = self.shift
@@ -333,6 +311,10 @@ class Config(Section):
     def build_partitioner(self) -> Any:
         """How the training data is divided among clients, before any shift."""
         return self._build("partition")
+
+    def build_schedule(self) -> Any:
+        """When the server takes updates in."""
+        return self._build("schedule")
 
     def build_model(self) -> Any:
         """The architecture of the network with its options."""

@@ -241,28 +241,6 @@ class DevicesSection(Section):
         return self.tiers or {name: TierSection.model_validate(tier) for name, tier in uniform.items()}
 
 
-class ScheduleSection(Section):
-    """When the server takes updates in."""
-
-    name: Literal["synchronous", "buffered"] = "synchronous"
-    over_selection: float = Field(
-        1.0, ge=1.0, description="clients asked for each of cohort; the first cohort count (synchronous)"
-    )
-    deadline: float | None = Field(
-        None, gt=0.0, description="simulated seconds after which a round takes no update (synchronous)"
-    )
-    buffer: int | None = Field(None, ge=1, description="updates a server step; default cohort (buffered)")
-    concurrency: int | None = Field(
-        None, ge=1, description="clients that train at a time; default twice the buffer (buffered)"
-    )
-    staleness_exponent: float = Field(
-        0.5, ge=0.0, description="a: an update s steps behind weighs (1 + s)^-a (buffered)"
-    )
-    max_staleness: int | None = Field(
-        None, ge=0, description="leave out updates that are more steps behind (buffered)"
-    )
-
-
 class ShiftSection(Section):
     """A change of who holds which data in mid-run."""
 
@@ -300,6 +278,12 @@ class TrackingSection(Section):
     experiment: str | None = Field(None, description="default: data and partition, e.g. digits-lda0.5")
     run_name: str | None = Field(None, description="default: <method>-<sparsity>-s<seed>")
     tags: dict[str, str] = Field(default_factory=dict)
+
+
+class ScheduleChoice(Choice):
+    """When the server takes updates in; other keys are the schedule's own."""
+
+    name: str = "synchronous"
 
 
 class ModelChoice(Choice):

@@ -206,5 +206,5 @@ def outdated(config: Config, rules: int) -> Iterator[str]:
     if config.algorithm.name == "zerofl":
         yield "whose zerofl rounded the weights of a layer where SWAT takes the ceiling"
     schedule = config.schedule
-    if config.devices.flops == "sparse" and (schedule.deadline is not None or schedule.name == "buffered"):
+    if config.devices.flops == "sparse" and (schedule.options.get("deadline") or schedule.name == "buffered"):
         yield "which counted sparse FLOPs, and so who is late, by another rule"

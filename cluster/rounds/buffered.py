@@ -95,9 +95,7 @@ class Buffered(Schedule):
 
     def __init__(self, federation: Federation, engine: Engine, method: Algorithm) -> None:
         super().__init__(federation, engine, method)
-        section = self.config.schedule
-        self._size = section.buffer or self.config.cohort
-        self._places = section.concurrency or 2 * self._size
+        self._size, self._places = self.timing.size(self.config), self.timing.places(self.config)
         self._keeps = bool(method.keeps(federation.layout))
         self._sequence = 0
         self._flights: dict[int, Flight] = {}  # by sequence
@@ -291,14 +289,14 @@ class Buffered(Schedule):
         step.meanwhile()
 
     def _too_old(self, flight: Flight) -> bool:
-        limit = self.config.schedule.max_staleness
+        limit: int | None = self.timing.max_staleness
         return limit is not None and self._step.state.round - flight.version > limit
 
     def _total(self) -> Outcome:
         """Fold what has arrived, in the order of arrival."""
         step = self._step
         state, outcome = step.state, step.outcome
-        layout, exponent = self.federation.layout, self.config.schedule.staleness_exponent
+        layout, exponent = self.federation.layout, self.timing.staleness_exponent
         weights = []
         for flight in step.arrived:
             assert flight.report is not None

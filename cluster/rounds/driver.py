@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from algorithms import Algorithm, ParameterLayout, ServerState
 from cluster import seeding
+from cluster.configuration.choices import ChoiceError
 from cluster.configuration.config import code_digest
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
@@ -23,14 +24,13 @@ from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint,
 from cluster.records.kept_files import drop_unused, load_kept, save_kept
 from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.buffered import Buffered
+from cluster.references import load_reference
 from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.ledger import Ledger, Line
 from cluster.rounds.metrics import Supports, added_up, evaluation_metrics, round_metrics, time_metrics
 from cluster.rounds.schedule import Round, Schedule, Snapshot
 from cluster.rounds.setbacks import Setbacks
-from cluster.rounds.synchronous import Synchronous
 from cluster.transport.downlink import Holders
 
 #: Rows of one evaluation chunk.
@@ -266,6 +266,13 @@ class Driver:
 
 
 def make_schedule(federation: Federation, engine: Engine, method: Algorithm) -> Schedule:
-    """The configured schedule."""
-    kinds = {"synchronous": Synchronous, "buffered": Buffered}
-    return kinds[federation.config.schedule.name](federation, engine, method)
+    """The configured schedule.
+
+    Raises:
+        ChoiceError: One of the user's own names no schedule.
+    """
+    runs = federation.config.build_schedule().runs
+    kind = load_reference("schedule.name", runs, ChoiceError) if isinstance(runs, str) else runs
+    if not issubclass(kind, Schedule):
+        raise ChoiceError(f"schedule.name: it runs {kind.__name__}, which is no subclass of Schedule")
+    return kind(federation, engine, method)

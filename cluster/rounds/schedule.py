@@ -1,6 +1,7 @@
 """Schedules: whom the server asks, which updates it takes in, and when its round is over.
 
-``Synchronous`` is here, ``Buffered`` in a file of its own; both run on the simulated clock over one engine.
+``Synchronous`` and ``Buffered`` have files of their own; both run on the simulated clock over one engine.
+What is declared of each is in ``schedules``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Schedule(ABC):
     def __init__(self, federation: Federation, engine: Engine, method: Algorithm) -> None:
         self.federation, self.engine, self.method = federation, engine, method
         config = self.config = federation.config
+        self.timing = config.build_schedule()
         self.devices = Devices(config)
         self.uplink = Uplink(
             federation.layout,

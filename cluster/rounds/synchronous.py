@@ -34,15 +34,15 @@ class Synchronous(Schedule):
         self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]
     ) -> Round:
         """See :class:`Schedule`."""
-        section, started = self.config.schedule, self.clock.now
+        timing, started = self.timing, self.clock.now
         instructions = self.instruct(state)
         number, wanted = instructions.round, instructions.cohort or self.config.cohort
         rng = seeding.generator(self.config.seed, "cohort", number)
-        asked = self.draw(math.ceil(wanted * section.over_selection - 1e-9), number, rng)
+        asked = self.draw(math.ceil(wanted * timing.over_selection - 1e-9), number, rng)
         reached = asked[self.devices.available(asked, started)]
         parcel = self.sender.parcel(state)
         assignments, bounds = self.assignments(reached, parcel, instructions)
-        deadline = math.inf if section.deadline is None else section.deadline
+        deadline = math.inf if timing.deadline is None else timing.deadline
         punctual = bounds <= deadline
         sent = [assignment for assignment, may in zip(assignments, punctual, strict=True) if may]
         clients = np.array([assignment.client for assignment in sent], np.int64)
@@ -97,6 +97,6 @@ class Synchronous(Schedule):
         """Seconds until the server has no reason to wait any longer."""
         if first and len(first) in (wanted, sent):
             return arrivals[first[-1]]
-        if self.config.schedule.deadline is not None:
-            return self.config.schedule.deadline
+        if self.timing.deadline is not None:
+            return float(self.timing.deadline)
         return arrivals[first[-1]] if first else IDLE_S

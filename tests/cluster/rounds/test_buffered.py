@@ -199,8 +199,8 @@ def test_only_methods_whose_updates_stand_alone_take_part(cache):
             {"concurrency": 5, "buffer": 2},
             "5 clients in flight and 2 in the buffer are more than .*, 6",
         ),
-        ({"schedule": {"deadline": 3}}, "schedule.deadline: has no meaning with schedule.name=buffered"),
-        ({"schedule": {"over_selection": 2}}, "schedule.over_selection: has no meaning"),
+        ({"schedule": {"deadline": 3}}, "deadline: buffered has no such field; .*belongs to synchronous"),
+        ({"schedule": {"over_selection": 2}}, "schedule.over_selection: buffered has no such field"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(cache, overrides, message):

@@ -113,6 +113,8 @@ class Federation:
             layout = ParameterLayout.of(self.model, self._example)
         except ValueError as error:
             raise ModelError(f"model.name = {name!r}: {error}") from error
+        if self.config.inert and ":" in self.config.algorithm.name:
+            return layout  # what a method carries beside the model only its code knows
         return layout.carrying(self.config.method.carries(layout))
 
     @cached_property

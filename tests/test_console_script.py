@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("sparsyfed")
 
-#: Method, model, data and sampler, each in a file of its own.
+#: Method, model, data, partition and sampler, each in a file of its own.
 MODULES = {
     "my_method.py": (ROOT / "tests" / "example_method.py").read_text(encoding="utf-8"),
     "my_model.py": """
@@ -32,6 +32,22 @@ def load_images():
         arrays[f"{split}_labels"] = np.arange(40) % 3
     return arrays
 """,
+    "my_partition.py": """
+from dataclasses import dataclass
+import numpy as np
+from algorithms import hyperparameter
+from cluster.workload.partitioners import Partitioner
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Partitioner):
+    'One block of samples after the other.'
+
+    leak: float = hyperparameter(0.0, "share that goes anywhere", low=0.0, high=1.0)
+
+    def owners(self, labels, clients, rng, groups):
+        owner = np.arange(len(labels)) * clients // len(labels)
+        return np.where(rng.random(len(labels)) < self.leak, rng.integers(clients, size=len(labels)), owner)
+""",
     "my_sampler.py": """
 def first(offset=0):
     def draw(rng, count, candidates):
@@ -45,10 +61,12 @@ OWN = (
     "model.name=my_model:build",
     "model.width=6",
     "data.name=my_data:load_images",
+    "partition.name=my_partition:Blocks",
+    "partition.leak=0.25",
     "sampler.name=my_sampler:first",
     "sampler.offset=1",
 )
-SMALL = ("rounds=1", "partition.clients=4", "partition.name=iid", "cohort=3", "local.epochs=1")
+SMALL = ("rounds=1", "partition.clients=4", "cohort=3", "local.epochs=1")
 
 
 @pytest.fixture
@@ -77,6 +95,21 @@ def test_modules_of_the_working_directory_are_found(folder, execution):
     ended = sparsyfed(folder, "run", *words)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((folder / "out" / "result.json").read_text())["complete"]
+
+
+def test_a_choice_of_ones_own_is_described_and_its_keys_are_checked(folder):
+    shown = sparsyfed(folder, "describe", "partition", "my_partition:Blocks")
+    assert shown.returncode == 0, shown.stderr
+    assert "One block of samples after the other." in shown.stdout
+    assert "share that goes anywhere" in shown.stdout
+    assert "sparsyfed run partition.name=my_partition:Blocks partition.leak=0" in shown.stdout
+    assert sparsyfed(folder, "describe", "my_partition:Blocks").stdout == shown.stdout
+    wrong = sparsyfed(folder, "run", *OWN[:-2], "partition.laek=1")
+    assert wrong.returncode == 2
+    assert wrong.stderr == (
+        "error: partition.laek: my_partition:Blocks has no such field; its fields: leak, and of every "
+        "partition clients, seed; did you mean leak?\n"
+    )
 
 
 def test_an_error_inside_a_module_shows_where_it_is(folder):

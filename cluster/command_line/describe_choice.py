@@ -139,7 +139,8 @@ def _describe(console: Console, section: str, name: str, choice: Any) -> None:
         console.print(f"\nIt has no {'hyperparameters' if method else 'fields'} of its own.")
     if KINDS[section].shared:
         _print_shared(console, section)
-    key = next((p.name for p in declared if p.search), declared[0].name if declared else None)
+    typical = [p.name for p in declared if p.search] + [p.name for p in declared if p.default is not None]
+    key = next(iter(typical), None)
     example = "" if key is None else f"{key}={_value(getattr(choice, key))}"
     console.print(_command(section, name, example), style="bold")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.compare.histories import histories
-from cluster.configuration.choices import ChoiceError, choice_named
+from cluster.configuration.choices import ChoiceError, choice_named, earlier_keys
 from cluster.configuration.config import validate
 from cluster.configuration.plain_yaml import as_value
 from cluster.configuration.trees import ConfigError, flatten, read_stored
@@ -316,11 +316,12 @@ def _read_stored(
             series[key] = Series(np.array(rounds, np.int64), np.array(values, np.float64))
     layers = _artifact(client, run, LAYERS_FILE)
     clients = _artifact(client, run, CLIENTS_FILE)
+    # `algorithm` alone repeats what the keys below it say; up to 0.1 keys of other choices were there too.
+    besides = {"algorithm", *earlier_keys(run.data.params)}
     return Run(
         run.info.run_name,
         run.info.run_id,
-        # `algorithm` alone repeats what the keys below it say.
-        {key: own for key, own in run.data.params.items() if own not in ABSENT and key != "algorithm"},
+        {key: own for key, own in run.data.params.items() if own not in ABSENT and key not in besides},
         series,
         _last_row(layers) if layers else {},
         values_of_clients(clients, metrics) if clients else np.empty(0),

@@ -155,7 +155,7 @@ class Comparison:
         shared = grouped.shared
         data = Path(shared.get("data.path") or shared.get("data.name", "")).name
         partition = shared.get("partition.name", "")
-        if partition in ("lda", "dirichlet") and "partition.alpha" in shared:
+        if "partition.alpha" in shared:
             partition += f" {shared['partition.alpha']}"
         title = "Comparison" + "".join(f", {text}" for text in (data, partition) if text)
         return cls(title, source, grouped, Table.of(grouped.groups, target))

@@ -262,8 +262,7 @@ def _allowed(section: str, field: str, declared: Mapping[str, Any]) -> str:
     for name in names(section):
         for other in fields(section, name):
             holders.setdefault(other, []).append(name)
-    near = field if field in holders else nearest(field, [*declared, *shared])
-    near = near or nearest(field, holders)
+    near = field if field in holders else nearest(field, [*declared, *shared, *holders])
     if near is None:
         return text
     belongs = "" if near in declared or near in shared else f"{near} belongs to {', '.join(holders[near])}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from algorithms import SERVER_OPTIMIZERS, hyperparameters, registry
+from cluster.configuration.choices import fields, names
 from cluster.configuration.config import Config, code_digest, validate
 from cluster.federation import Federation
 from cluster.measures import VERSIONS, as_values
@@ -157,13 +157,12 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
 
 
 def _parameters(config: Config) -> dict[str, Any]:
-    """The flat configuration under keys that are the same for all methods, so that MLflow compares runs."""
-    declared = {"algorithm": registry().values(), "server": SERVER_OPTIMIZERS.values()}
+    """The flat configuration under keys that are the same for all choices, so that MLflow compares runs."""
     absent = {
-        f"{section}.{parameter.name}": "-"
-        for section, choices in declared.items()
-        for choice in choices
-        for parameter in hyperparameters(choice)
+        f"{section}.{field}": "-"
+        for section in ("algorithm", "server", "partition", "schedule")
+        for name in names(section)
+        for field in fields(section, name)
     }
     return absent | introduction.in_short(config) | config.flat()
 

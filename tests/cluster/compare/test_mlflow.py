@@ -43,6 +43,8 @@ def deliver(folder, status="FINISHED", artifacts=True):
     target = TrackingTarget(f"sqlite:///{folder.parent}/mlflow.db", benchmark_name(config), folder.name)
     # What does not apply to a method is written as "-" or None, by versions.
     params = {**in_short(config), **config.flat(), "algorithm.other": "-"}
+    if config.seed == 1:  # up to 0.1 the keys of other choices were there too
+        params |= {"partition.shards_per_client": 2, "schedule.buffer": None, "schedule.max_staleness": 3}
     tracker = Tracker(folder, target, params=params, tags={"method": config.algorithm.name, "kind": "run"})
     tracker.start()
     files = [folder / "sparsity_per_layer.csv", folder / "clients.csv"] if artifacts else []

@@ -56,8 +56,16 @@ class Measure:
     @property
     def label(self) -> str:
         """Title and unit as on an axis."""
-        unit = SHOWN.get(self.unit, (1.0, self.unit))[1]
-        return f"{self.title} ({unit})" if unit else self.title
+        return f"{self.title} ({self.shown_unit})" if self.shown_unit else self.title
+
+    @property
+    def shown_unit(self) -> str:
+        """The unit of values as they are shown, such as %; empty for a plain number."""
+        return SHOWN.get(self.unit, (1.0, self.unit))[1]
+
+    def figure(self, value: float, digits: int = 1) -> str:
+        """A value as a table shows it, without its unit; of a share with so many decimals."""
+        return f"{self.scale * value:.{digits}f}" if self.unit == "share" else f"{self.scale * value:.4g}"
 
     def text(self, value: float | None) -> str:
         """A value as it is shown; a dash for None."""

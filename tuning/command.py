@@ -19,8 +19,8 @@ from cluster.rounds.conduct import TRACKING_DEADLINE_S, stop_on_signal
 from tuning.coordinator import Coordinator
 from tuning.folder import StudyFolder
 from tuning.progress import StudyDisplay, announce, conclude
-from tuning.protocol import MethodResult, accuracies, collect, intervals
-from tuning.report import accuracy_table, write_report
+from tuning.protocol import MethodResult, collect, intervals, on_test
+from tuning.report import final_table, write_report
 from tuning.search import Search
 from tuning.storage import heal_journal, open_database, open_journal
 from tuning.study import Plan, load_plan
@@ -51,7 +51,7 @@ def tune(console: Console, source: str, overrides: Sequence[str], output: str | 
     announce(console, plan, folder.path, title)
     complete, results = run_study(plan, folder, console)
     command = " ".join(["sparsyfed tune", source, *overrides, *(["--output", output] if output else [])])
-    conclude(console, accuracy_table(plan, results), folder.path, command, complete)
+    conclude(console, final_table(plan, results), folder.path, command, complete)
     return 0 if complete else 130
 
 
@@ -71,7 +71,7 @@ def report(console: Console, study: str, *, trust: bool = False) -> int:
     write_report(plan, folder, results)
     whole = all(len(result.finals) == len(plan.final_seeds) for result in results.values())
     command = f"sparsyfed tune {shown(folder.path / 'study.yaml')} --output {shown(folder.path)}"
-    conclude(console, accuracy_table(plan, results), folder.path, command, whole)
+    conclude(console, final_table(plan, results), folder.path, command, whole)
     return 0
 
 
@@ -132,8 +132,8 @@ class _Parent:
 
 
 def _final_values(plan: Plan, results: Mapping[str, MethodResult]) -> dict[str, float]:
-    means = intervals(accuracies(plan, results))
-    values = {f"tuned/{label}/test_accuracy": interval.mean for label, interval in means.items()}
+    means = intervals(on_test(plan, results))
+    values = {f"tuned/{label}/test_{plan.selects.key}": interval.mean for label, interval in means.items()}
     values |= {f"tuned/{label}/client_rounds": float(r.client_rounds) for label, r in results.items()}
     return values
 

@@ -80,7 +80,7 @@ class Display(Protocol):
         """A round of a run is done."""
 
     def ended(self, job: Job, outcome: Outcome, value: float | None, reason: str | None) -> None:
-        """A run is done; ``value`` is its accuracy, on validation data for a trial and test data else."""
+        """A run is done; ``value`` is what selects, on validation data for a trial and test data else."""
 
 
 def shares(plan: Plan, free: int) -> tuple[int, int]:
@@ -276,28 +276,28 @@ class Coordinator:
             self._display.line(job, line)
 
     def _judge(self, job: Job, line: Line) -> None:
-        """Hand a trial's accuracy to its study, and end the trial where the pruner says so."""
-        accuracy = line.get("val/accuracy")
-        if job.trial is None or accuracy is None or job.stop.is_set():
+        """Hand what selects to a trial's study, and end the trial where the pruner says so."""
+        value = line.get(f"val/{self._plan.selects.key}")
+        if job.trial is None or value is None or job.stop.is_set():
             return
         with self._lock:
-            if self._searches[job.label].report(job.trial, line["round"], accuracy):
+            if self._searches[job.label].report(job.trial, line["round"], value):
                 job.stop.set()
 
     def _conclude(self, job: Job, summary: dict[str, Any]) -> None:
         """Tell the study what a run came to, unless it was stopped for another reason than its own."""
-        whole = summary["complete"]
+        whole, key = summary["complete"], self._plan.selects.key
         if job.trial is None:
             if whole:
-                self._display.ended(job, "finished", summary["accuracy"], None)
+                self._display.ended(job, "finished", summary[key], None)
             return
         search, cost = self._searches[job.label], Cost.of(job.path)
         if whole:
-            search.tell_finished(job.trial, summary["val_accuracy"], cost)
-            self._display.ended(job, "finished", summary["val_accuracy"], None)
+            search.tell_finished(job.trial, summary[f"val_{key}"], cost)
+            self._display.ended(job, "finished", summary[f"val_{key}"], None)
         elif search.pruned_at(job.trial) is not None:
             search.tell_pruned(job.trial, cost)
-            self._display.ended(job, "pruned", summary["val_accuracy"], None)
+            self._display.ended(job, "pruned", summary[f"val_{key}"], None)
         else:
             return  # it stays running, for the coordinator that goes on with the study
         _drop_checkpoints(job.path)

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cluster.command_line.progress import duration, percent, place, shown
+from cluster.command_line.progress import duration, place, shown
 from tuning.coordinator import Job, Outcome
 from tuning.protocol import MethodResult
 from tuning.report import Table
@@ -43,9 +43,7 @@ class StudyDisplay:
         self._ended = 0
         self._trials = {label: len(r.tried) - r.count("running") for label, r in known.items()}
         self._finals = {label: len(r.finals) for label, r in known.items()}
-        self._best = {
-            label: (r.best.accuracy, r.best.number) if r.best else None for label, r in known.items()
-        }
+        self._best = {label: (r.best.value, r.best.number) if r.best else None for label, r in known.items()}
         self._odd = {label: [r.count("pruned"), r.count("failed")] for label, r in known.items()}
         self._begun: dict[Job, float] = {}
         self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=True)
@@ -82,15 +80,16 @@ class StudyDisplay:
             count, of, split = self._trials[job.label], self._expected(job.label), "validation"
             if outcome == "finished" and value is not None:
                 best = self._best[job.label]
-                if best is None or best[0] is None or value > best[0]:
+                merit = self._plan.selects.merit
+                if best is None or best[0] is None or merit(value) > merit(best[0]):
                     self._best[job.label] = (value, job.number)
             elif outcome != "finished":
                 self._odd[job.label][outcome == "failed"] += 1
         if self._console.is_terminal:
             return
-        known = self._best[job.label]
-        best_text = f"  best {percent(known[0])} (trial {known[1]})" if known and job.trial else ""
-        text = reason if outcome == "failed" else f"{split} {percent(value)}"
+        known, shown = self._best[job.label], self._plan.selects.text
+        best_text = f"  best {shown(known[0])} (trial {known[1]})" if known and job.trial else ""
+        text = reason if outcome == "failed" else f"{split} {shown(value)}"
         self._console.print(
             f"{job.shown:<24} {outcome:<8} {text}{best_text}  {count}/{of}  {duration(seconds)}"
             f"  eta {duration(self.remaining_s())}",
@@ -123,7 +122,7 @@ class StudyDisplay:
                 label,
                 f"{done}/{self._expected(label)}",
                 *(str(count) if count else "" for count in self._odd[label]),
-                f"{percent(best[0])} (trial {best[1]})" if best else "-",
+                f"{self._plan.selects.text(best[0])} (trial {best[1]})" if best else "-",
                 f"{self._finals[label]}/{len(self._plan.final_seeds)}",
                 now,
             )

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.measures import Measure
 from cluster.records.csv_text import as_csv
 from cluster.statistics import SIGNIFICANCE, Difference, Interval
 from tuning import plots
 from tuning.folder import StudyFolder
-from tuning.protocol import MethodResult, accuracies, differences, intervals
+from tuning.protocol import MethodResult, differences, intervals, on_test
 from tuning.study import Plan
 
 
@@ -66,8 +67,8 @@ class Table:
 def write_report(plan: Plan, folder: StudyFolder, results: Mapping[str, MethodResult]) -> list[Path]:
     """Write every table and picture into the study's ``report`` folder; returns their paths."""
     folder.report.mkdir(parents=True, exist_ok=True)
-    tables = [accuracy_table(plan, results), budget_table(plan, results), optimum_table(plan, results)]
-    tables.append(trial_table(results))
+    tables = [final_table(plan, results), budget_table(plan, results), optimum_table(plan, results)]
+    tables.append(trial_table(plan, results))
     paths = [path for table in tables for path in table.write(folder.report)]
     pictures = plots.draw_all(plan, results, folder.report)
     page = folder.report / "report.md"
@@ -75,37 +76,46 @@ def write_report(plan: Plan, folder: StudyFolder, results: Mapping[str, MethodRe
     return [page, *paths, *(path for path, _ in pictures)]
 
 
-def accuracy_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
-    """Test accuracy of the tuned methods over fresh seeds, and the paired differences to the reference."""
-    values = accuracies(plan, results)
+def final_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
+    """The tuned methods on test data over fresh seeds, and the paired differences to the reference."""
+    values, selects = on_test(plan, results), plan.selects
     means, apart = intervals(values), differences(plan, values)
     rows = []
-    for label in sorted(values, key=lambda label: -means[label].mean):
+    for label in sorted(values, key=lambda label: -selects.merit(means[label].mean)):
         finals = list(results[label].finals.values())
-        row = [label, _interval(means[label])]
+        row = [label, _interval(means[label], selects)]
         if label in apart:
             found = apart[label]
-            verdict = _verdict(found.interval.mean, found.adjusted)
-            row += [_difference(found), _p_value(found.adjusted), verdict]
+            verdict = _verdict(selects.merit(found.interval.mean), found.adjusted)
+            row += [_difference(found, selects), _p_value(found.adjusted), verdict]
         else:
             row += ["-", "-", "reference" if label == plan.reference else "-"]
         row += [f"{100 * _mean(finals, 'sparsity'):.1f}", f"{_mean(finals, 'uplink_bytes') / 1e6:.2f}"]
         row.append(_gflop(_mean(finals, "flops_sparse")))
         rows.append([*row, _settings(results[label])])
-    seeds = len(next(iter(values.values()), []))
+    seeds, points = len(next(iter(values.values()), [])), " in points" * (selects.unit == "share")
     reference = plan.reference
     notes = [
-        f"Mean test accuracy over {seeds} fresh seeds ± half of its 95 % t interval. Differences to "
-        f"{reference} in points, paired by seed, p of the paired t test by Holm's correction, different at "
+        f"Mean test {selects.title} over {seeds} fresh seeds ± half of its 95 % t interval. Differences to "
+        f"{reference}{points}, paired by seed, p of the paired t test by Holm's correction, different at "
         f"{SIGNIFICANCE}. The intervals of differences are wider than 95 %: at the level at which Holm's "
         "procedure tests each, so that they hold 0 exactly where the two are not distinguishable."
     ]
     missing = [label for label in results if label not in values]
     if missing:
         notes.append(f"Without final runs so far: {', '.join(missing)}.")
-    header = ["method", "test %", f"vs {reference}", "p", "verdict", "sparsity %", "MB up", "GFLOP"]
+    header = [
+        "method",
+        f"test {selects.shown_unit or selects.title}",
+        f"vs {reference}",
+        "p",
+        "verdict",
+        "sparsity %",
+        "MB up",
+        "GFLOP",
+    ]
     header.append("tuned values")
-    return Table("accuracy", "Tuned test accuracy", header, rows, notes)
+    return Table(selects.key, f"Tuned test {selects.title}", header, rows, notes)
 
 
 def budget_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
@@ -183,20 +193,24 @@ def optimum_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
                     boundaries.get(key, ""),
                 ]
             )
-    notes = ["Importance: share of the variance of validation accuracy (fANOVA), for four trials or more."]
+    notes = [
+        f"Importance: share of the variance of validation {plan.selects.title} (fANOVA), for four trials or "
+        "more."
+    ]
     if any(result.boundaries() for result in results.values()):
         notes.append("An optimum on the boundary of its range may lie beyond it: widen the range and look.")
     header = ["method", "key", "range", "default", "best", "importance %", "on the boundary"]
     return Table("optima", "What was tuned", header, rows, notes)
 
 
-def trial_table(results: Mapping[str, MethodResult]) -> Table:
+def trial_table(plan: Plan, results: Mapping[str, MethodResult]) -> Table:
     """Every configuration that each method saw."""
+    selects = plan.selects
     header = [
         "method",
         "trial",
         "state",
-        "validation accuracy %",
+        f"validation {selects.title} {selects.shown_unit}".strip(),
         "rounds",
         "client-rounds",
         "MB up",
@@ -207,7 +221,7 @@ def trial_table(results: Mapping[str, MethodResult]) -> Table:
             label,
             str(trial.number),
             trial.state,
-            "-" if trial.accuracy is None else f"{100 * trial.accuracy:.2f}",
+            "-" if trial.value is None else selects.figure(trial.value, 2),
             str(trial.rounds),
             f"{trial.client_rounds:,.0f}",
             f"{trial.uplink_bytes / 1e6:.3f}",
@@ -237,10 +251,10 @@ def _page(
         f"{held_out:g} % of the training data held out of the clients' data; test data was not read before "
         f"every search had ended. The best of each ran on seeds {seeds}.",
     ]
-    if len(section.objectives) > 1:
+    if section.two_objectives:
         parts.append(
-            "Two objectives, validation accuracy and uplink bytes: the final runs are those of the most "
-            "accurate configuration; `pareto.png` and `trials.csv` hold the rest of the front."
+            f"Two objectives, validation {plan.selects.title} and uplink bytes: the final runs are those of "
+            "the best configuration by the first; `pareto.png` and `trials.csv` hold the rest of the front."
         )
     for table in tables:
         parts += [f"## {table.title}", table.markdown(), *table.notes]
@@ -249,15 +263,18 @@ def _page(
     return "\n\n".join(parts) + "\n"
 
 
-def _interval(interval: Interval) -> str:
-    """Mean and half width in percent; the mean alone where it is of one seed."""
-    mean, half = 100 * interval.mean, 100 * (interval.high - interval.mean)
-    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+def _interval(interval: Interval, selects: Measure) -> str:
+    """Mean and half width as they are shown; the mean alone where it is of one seed."""
+    mean, half = selects.figure(interval.mean), interval.high - interval.mean
+    return mean if math.isnan(half) else f"{mean} ± {selects.figure(half)}"
 
 
-def _difference(found: Difference) -> str:
+def _difference(found: Difference, selects: Measure) -> str:
     """With as many decimals as it takes to see on which side of 0 the interval lies."""
-    mean, low, high = (100 * end for end in found.interval)
+    if selects.unit != "share":
+        half = found.interval.high - found.interval.mean
+        return f"{found.interval.mean:+.4g}" + ("" if math.isnan(half) else f" ± {half:.4g}")
+    mean, low, high = (selects.scale * end for end in found.interval)
     for digits in (1, 2, 3):
         shown, half = round(abs(mean), digits), round(high - mean, digits)
         if math.isnan(half) or (half < shown) == (not low <= 0.0 <= high):

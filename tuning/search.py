@@ -113,14 +113,14 @@ class Search:
         number = len(self.trials())
         return self._suggested(self._study.ask(), number)
 
-    def report(self, trial: Trial, round_number: int, accuracy: float) -> bool:
-        """Take in a trial's accuracy after a round; returns whether the trial is to end now."""
+    def report(self, trial: Trial, round_number: int, value: float) -> bool:
+        """Take in what selects after a round of a trial; returns whether the trial is to end now."""
         known = self._frozen(trial)
         if PRUNED_AT in known.user_attrs:
             return True
-        if len(self._plan.section.objectives) > 1 or round_number in known.intermediate_values:
+        if self._plan.section.two_objectives or round_number in known.intermediate_values:
             return False
-        trial.report(accuracy, round_number)
+        trial.report(value, round_number)
         if not self._plan.pruned or round_number >= self._plan.base.rounds or not trial.should_prune():
             return False
         trial.set_user_attr(PRUNED_AT, round_number)
@@ -130,11 +130,11 @@ class Search:
         """The round after which it was decided to end the trial, if it was."""
         return self._frozen(trial).user_attrs.get(PRUNED_AT)
 
-    def tell_finished(self, trial: Trial, accuracy: float, cost: Cost) -> None:
-        """A trial ran its planned rounds."""
+    def tell_finished(self, trial: Trial, value: float, cost: Cost) -> None:
+        """A trial ran its planned rounds; ``value`` is what selects."""
         self._spent(trial, cost)
-        values = [accuracy, float(cost.uplink_bytes)][: len(self._plan.section.objectives)]
-        self._study.tell(trial.number, values)
+        sent = [float(cost.uplink_bytes)] * self._plan.section.two_objectives
+        self._study.tell(trial.number, [value, *sent])
 
     def tell_pruned(self, trial: Trial, cost: Cost) -> None:
         """A trial was ended early."""
@@ -148,7 +148,7 @@ class Search:
         self._study.tell(trial.number, state=TrialState.FAIL)
 
     def importance(self) -> dict[str, float]:
-        """Share of the variance of accuracy that each key explains, by fANOVA; empty for too few trials."""
+        """Share of the variance of what selects by key, by fANOVA; empty for too few trials."""
         finished = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         varied = {tuple(trial.params.values()) for trial in finished}
         if len(varied) < _ENOUGH_FOR_IMPORTANCE or len({trial.values[0] for trial in finished}) < 2:

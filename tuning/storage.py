@@ -149,7 +149,9 @@ def open_study(plan: Plan, label: str, storage: BaseStorage, owner: str) -> optu
     Raises:
         BusyError: The storage holds a study of this name that belongs to another folder.
     """
-    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: len(plan.section.objectives)]
+    lower = plan.selects.better == "lower"
+    directions = [StudyDirection.MINIMIZE if lower else StudyDirection.MAXIMIZE]
+    directions += [StudyDirection.MINIMIZE] * plan.section.two_objectives
     name = study_name(plan, label)
     study = optuna.create_study(
         storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=make_pruner(plan)

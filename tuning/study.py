@@ -36,11 +36,11 @@ from cluster.configuration.trees import (
     stored_text,
 )
 from cluster.logins import place, problem
+from cluster.measures import Measure
 from cluster.records.checkpoint import write_atomically
+from cluster.workload.objectives import selecting
 from tuning.budget import rounds_within
 from tuning.spaces import Space, own_space, shared_space, with_values
-
-Objective = Literal["accuracy", "uplink_bytes"]
 
 #: What of a study may differ when it is continued.
 _CHANGEABLE = ("study.trials", "study.trials_at_once", "study.final_seeds", "study.reference")
@@ -81,7 +81,9 @@ class StudySection(Section):
     trials: int = Field(20, ge=1, description="configurations a method is given, trial 0 its default")
     shared: dict[str, Any] = Field(default_factory=dict, description="ranges tuned for every method alike")
     final_seeds: int | list[int] = Field(5, description="fresh seeds of each method's best configuration")
-    objectives: list[Objective] = Field(["accuracy"], description="accuracy, or accuracy and uplink_bytes")
+    objectives: list[str] | None = Field(
+        None, description="default what selects, such as [accuracy]; or that and uplink_bytes"
+    )
     sampler: SamplerSection = SamplerSection()
     pruner: PrunerSection = PrunerSection()
     seed: int = Field(0, ge=0, description="seed of the sampler")
@@ -113,19 +115,20 @@ class StudySection(Section):
             problems.append(f"study.final_seeds: at least one seed, found {seeds!r}")
         if isinstance(seeds, list) and (len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds)):
             problems.append(f"study.final_seeds: different seeds from 0 up, found {seeds!r}")
-        if self.objectives not in (["accuracy"], ["accuracy", "uplink_bytes"]):
-            problems.append(
-                f"study.objectives: [accuracy] or [accuracy, uplink_bytes], found {self.objectives}"
-            )
-        elif len(self.objectives) > 1 and self.pruner.name != "none":
+        if self.two_objectives and self.pruner.name != "none":
             problems.append(
                 f"study.pruner: {self.pruner.name} cannot prune a study of two objectives; set "
-                "study.pruner.name=none or study.objectives=[accuracy]"
+                "study.pruner.name=none or leave study.objectives out"
             )
         problems += filter(None, [problem("study.storage", self.storage)])
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def two_objectives(self) -> bool:
+        """Whether few uplink bytes are searched for too."""
+        return len(self.objectives or ()) > 1
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,11 @@ class Plan:
         """The method that the others are compared with."""
         labels = list(self.contenders)
         return self.section.reference or ("sparsyfed" if "sparsyfed" in labels else labels[0])
+
+    @property
+    def selects(self) -> Measure:
+        """What configurations are selected by."""
+        return selecting(self.base)
 
     @property
     def pruned(self) -> bool:
@@ -299,6 +307,7 @@ def plan_of(tree: Mapping[str, Any], name: str) -> Plan:
         fixed = [field for field in entry.options if field not in entry.search]
         space = own_space(where, method, config, fixed, entry.search) | shared_space(section.shared, config)
         contenders[entry.shown] = Contender(entry.shown, config, space)
+    section = section.model_copy(update={"objectives": section.objectives or [selecting(base).key]})
     plan = Plan(section.name or name, base, section, contenders)
     if base.seed in plan.final_seeds:
         raise ConfigError(
@@ -308,7 +317,10 @@ def plan_of(tree: Mapping[str, Any], name: str) -> Plan:
 
 
 def _check_base(base: Config, section: StudySection) -> None:
-    problems = []
+    problems, key, asked = [], selecting(base).key, section.objectives
+    if asked not in (None, [key], [key, "uplink_bytes"]):
+        found = ", ".join(asked or ())
+        problems.append(f"study.objectives: [{key}] or [{key}, uplink_bytes], found [{found}]")
     if not base.data.validation:
         problems.append(
             "data.validation: a study selects on data held out of the clients' training data, never on test "

@@ -30,6 +30,6 @@ def finish(plan, path):
 def seen(results):
     """What each method was tried on and what came out: equal for equal studies."""
     return {
-        label: [(trial.number, trial.state, trial.values, trial.accuracy) for trial in result.tried]
+        label: [(trial.number, trial.state, trial.values, trial.value) for trial in result.tried]
         for label, result in results.items()
     }

@@ -4,18 +4,21 @@ import csv
 
 import pytest
 
+from cluster.workload.objectives import Classification
 from tests.tuning.studies import tiny_plan
 from tuning.folder import StudyFolder
-from tuning.protocol import MethodResult, Tried, accuracies, differences, select
-from tuning.report import Table, accuracy_table, budget_table, optimum_table, write_report
+from tuning.protocol import MethodResult, Tried, differences, on_test, select
+from tuning.report import Table, budget_table, final_table, optimum_table, write_report
+
+ACCURACY = Classification().selects
 
 
-def tried(number, accuracy, *, state="finished", sent=100, spent=12, values=None, reason=None):
-    return Tried(number, state, values or {}, accuracy, sent, spent, 3, 1.0, reason)
+def tried(number, value, *, state="finished", sent=100, spent=12, values=None, reason=None):
+    return Tried(number, state, values or {}, value, sent, spent, 3, 1.0, reason)
 
 
 def result_of(plan, label, trials, finals=(), importance=None):
-    """A method's result; ``finals`` are its test accuracies on seeds 4, 5, ..."""
+    """A method's result; ``finals`` are its test on_test on seeds 4, 5, ..."""
     runs = {
         4 + turn: {"accuracy": accuracy, "sparsity": 0.9, "uplink_bytes": 2_000_000, "flops_sparse": 5e9}
         for turn, accuracy in enumerate(finals)
@@ -37,8 +40,8 @@ def test_the_most_accurate_finished_trial_is_selected():
         tried(4, 0.9, state="pruned"),
         tried(5, None, state="failed"),
     ]
-    assert select(trials).number == 2  # of equals the one that sent least, then the earlier one
-    assert select(trials[4:]) is None
+    assert select(trials, ACCURACY).number == 2  # of equals the one that sent least, then the earlier one
+    assert select(trials[4:], ACCURACY) is None
 
 
 def test_the_curve_of_a_budget(plan):
@@ -78,8 +81,8 @@ def test_methods_are_compared_on_the_seeds_that_all_have(plan):
         "topk": result_of(plan, "topk", trials, [0.5, 0.6]),
         "sparsyfed": result_of(plan, "sparsyfed", trials, [0.7, 0.8, 0.9]),
     }
-    assert accuracies(plan, results) == {"topk": [0.5, 0.6], "sparsyfed": [0.7, 0.8]}
-    found = differences(plan, accuracies(plan, results))["topk"]
+    assert on_test(plan, results) == {"topk": [0.5, 0.6], "sparsyfed": [0.7, 0.8]}
+    found = differences(plan, on_test(plan, results))["topk"]
     assert found.interval.mean == pytest.approx(-0.2)
 
 
@@ -89,7 +92,7 @@ def test_the_table_says_plainly_what_cannot_be_told_apart(plan):
         "topk": result_of(plan, "topk", trials, [0.69, 0.82, 0.89]),
         "sparsyfed": result_of(plan, "sparsyfed", trials, [0.7, 0.8, 0.9]),
     }
-    table = accuracy_table(plan, results)
+    table = final_table(plan, results)
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     assert list(rows) == ["topk", "sparsyfed"] or list(rows) == ["sparsyfed", "topk"]
     # t_2(.975) = 4.3027, s = .1: half width .2484.
@@ -97,9 +100,9 @@ def test_the_table_says_plainly_what_cannot_be_told_apart(plan):
     assert rows["sparsyfed"]["verdict"] == "reference"
     assert rows["topk"]["verdict"] == "not distinguishable"
     results["topk"] = result_of(plan, "topk", trials, [0.5, 0.601, 0.699])
-    assert accuracy_table(plan, results).rows[1][4] == "worse"
+    assert final_table(plan, results).rows[1][4] == "worse"
     one = {label: result_of(plan, label, trials, [0.5]) for label in results}
-    assert accuracy_table(plan, one).rows[0][4:5] + accuracy_table(plan, one).rows[1][4:5] == [
+    assert final_table(plan, one).rows[0][4:5] + final_table(plan, one).rows[1][4:5] == [
         "one seed: no test",
         "reference",
     ]
@@ -119,7 +122,7 @@ def test_a_shown_interval_holds_0_exactly_where_nothing_is_told(plan):
             "topk": result_of(plan, "topk", trials, finals),
             "sparsyfed": result_of(plan, "sparsyfed", trials, base),
         }
-        row = next(row for row in accuracy_table(plan, results).rows if row[0] == "topk")
+        row = next(row for row in final_table(plan, results).rows if row[0] == "topk")
         assert row[2] == shown
         mean, half = map(float, shown.split(" ± "))
         assert row[4] == ("better" if mean > half else "not distinguishable")

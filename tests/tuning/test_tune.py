@@ -51,7 +51,7 @@ def test_every_method_saw_its_default_and_the_asked_number(whole):
             run = RunFolder(folder.trial(label, trial.number))
             flat = run.config().flat()
             assert {key: flat[key] for key in trial.values} == trial.values
-            assert trial.accuracy == run.rounds()[-1]["val/accuracy"]
+            assert trial.value == run.rounds()[-1]["val/accuracy"]
             assert not list(run.checkpoints.glob("*.safetensors"))
 
 
@@ -68,7 +68,7 @@ def test_the_best_configuration_runs_on_fresh_seeds_shared_by_all(whole):
     assert plan.final_seeds == [4, 5]  # the search has seed 3
     partitions = set()
     for label, result in results.items():
-        assert result.best.accuracy == max(trial.accuracy for trial in result.tried)
+        assert result.best.value == max(trial.value for trial in result.tried)
         assert list(result.finals) == [4, 5]
         for seed, summary in result.finals.items():
             run = RunFolder(folder.final(label, result.best.number, seed))
@@ -164,7 +164,7 @@ def test_pruning_saves_rounds(cache, tmp_path):
         decided = RunFolder(StudyFolder(tmp_path / "study").trial("sparsyfed", trial.number)).rounds()
         assert trial.rounds < 6
         # The next round was being computed when the decision came.
-        assert trial.accuracy == decided[trial.rounds - 2]["val/accuracy"]
+        assert trial.value == decided[trial.rounds - 2]["val/accuracy"]
         assert trial.client_rounds == 4 * trial.rounds
     assert len(result.tried) > 4  # what was saved went into more trials
     assert plan.budget - 6 * 4 < result.client_rounds <= plan.budget

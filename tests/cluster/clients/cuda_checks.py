@@ -8,6 +8,7 @@ What only CUDA can show raises :class:`NeedsCuda`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def graphs_equal_launched_passes(name: str, device: torch.device, folder: Path) 
 
 def the_device_agrees_with_the_cpu(algorithm: str, device: torch.device, folder: Path) -> str:
     """Two rounds in this process on the CPU and on the device; see :data:`DEVICES_BOUND`."""
-    options = {} if algorithm == "fedavg" else {"sparsity": 0.7}
+    declared = {field.name for field in fields(registry()[algorithm])}
+    options = {"sparsity": 0.7} if "sparsity" in declared else {}
     ends, start = [], None
     for kind in ("cpu", device.type):
         config = _config(folder, kind, algorithm={"name": algorithm, **options})

@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 from ray.scripts.scripts import cli as ray_command
 
-from algorithms import registry
 from cluster.command_line.arguments import parse
+from cluster.command_line.describe_choice import choice_asked
+from cluster.configuration.choices import choice_named
 from cluster.configuration.config import RESULT_FREE, resolve
 from cluster.grid import expand
 from tests.benchmarks.__main__ import BENCHMARKS
@@ -27,6 +28,7 @@ STAND_INS = {
     "my_experiment.yaml": "quickstart",
     "my_study.yaml": "study-digits",
     "my_module:RandomK": "tests.example_method:RandomK",
+    "my_partition:Halves": "tests.example_partition:Halves",
 }
 
 #: Programs of others, whose arguments are not looked at.
@@ -127,8 +129,12 @@ def sparsyfed_takes(words: Sequence[str]) -> None:
     elif arguments.command == "run":
         if expand(source or "quickstart", overrides) is None:
             resolve(source, overrides)
-    elif arguments.command == "describe" and source not in registry():
-        resolve(source, overrides)
+    elif arguments.command == "describe":
+        choice = choice_asked(arguments.sources) if source else None
+        if choice is None:
+            resolve(source, overrides)
+        elif choice[1] is not None:
+            choice_named(*choice)
     elif arguments.command == "tune" and arguments.report is None:
         load_plan(source, overrides)
     elif arguments.command == "resume":

@@ -32,22 +32,7 @@ def load_images():
         arrays[f"{split}_labels"] = np.arange(40) % 3
     return arrays
 """,
-    "my_partition.py": """
-from dataclasses import dataclass
-import numpy as np
-from algorithms import hyperparameter
-from cluster.workload.partitioners import Partitioner
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks(Partitioner):
-    'One block of samples after the other.'
-
-    leak: float = hyperparameter(0.0, "share that goes anywhere", low=0.0, high=1.0)
-
-    def owners(self, labels, clients, rng, groups):
-        owner = np.arange(len(labels)) * clients // len(labels)
-        return np.where(rng.random(len(labels)) < self.leak, rng.integers(clients, size=len(labels)), owner)
-""",
+    "my_partition.py": (ROOT / "tests" / "example_partition.py").read_text(encoding="utf-8"),
     "my_sampler.py": """
 def first(offset=0):
     def draw(rng, count, candidates):
@@ -61,7 +46,7 @@ OWN = (
     "model.name=my_model:build",
     "model.width=6",
     "data.name=my_data:load_images",
-    "partition.name=my_partition:Blocks",
+    "partition.name=my_partition:Halves",
     "partition.leak=0.25",
     "sampler.name=my_sampler:first",
     "sampler.offset=1",
@@ -98,16 +83,16 @@ def test_modules_of_the_working_directory_are_found(folder, execution):
 
 
 def test_a_choice_of_ones_own_is_described_and_its_keys_are_checked(folder):
-    shown = sparsyfed(folder, "describe", "partition", "my_partition:Blocks")
+    shown = sparsyfed(folder, "describe", "partition", "my_partition:Halves")
     assert shown.returncode == 0, shown.stderr
-    assert "One block of samples after the other." in shown.stdout
-    assert "share that goes anywhere" in shown.stdout
-    assert "sparsyfed run partition.name=my_partition:Blocks partition.leak=0" in shown.stdout
-    assert sparsyfed(folder, "describe", "my_partition:Blocks").stdout == shown.stdout
+    assert "The first half of the clients see the lower classes" in shown.stdout
+    assert "share of samples that go to anybody" in shown.stdout
+    assert "sparsyfed run partition.name=my_partition:Halves partition.leak=0.1" in shown.stdout
+    assert sparsyfed(folder, "describe", "my_partition:Halves").stdout == shown.stdout
     wrong = sparsyfed(folder, "run", *OWN[:-2], "partition.laek=1")
     assert wrong.returncode == 2
     assert wrong.stderr == (
-        "error: partition.laek: my_partition:Blocks has no such field; its fields: leak, and of every "
+        "error: partition.laek: my_partition:Halves has no such field; its fields: leak, and of every "
         "partition clients, seed; did you mean leak?\n"
     )
 

@@ -59,6 +59,7 @@ def test_the_pages_show_commands_of_every_kind():
         "sparsyfed run compare-digits method=nobody",
         "sparsyfed run --outptu x",
         "sparsyfed describe sparsifed",
+        "sparsyfed describe partition ldaa",
         "sparsyfed tune study-digits study.trails=3",
         "sparsyfed tune study-nothing",
         "sparsyfed bench rounds",
@@ -96,6 +97,11 @@ def test_commands_are_found_wherever_a_page_has_them(tmp_path):
             ["pytest"],
         ]
     )
+
+
+def test_the_partition_that_is_shown_is_the_one_that_is_tested():
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), re.DOTALL)
+    assert (ROOT / "tests/example_partition.py").read_text().endswith(f'"""\n\n{shown}')
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

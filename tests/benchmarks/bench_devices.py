@@ -15,8 +15,9 @@ import numpy as np
 
 import cluster
 from cluster import seeding
+from cluster.configuration.choices import build_choice, names
 from cluster.simulation.devices import Devices
-from cluster.simulation.samplers import SAMPLERS, Candidates, draw
+from cluster.simulation.samplers import Candidates, draw
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -57,7 +58,8 @@ def main() -> None:
     candidates = Candidates(
         sizes, lambda some: devices.available(some, 12 * 3600.0), 1, 12 * 3600.0, devices.tiers
     )
-    for name, sampler in SAMPLERS.items():
+    for name in names("sampler"):
+        sampler = build_choice("sampler", name, {})
         took = milliseconds(lambda s=sampler: draw(s, seeding.generator(0, "cohort"), cohort, candidates))  # type: ignore[misc]
         print(f"a cohort drawn by {name}: {took:.2f} ms")
 

@@ -20,7 +20,6 @@ from algorithms.core.layers import (
     inverse_power,
     power,
     prune_inputs,
-    pruned_layers,
     spectral_exponent,
 )
 from algorithms.core.parameters import Entry, ParameterLayout
@@ -36,7 +35,7 @@ class SparsyFedClient(TopKClient):
         """Fix the exponents for this visit and forget the last client's thresholds."""
         super().begin()
         visit = self.visit
-        for pruning in pruned_layers(visit.module).values():
+        for pruning in visit.prunings.values():
             pruning.reset()
         self.powers: Powerpropagation | None = None
         self.exponents = self.method.exponents(visit.weights, visit.layout)

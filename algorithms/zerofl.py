@@ -20,7 +20,6 @@ from algorithms.core.layers import (
     WeightPruning,
     draws_every_batch,
     prune_inputs,
-    pruned_layers,
 )
 from algorithms.core.masks import ceiling_count, cut_to_top_k, target_count, top_k_mask
 from algorithms.core.parameters import Entry, ParameterLayout
@@ -37,7 +36,7 @@ class ZeroFLClient(Client):
         sparsity = method.training_sparsity(visit.sparsity)
         # In floats 1 - .9994 is .0006000000000000449: the ceiling of its share would be one too many.
         density = round(1.0 - sparsity, 12)
-        for pruning in pruned_layers(visit.module).values():
+        for pruning in visit.prunings.values():
             pruning.reset()
             pruning.density = density
         self.cuts = {

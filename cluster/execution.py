@@ -265,4 +265,10 @@ def _preflight(config: Config, begun: Config | None = None) -> Federation:
     federation = Federation.of(config)
     if (missing := missing_packages(config)) is not None:
         _logger.warning(missing)
+    if config.cuda_graphs and config.gpus_per_actor and not config.method.recordable:
+        _logger.warning(
+            "%s trains by passes of its own: they are launched op by op, cuda_graphs=true is for methods "
+            "whose steps are one pass",
+            config.algorithm.name,
+        )
     return federation

@@ -39,14 +39,8 @@ class LayerFlops:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            name = names.get(id(weight), "")
-            # Each output element is a dot product as long as one output channel's weights; a transposed
-            # convolution is the reverse, its weights are those of one input channel each.
-            elements = inputs[0].numel() if getattr(layer, "transposed", False) else output.numel()
-            flops = 2.0 * elements / len(example) * weight.numel() / len(weight)
-            counted[name] = counted.get(name, 0.0) + flops
+            name = names.get(id(layer.weight), "")
+            counted[name] = counted.get(name, 0.0) + call_flops(layer, inputs[0], output) / len(example)
 
         dry_forward(model, example, prunable_layers(model).values(), count)
         first = next(iter(counted))
@@ -70,6 +64,16 @@ class LayerFlops:
         """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
         backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
         return samples * self.forward * (backward_and_forward + activation_density * gradient_density)
+
+
+def call_flops(layer: Any, inputs: Tensor, output: Tensor) -> float:
+    """FLOPs of one call of a convolution or linear layer.
+
+    Each output element is a dot product as long as one output channel's weights; a transposed convolution is
+    the reverse, its weights are those of one input channel each.
+    """
+    elements = inputs.numel() if getattr(layer, "transposed", False) else output.numel()
+    return 2.0 * elements * layer.weight.numel() / len(layer.weight)
 
 
 def count_activations(model: nn.Module, example: Tensor) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Measured:
         deactivated: |{w_t != 0 and w_i = 0}| after it.
         flops_dense: Dense-equivalent training FLOPs.
         flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
+        own: The method's own numbers by name, as (sum, weight): ``visit.measure``.
     """
 
     samples: int
@@ -35,6 +36,7 @@ class Measured:
     deactivated: int
     flops_dense: float
     flops_sparse: np.ndarray
+    own: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, samples: int, layers: int) -> Measured:
@@ -75,4 +77,15 @@ def cohort_metrics(
         "flops/layers": [float(flops) for flops in layers],
         "clients/steps": sum(one.steps for one in everyone),
         "clients/samples": samples,
+        **_own([one.own for one in accepted]),
     }
+
+
+def _own(measured: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float | None]:
+    """The method's own numbers: means over the accepted clients, added in the order of the reports."""
+    metrics: dict[str, float | None] = {}
+    for name in sorted({name for own in measured for name in own}):
+        sums, weights = zip(*(own[name] for own in measured if name in own), strict=True)
+        mean = sum(sums) / sum(weights) if sum(weights) else math.nan
+        metrics[f"method/{name}"] = mean if math.isfinite(mean) else None
+    return metrics

@@ -8,7 +8,7 @@ has a dense default, so that FedAvg is nearly empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +92,21 @@ class Algorithm:
     def first_round(self) -> int:
         """1, or 0 when the method asks for a stage of its own before round 1."""
         return 1
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a local step is one pass, which a GPU may record once and replay (``cuda_graphs``)."""
+        own = type(self).client
+        return own.gradient is Client.gradient and own.train is Client.train
+
+    @property
+    def least_passes(self) -> float:
+        """Training passes that a visit makes over every sample of its planned batches at least.
+
+        A device's time is at least theirs. Where ``gradient`` or ``train`` is overridden it is 0, unless the
+        method says more; a visit with fewer passes than this is an error.
+        """
+        return 1.0 if self.recordable else 0.0
 
     # ---- server half
 
@@ -206,6 +221,19 @@ class Algorithm:
             config: The whole configuration, ``cluster.Config``.
         """
         yield from ()
+
+    def loss(self, outputs: Tensor, targets: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The training loss of a batch, a scalar: by default the objective's.
+
+        It stands on the method, as a pass may be recorded once for all clients: it launches the same work
+        whatever the values are and reads nothing back.
+
+        Args:
+            outputs: What the model returned.
+            targets: The batch's targets; soft ones where ``visit.gradient_of`` was given such.
+            objective: The objective's own loss of outputs and targets.
+        """
+        return objective(outputs, targets)
 
     def prepare(self, model: nn.Module) -> None:
         """Swap layers of the plain model in place; called once an actor."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from algorithms.core.layers import ActivationPruning
 from algorithms.core.masks import target_count
 from algorithms.core.parameters import ParameterLayout
 
@@ -23,6 +25,7 @@ class Instructions:
         rounds: Planned number of rounds.
         phase: The method's own name of what clients do.
         epochs: Local epochs, or None for the configured ones.
+        steps: Local steps instead of epochs, which may end in the middle of one; None for epochs.
         cohort: Number of clients, or None for the configured cohort.
         value: A number of the method's own, such as an annealed fraction.
     """
@@ -33,6 +36,21 @@ class Instructions:
     epochs: int | None = None
     cohort: int | None = None
     value: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Steps take the place of epochs."""
+        if self.steps is not None and (self.steps < 1 or self.epochs is not None):
+            raise ValueError(f"instructions: steps {self.steps} with epochs {self.epochs}; give one of them")
+
+    def local_steps(self, samples: int, batch_size: int, epochs: int) -> int:
+        """Steps of a client with so many samples; ``epochs`` are the configured ones."""
+        return self.steps or (self.epochs or epochs) * -(-samples // batch_size)
+
+    def local_samples(self, samples: int, batch_size: int, epochs: int) -> int:
+        """Samples in the batches of these steps; the last batch of an epoch holds what is left."""
+        whole, rest = divmod(self.local_steps(samples, batch_size, epochs), -(-samples // batch_size))
+        return whole * samples + min(rest * batch_size, samples)
 
 
 class Workbench(Protocol):
@@ -54,6 +72,10 @@ class Workbench(Protocol):
         """See :meth:`Visit.draw`."""
         ...
 
+    def lend(self) -> nn.Module:
+        """See :attr:`Visit.module`."""
+        ...
+
 
 @dataclass
 class Visit:
@@ -69,20 +91,22 @@ class Visit:
         model: What the modules compute with, float32[size]; its trained span *is* ``weights`` unless the
             method re-parameterises.
         gradient: Gradient of the loss with respect to ``model``, then to ``weights``, float32[trained].
-        module: The model itself.
+        prunings: The layers that prune their inputs, by the name of the weight.
         inputs: The client's model inputs, [n_i, ...].
         targets: Their targets, [n_i, ...].
         rng: The client's generator for the method's own randomness.
         lr: The learning rate of the next step.
         batch_size: Samples of a whole batch.
-        epochs: Local epochs.
+        epochs: Local epochs; rounded up where a number of steps was told.
         steps_per_epoch: Local steps an epoch.
+        steps: Local steps that are planned.
         workbench: What computes.
         chosen: Rows of the batch in hand, int64[batch].
         step: Steps done.
         lr_sum: Sum of their learning rates.
         kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
             before its first. What stands here at the end is kept.
+        measures: The method's own numbers, as (sum, weight).
     """
 
     layout: ParameterLayout
@@ -93,7 +117,7 @@ class Visit:
     weights: Tensor
     model: Tensor
     gradient: Tensor
-    module: nn.Module
+    prunings: Mapping[str, ActivationPruning]
     inputs: Tensor
     targets: Tensor
     rng: np.random.Generator
@@ -101,16 +125,18 @@ class Visit:
     batch_size: int
     epochs: int
     steps_per_epoch: int
+    steps: int
     workbench: Workbench
     chosen: Tensor
     step: int = 0
     lr_sum: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
 
     @property
-    def steps(self) -> int:
-        """Local steps that are planned."""
-        return self.epochs * self.steps_per_epoch
+    def module(self) -> nn.Module:
+        """The model; what a method runs through it, or through a part of it, is billed layer by layer."""
+        return self.workbench.lend()
 
     @property
     def carried(self) -> dict[str, Tensor]:
@@ -153,6 +179,21 @@ class Visit:
         self.workbench.descend(self)
         self.step += 1
         self.lr_sum += self.lr
+
+    def measure(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
+        """Note a number of the method's own, logged as ``method/<name>``: its mean over the cohort.
+
+        Args:
+            name: Letters, digits, ``_``, ``-`` and ``.``.
+            value: A number, or a scalar tensor, which is read when the visit is over.
+            weight: Its weight in the mean; all that are noted under one name count.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"visit.measure: {name!r} is no name of letters, digits, _, - and .")
+        if isinstance(value, Tensor):
+            value = value.detach().double()
+        total, weights = self.measures.get(name, (0.0, 0.0))
+        self.measures[name] = (total + value * weight, weights + weight)
 
     def draw(self) -> Tensor:
         """Rows of one more batch, int64[batch], from the stream that orders the batches."""

@@ -20,12 +20,18 @@ class Bill:
         samples: Samples of the local steps' passes, the first included.
         extra: Samples of each further pass, and the share of nonzeros of each layer that it met,
             float64[layers].
+        own_dense: FLOPs that the method caused through the model by itself, float64[layers].
+        own_sparse: The ideal sparse ones.
     """
 
     flops: LayerFlops
     first: int = 0
     samples: int = 0
     extra: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.own_dense = np.zeros(len(self.flops.forward))
+        self.own_sparse = np.zeros(len(self.flops.forward))
 
     def step(self, samples: int) -> None:
         """Note a pass of a local step."""
@@ -36,9 +42,15 @@ class Bill:
         """Note a pass beside the steps."""
         self.extra.append((samples, nonzeros))
 
+    def own(self, layer: int, dense: float, sparse: float) -> None:
+        """Note FLOPs of one layer in a pass that the method ran by itself."""
+        self.own_dense[layer] += dense
+        self.own_sparse[layer] += sparse
+
     def dense(self) -> float:
         """Dense-equivalent FLOPs of all passes."""
-        return self.flops.dense(self.samples + sum(samples for samples, _ in self.extra))
+        samples = self.samples + sum(samples for samples, _ in self.extra)
+        return self.flops.dense(samples) + float(self.own_dense.sum())
 
     def sparse(
         self, client: Client, received: np.ndarray, trained: np.ndarray, activations: np.ndarray
@@ -60,4 +72,4 @@ class Bill:
             # A weight of the mask costs its FLOPs while its value is 0. All of the gradient is asked for.
             density = np.maximum(client.training_density(nonzeros), nonzeros)
             total = total + self.flops.sparse(samples, density, activations, np.ones(len(density)))
-        return total
+        return total + self.own_sparse

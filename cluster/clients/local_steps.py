@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from algorithms import ParameterLayout, Visit
 from algorithms.core.masks import layer_counts, layer_sizes, nonzero_mask
 from cluster.clients.billing import Bill
+from cluster.clients.meter import Meter
 from cluster.clients.passes import Compute, Passes, Precision
 
 
@@ -35,6 +36,8 @@ class LocalSteps:
         settings: Local hyperparameters.
         passes: Runs the pass of a step.
         compute: Runs any other pass.
+        module: The model.
+        meter: Bills what a method runs through the model by itself.
         order: The client's stream of batches.
         bill: Takes note of every pass.
     """
@@ -44,20 +47,24 @@ class LocalSteps:
         settings: LocalSettings,
         passes: Passes,
         compute: Compute,
+        module: nn.Module,
+        meter: Meter,
         order: np.random.Generator,
         bill: Bill,
     ) -> None:
         self._settings, self._passes, self._compute = settings, passes, compute
+        self._module, self._meter = module, meter
         self._order, self._bill = order, bill
 
     def batches(self, visit: Visit) -> Iterator[Tensor]:
-        """Rows of each batch, int64[batch]: the client's data in a new order every epoch."""
-        samples, device = len(visit.targets), visit.weights.device
-        for _ in range(visit.epochs):
-            shuffled = torch.from_numpy(self._order.permutation(samples)).to(device)
-            for start in range(0, samples, visit.batch_size):
-                visit.chosen = shuffled[start : start + visit.batch_size]
-                yield visit.chosen
+        """Rows of each planned batch, int64[batch]: the client's data in a new order every epoch."""
+        samples, size, device = len(visit.targets), visit.batch_size, visit.weights.device
+        for number in range(visit.steps):
+            start = number % visit.steps_per_epoch * size
+            if start == 0:
+                shuffled = torch.from_numpy(self._order.permutation(samples)).to(device)
+            visit.chosen = shuffled[start : start + size]
+            yield visit.chosen
 
     def draw(self, visit: Visit) -> Tensor:
         """See :class:`Visit`."""
@@ -67,13 +74,24 @@ class LocalSteps:
     def compute(self, visit: Visit) -> Tensor:
         """See :class:`Visit`."""
         self._bill.step(len(visit.chosen))
-        return self._passes.run(visit.inputs, visit.targets, visit.chosen)
+        self._meter.paused = True
+        loss = self._passes.run(visit.inputs, visit.targets, visit.chosen)
+        self._meter.paused = False
+        return loss
 
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
         """See :class:`Visit`."""
         met = nonzero_mask(visit.model[: visit.layout.prunable_size])
         self._bill.more(len(targets), layer_density(met, visit.layout))
-        return self._compute(inputs, targets)
+        self._meter.paused = True
+        loss = self._compute(inputs, targets)
+        self._meter.paused = False
+        return loss
+
+    def lend(self) -> nn.Module:
+        """See :class:`Visit`."""
+        self._meter.start(self._bill)
+        return self._module
 
     def descend(self, visit: Visit) -> None:
         """Plain SGD."""

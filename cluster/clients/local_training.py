@@ -20,6 +20,7 @@ from algorithms.core.masks import count_beyond, nonzero_mask
 from cluster import seeding
 from cluster.clients.billing import Bill
 from cluster.clients.local_steps import LocalSettings, LocalSteps, layer_density
+from cluster.clients.meter import Meter
 from cluster.clients.passes import EagerPasses, GraphPasses, Passes, arithmetic
 from cluster.clients.transfers import ClientData, Staging
 from cluster.exchange import Broadcast
@@ -82,6 +83,7 @@ class Trainer:
         self.flops = LayerFlops.of(self.module, self.layout, example)
         method.prepare(self.module)
         self._pruning = pruned_layers(self.module)
+        self._meter = Meter(self.module, self.layout)
         layout = self.layout
         self._model = layout.flatten(self.module).to(device)
         self._weights = (
@@ -94,9 +96,7 @@ class Trainer:
         self._global = torch.empty(layout.size, device=device)
         layout.bind(self.module, self._model)
         self._parameters = layout.parameters(self.module)
-        self._passes: Passes = EagerPasses(self._compute)
-        if settings.cuda_graphs and device.type == "cuda":
-            self._passes = GraphPasses(self._compute, self._pruning.values())
+        self._passes = self._choose_passes(settings, device.type)
         self._loaded: weakref.ref[Broadcast] | None = None
         # Integer buffers (BatchNorm's counter) are restored at each start and never averaged.
         self._counters = {
@@ -104,6 +104,11 @@ class Trainer:
             for name, buffer in self.module.named_buffers()
             if not buffer.is_floating_point()
         }
+
+    def _choose_passes(self, settings: LocalSettings, kind: str) -> Passes:
+        if settings.cuda_graphs and kind == "cuda" and self.method.recordable:
+            return GraphPasses(self._compute, self._pruning.values())
+        return EagerPasses(self._compute)
 
     def visit(
         self,
@@ -125,6 +130,13 @@ class Trainer:
         self._load(broadcast)
         visit, steps, bill = self._set_up(client, rows, sparsity, broadcast, kept)
         client_half = self.method.client(self.method, visit)
+        try:
+            return self._play(client_half, steps, bill)
+        finally:
+            self._meter.stop()
+
+    def _play(self, client_half: Client, steps: LocalSteps, bill: Bill) -> Trained:
+        visit = client_half.visit
         client_half.begin()
         # Clients of a smaller budget begin with a cut of what they received.
         cut = client_half.cuts_received
@@ -148,8 +160,10 @@ class Trainer:
             self.module.train()
         bill = Bill(self.flops)
         order = seeding.generator(stream[0], "batches", *stream[1:])
-        steps = LocalSteps(settings, self._passes, self._compute, order, bill)
+        steps = LocalSteps(settings, self._passes, self._compute, self.module, self._meter, order, bill)
         inputs, targets = self._data.of(rows)
+        an_epoch = -(-len(rows) // settings.batch_size)
+        planned = instructions.local_steps(len(rows), settings.batch_size, settings.epochs)
         visit = Visit(
             layout=self.layout,
             instructions=instructions,
@@ -159,14 +173,15 @@ class Trainer:
             weights=self._weights,
             model=self._model,
             gradient=self._gradient,
-            module=self.module,
+            prunings=self._pruning,
             inputs=inputs,
             targets=targets,
             rng=seeding.generator(stream[0], "method", *stream[1:]),
             lr=broadcast.lr,
             batch_size=settings.batch_size,
-            epochs=instructions.epochs or settings.epochs,
-            steps_per_epoch=-(-len(rows) // settings.batch_size),
+            epochs=-(-planned // an_epoch),
+            steps_per_epoch=an_epoch,
+            steps=planned,
             workbench=steps,
             chosen=torch.empty(0, dtype=torch.int64, device=self.device),
             kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
@@ -212,6 +227,7 @@ class Trainer:
                 deactivated=count_beyond(self._received, after_cut),
                 flops_dense=bill.dense(),
                 flops_sparse=bill.sparse(client_half, received, density_trained, activations),
+                own={name: (float(total), weight) for name, (total, weight) in visit.measures.items()},
             ),
             kept=self._kept(visit),
         )
@@ -285,7 +301,7 @@ class Trainer:
 
     def _compute(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with arithmetic(self.settings.precision, self.device):
-            loss = self.objective.loss(self.module(inputs), targets)
+            loss = self.method.loss(self.module(inputs), targets, self.objective.loss)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
         return loss.detach()

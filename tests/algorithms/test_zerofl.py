@@ -40,7 +40,7 @@ def visiting(
         weights=flat[: layout.trained_size],
         model=flat,
         gradient=torch.zeros(layout.trained_size),
-        module=model,
+        prunings=pruned_layers(model),
         inputs=torch.empty(0),
         targets=torch.empty(0),
         rng=np.random.default_rng(0),
@@ -48,6 +48,7 @@ def visiting(
         batch_size=1,
         epochs=1,
         steps_per_epoch=steps,
+        steps=steps,
         workbench=None,
         chosen=torch.empty(0),
     )

@@ -1,5 +1,6 @@
 """The numbers of a round from reports small enough to count by hand."""
 
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -37,7 +38,9 @@ def report(client, **values):
         "refused": None,
     }
     given = default | values
-    measured = Measured(**{field.name: given.pop(field.name) for field in fields(Measured)})
+    measured = Measured(
+        **{field.name: given.pop(field.name) for field in fields(Measured) if field.name in given}
+    )
     return ClientReport(measured=measured, **given)
 
 
@@ -137,3 +140,19 @@ def test_chunks_in_any_order_give_the_same_bits():
     assert measured([]) == {}
     infinite = (EvaluationChunk("test", 0, 1), sums(0, 1, float("inf")))
     assert measured([infinite])["test/loss"] is None
+
+
+def test_a_methods_own_numbers_are_weighted_means_over_the_accepted_clients():
+    reports = [
+        report(0, own={"norm": (6.0, 2.0), "once": (1.0, 1.0)}),
+        report(1, own={"norm": (1.0, 1.0)}),
+        report(2, own={"norm": (900.0, 1.0), "other": (1.0, 1.0)}, refused="non-finite values"),
+        report(3, own={"empty": (0.0, 0.0), "wild": (math.inf, 1.0)}),
+    ]
+    weights = np.zeros(9, np.float32)
+    state = ServerState(round=1, weights=torch.from_numpy(weights))
+    outcome = Outcome(None, reports)
+    line = round_metrics(LAYOUT, state, state, outcome, Downlink(0, 0, 0))
+    own = {key: value for key, value in line.items() if key.startswith("method/")}
+    # (6 + 1) / (2 + 1); nothing of the refused client; what is no number is null.
+    assert own == {"method/norm": 7 / 3, "method/once": 1.0, "method/empty": None, "method/wild": None}

@@ -7,6 +7,7 @@ never taken for one of newer code.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ from cluster.records.run_folder import RunFolder
 from cluster.rounds.conduct import RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.ledger import Line
 
+_logger = logging.getLogger("sparsyfed.run")
+
 #: Ray namespace of every driver, whichever job started it.
 NAMESPACE = "sparsyfed"
 
@@ -33,8 +36,20 @@ LINGER_S = 60.0
 ANSWER_S = 15.0
 
 
+class Warnings(logging.Handler):
+    """Keeps the warnings of this process for whoever follows the run; a log of Ray's is read by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.texts.append(record.getMessage())
+
+
 class DriverActor:
-    """Runs the rounds on the cluster and hands their lines to whoever asks.
+    """Runs the rounds on the cluster and hands their lines, and its warnings, to whoever asks.
 
     Args:
         path: The run's folder, on this actor's node.
@@ -51,6 +66,8 @@ class DriverActor:
         self._state = "running"
         self._summary: dict[str, Any] = {}
         self._error: BaseException | None = None
+        self._warnings = Warnings()
+        logging.getLogger("sparsyfed").addHandler(self._warnings)
 
     def conduct(self) -> None:
         """Run to the end; see :func:`cluster.execution.conduct`."""
@@ -72,11 +89,15 @@ class DriverActor:
             ending.daemon = True
             ending.start()
 
-    def lines_after(self, count: int) -> tuple[list[Line], bool]:
-        """Wait for lines beyond the first ``count``; returns them and whether the run is over."""
+    def news(self, lines: int, warnings: int) -> tuple[list[Line], list[str], bool]:
+        """Wait for a line beyond the first ``lines``.
+
+        Returns:
+            The lines and the warnings since those that are known, and whether the run is over.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._lines) > count, timeout=30.0)
-            return self._lines[count:], self._over
+            self._changed.wait_for(lambda: self._over or len(self._lines) > lines, timeout=30.0)
+            return self._lines[lines:], self._warnings.texts[warnings:], self._over
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` holds, once the run is over; raises what ended it."""
@@ -160,14 +181,16 @@ def driver_name(path: Path, config: Config) -> str:
 def follow(
     driver: Any, on_line: Callable[[Line], None], should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Hand on a driver's lines, from its first one, until its run is over; returns its result."""
+    """Hand on a driver's lines and warnings, from its first, until its run is over; returns its result."""
     import ray
 
-    seen, done = 0, False
+    seen, warned, done = 0, 0, False
     try:
         while not done:
-            lines, done = ray.get(driver.lines_after.remote(seen))
-            seen += len(lines)
+            lines, warnings, done = ray.get(driver.news.remote(seen, warned))
+            seen, warned = seen + len(lines), warned + len(warnings)
+            for text in warnings:
+                _logger.warning("%s", text)
             for line in lines:
                 on_line(line)
             if should_stop():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.configuration.choices import KINDS
+from cluster.disk import naming
 from cluster.references import UserError
 
 
@@ -55,7 +56,8 @@ def sign(file: Path) -> None:
     What is noted is its inode and the time of its last change, which no copy, archive, download or editor
     can bring along.
     """
-    _signature(file).write_text(_identity(file))
+    with naming(file):
+        _signature(file).write_text(_identity(file))
 
 
 def whose(file: Path) -> str | None:

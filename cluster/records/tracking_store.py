@@ -143,8 +143,9 @@ def find_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, cut to 300 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """The first line of an error's message that says what happened, cut to 300 characters."""
+    said = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+    return (said or [type(error).__name__])[0][:300]
 
 
 def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:

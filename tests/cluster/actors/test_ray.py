@@ -1,19 +1,24 @@
 """Promise 1 on real Ray: the same bits whoever computes them, also when an actor or the driver is killed."""
 
 import json
+import logging
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 
 import psutil
 import pytest
+from torch import nn
 
 import cluster
 from cluster.actors.actor_pool import PlacementError
 from cluster.actors.placement import ActorKind, Bundle
 from cluster.actors.ray_engine import RayEngine
 from cluster.actors.ray_session import ClusterError, ray_engine
+from cluster.disk import DiskError
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.rounds.driver import Driver
@@ -71,6 +76,45 @@ def test_one_actor_a_client(local_ray, tmp_path):
     cluster.run(config(*small, "actors=4"), tmp_path / "four")
     cluster.run(config(*small, "execution=inline"), tmp_path / "inline")
     assert_same_run(tmp_path / "four", tmp_path / "inline")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own with room for 60 kB, and a function that gives it more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60k", "sparsyfed-test", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk takes root's rights")
+    yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(local_ray, tmp_path, small_disk):
+    disk, make_room = small_disk
+    tiny = ["model.name=mlp", "model.hidden=[8]", "cohort=2", "rounds=28", "actors=1", "checkpoint_every=5"]
+    says = r"disk/run/(rounds.jsonl|checkpoints/.*): No space left on device; make room on that disk"
+    with pytest.raises(DiskError, match=says):
+        cluster.run(config(*tiny), disk / "run")
+    computed = len(RunFolder(disk / "run").rounds())
+    assert 5 < computed < 28
+    make_room()
+    cluster.resume(disk / "run")
+    cluster.run(config(*tiny, "execution=inline"), tmp_path / "inline")
+    assert_same_run(disk / "run", tmp_path / "inline")
+
+
+def talkative(input_shape, classes):
+    """A model that is warned of, where it is built."""
+    logging.getLogger("sparsyfed.test").warning("built in process %d", os.getpid())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+
+def test_the_drivers_warnings_reach_who_follows_it(local_ray, tmp_path, caplog):
+    name = f"model.name={__name__}:talkative"
+    cluster.run(config(name, "cohort=1", "actors=1", "rounds=1"), tmp_path / "run")
+    built = {record.getMessage() for record in caplog.records if "built in process" in record.getMessage()}
+    assert len(built - {f"built in process {os.getpid()}"}) == 1
 
 
 def test_an_actor_killed_while_it_trains_changes_nothing(local_ray, undisturbed, tmp_path):

@@ -69,6 +69,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
+def test_of_an_error_that_is_wrapped_what_happened_is_told() -> None:
+    wrapped = (
+        "(raised as a result of Query-invoked autoflush; consider ...)\n(sqlite3.OperationalError) full\n[SQL"
+    )
+    assert tracking_store.first_line(ValueError(wrapped)) == "(sqlite3.OperationalError) full"
+    assert tracking_store.first_line(ValueError()) == "ValueError"
+    assert tracking_store.first_line(ValueError("a" * 400)) == "a" * 300
+
+
 def test_runs_that_begin_at_the_same_moment_share_a_new_store(tmp_path: Path) -> None:
     """Two processes, a store that does not exist yet, one experiment to be created."""
     code = """

@@ -225,7 +225,7 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
         when = "data.validation" if split == "val" else "evaluate_on=test"
         for metric in metrics:
             yield replace(metric, key=f"{split}/{metric.key}", title=f"{title} {metric.title}",
-                          meaning=f"On {title} data: {metric.meaning}", when=when)  # fmt: skip
+                          meaning=f"On {title} data: {lowered(metric.meaning)}", when=when)  # fmt: skip
     selects = metrics[0]
     key, title, spread = selects.key, selects.title, replace(selects, better=None)
     yield replace(selects, key=f"tiers/<tier>/{key}", title=f"{title} of a tier",
@@ -253,6 +253,11 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
                   when="after a shift")  # fmt: skip
     yield replace(selects, key=f"shift/{key}_change", title=f"change of test {title} since the shift",
                   meaning="On test data, from there to this round.", when="after a shift")  # fmt: skip
+
+
+def lowered(sentence: str) -> str:
+    """A sentence as it goes on after a colon."""
+    return sentence[:1].lower() + sentence[1:]
 
 
 def results_of(selects: Measure) -> Iterator[Measure]:

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.configuration.trees import presets
 from cluster.grid import expand
+from tests import measures_page
 from tests.benchmarks import layers, results
 from tests.documented_commands import ROOT, commands, take
 
@@ -134,3 +135,8 @@ def test_kept_rows_make_tables(file):
     rows = results.read(file)
     assert all(row.config and row.code for row in rows)
     assert results.tables(rows).count("| method |") >= 1
+
+
+def test_the_page_of_measures_is_that_of_the_table():
+    """``python -m tests.measures_page`` writes it."""
+    assert measures_page.PAGE.read_text(encoding="utf-8") == measures_page.page()

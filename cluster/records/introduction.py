@@ -10,6 +10,7 @@ import numpy as np
 
 from algorithms import hyperparameters
 from cluster.configuration.config import Config
+from cluster.measures import lowered
 from cluster.workload.objectives import selecting, selects_of
 
 #: Measured by some runs alone, as they were after the last round.
@@ -50,8 +51,7 @@ def description(config: Config, folder: Path) -> str:
         f"batch {local.batch_size}, lr {local.lr:g}"
         + (f" to {local.lr_final:g}" if local.lr_final is not None else "")
         + (f"; server {config.server.name}" if config.server.name != "fedavg" else ""),
-        f"judged by {selects.title}: {selects.meaning[:1].lower()}{selects.meaning[1:].rstrip('.')} "
-        f"({selects.better} is better)",
+        f"judged by {selects.title}: {lowered(selects.meaning).rstrip('.')} ({selects.better} is better)",
         f"`sparsyfed resume {folder}`",
     ]
     return "  \n".join(lines)

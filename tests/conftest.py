@@ -1,6 +1,7 @@
 """What every test shares: quiet libraries, one torch thread, data sets that are decoded once."""
 
 import os
+import re
 import signal
 
 # Before any of them is imported.
@@ -26,6 +27,18 @@ pytest.register_assert_rewrite(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
+
+#: What a test module says that starts Ray or a process, itself or through the helpers that it imports.
+_STARTS = re.compile(r"\b(start_ray|subprocess|multiprocessing|three_nodes|chaos)\b")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what starts Ray or a process, so that ``pytest -m "not ray"`` is quick."""
+    for path in {item.path for item in items}:
+        if _STARTS.search(path.read_text(encoding="utf-8")):
+            for item in items:
+                if item.path == path:
+                    item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,11 @@ def target_count(size: int, sparsity: float) -> int:
 
 
 def ceiling_count(size: int, sparsity: float) -> int:
-    """ceil((1 - s) n) in exact decimals, at least 1: in floats 0.05 * 180 is 9.000000000000002."""
-    return max(1, math.ceil((1 - Fraction(repr(round(sparsity, 12)))) * size))
+    """ceil((1 - s) n) in exact decimals, at least 1: in floats 0.05 * 180 is 9.000000000000002.
+
+    What is beyond a whole number by less than 1e-7 is the rounding of ``sparsity`` itself, as of a third.
+    """
+    return max(1, math.ceil((1 - Fraction(repr(sparsity))) * size - Fraction(1, 10**7)))
 
 
 def kth_largest(magnitudes: Tensor, k: int) -> float:

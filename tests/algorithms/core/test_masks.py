@@ -150,6 +150,8 @@ def test_intersection_over_union():
         (7, 0.9999, 1),
         (7, 0.0, 7),
         (4, 0.9 - 0.2, 2),  # 0.7000000000000001: 1.2
+        (21, 1 / 3, 14),  # a third is not a decimal
+        (3 * 10**6, 2 / 3, 10**6),
     ],
 )
 def test_the_ceiling_of_a_layers_share_is_exact(size, sparsity, count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,18 +178,26 @@ def _heat_map(console: Console, histogram: np.ndarray, classes: tuple[str, ...],
 def _bytes(console: Console, federation: Federation) -> None:
     """Messages of the real encoder, on the initial weights."""
     config, layout = federation.config, federation.layout
-    method, shape = config.method, wire.Shape.of(layout)
+    method, shape, down = config.method, wire.Shape.of(layout, "up"), wire.Shape.of(layout, "down")
     initial = federation.initial_weights
     state = method.initial_state(initial, layout, seeding.generator(config.seed, "server"))
     weights = state.weights.numpy()
     support = weights[: shape.prunable] != 0 if state.mask is None else state.mask.numpy()
-    first = len(wire.encode(weights, support, shape, value_format=config.wire.downlink))
+    first = len(wire.encode(layout.sent_down(weights), support, down, value_format=config.wire.downlink))
     cut = initial.clone()
     kept = cut_to_top_k(cut[: shape.prunable], target_count(shape.prunable, method.sparsity)).numpy()
-    target = len(wire.encode(cut.numpy(), kept, shape, value_format=config.wire.uplink))
-    dense = wire.dense_bytes(shape)
+    target = len(wire.encode(cut.numpy()[: shape.size], kept, shape, value_format=config.wire.uplink))
+    dense = wire.dense_bytes(replace(shape, size=layout.model_size))
     _heading(console, "bytes", "whole messages of the real encoder; a run measures its own")
     table = _table("message", "a client", f"{config.cohort} clients", "dense is")
+    if layout.carried:
+        names = ", ".join(f"{entry.name} ({entry.size:,} floats)" for entry in layout.carried)
+        console.print(f"{config.algorithm.name} carries beside the model: {names}")
+    if federation.kept_bytes:
+        console.print(
+            f"a client keeps {federation.kept_bytes / _MEGA:,.3f} MB between its visits, which never travel; "
+            f"in the driver's memory at most {federation.kept_bytes * len(federation.sizes) / _MEGA:,.1f} MB"
+        )
     for name, size in (
         ("dense float32 model", dense),
         (f"upload of the top K, {config.wire.uplink}", target),

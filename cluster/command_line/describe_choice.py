@@ -127,6 +127,8 @@ def _describe(console: Console, section: str, name: str, choice: Any) -> None:
     method = choice if isinstance(choice, type) and issubclass(choice, Algorithm) else None
     if method is not None and method.paper:
         console.print(Text(f"paper  {method.paper}", "dim"))
+    if method is not None and method.weighting == "equal":
+        console.print("Every client's update weighs the same, unless aggregation.weighting=samples.")
     console.print(Text(f"file   {choice.__module__.replace('.', '/')}.py", "dim"))
     if method is not None and method.departures:
         console.print("\nBy default this differs from what its authors run:")

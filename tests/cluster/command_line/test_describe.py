@@ -108,6 +108,17 @@ def test_the_bytes_are_those_of_the_encoder(capsys: pytest.CaptureFixture[str]) 
     assert "new/here.svg" in text
 
 
+def test_what_travels_beside_the_model_and_what_clients_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.name=mlp", "partition.clients=20", "algorithm.name=scaffold"]
+    text = " ".join(described(capsys, *words).split())
+    # c is as long as the model, 15,010 floats; each of 20 clients keeps one.
+    assert "scaffold carries beside the model: c (15,010 floats)" in text
+    assert "a client keeps 0.060 MB between its visits" in text
+    assert "in the driver's memory at most 1.2 MB" in text
+    assert "dense float32 model 0.060 MB 0.60 MB 1.0x" in text
+    assert "download in round 1, float32 0.120 MB 1.20 MB 0.5x" in text
+
+
 def test_the_drawn_partition_is_the_partition(capsys: pytest.CaptureFixture[str]) -> None:
     text = described(capsys, "partition.name=shards", "partition.shards_per_client=1", "partition.clients=10")
     rows = [row for row in text.splitlines() if row[:2] in {f"{digit} " for digit in range(10)}]

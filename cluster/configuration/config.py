@@ -151,11 +151,14 @@ class Config(Section):
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
+    _earlier: dict[str, Any] = PrivateAttr(default_factory=dict)  # an older version's, see read_stored
     _inert: bool = PrivateAttr(default=False)  # names code that is not to be imported
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Config:
-        self._inert = bool((info.context or {}).get("inert") and self.references)
+        context = info.context or {}
+        self._earlier = context.get("earlier") or {}
+        self._inert = bool(context.get("inert") and self.references)
         problems = []
         for key, choice, build in self._choices():
             try:
@@ -373,7 +376,7 @@ class Config(Section):
 
     def dump(self) -> dict[str, Any]:
         """Plain nested values, as written to ``config.yaml``."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json") | ({"earlier": self._earlier} if self._earlier else {})
 
     def resolved(self) -> dict[str, Any]:
         """:meth:`dump` with every hyperparameter, so that whoever reads it needs no import to know them."""
@@ -382,7 +385,7 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys and values, the methods' and optimizers' defaults filled in."""
-        return flatten(self._filled())
+        return flatten({key: value for key, value in self._filled().items() if key != "earlier"})
 
     def _filled(self) -> dict[str, Any]:
         return {
@@ -394,13 +397,12 @@ class Config(Section):
     def digest(self) -> str:
         """Short hash of everything that can change a result."""
         flat = self.flat()
+        # Of a shift only what was typed ever stood in a configuration.
+        earlier = {key: own for key, own in earlier_keys(flat).items() if not key.startswith("shift.")}
         relevant = {
             key: value
-            for key, value in (earlier_keys(flat) | flat).items()
-            # Of a shift only what was typed ever stood in a configuration.
-            if (key in flat or not key.startswith("shift."))
-            and changes_results(key)
-            and not stays_out(key, value)
+            for key, value in (earlier | self._earlier | flat).items()
+            if changes_results(key) and not stays_out(key, value)
         }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
@@ -435,8 +437,10 @@ def validate(tree: Mapping[str, Any], *, inert: bool = False) -> Config:
         inert: Only look at it: code of a user's own that it names is neither imported nor called, and
             nothing can be built of it.
     """
+    tree = dict(tree)
+    earlier = tree.pop("earlier", None)  # see cluster.configuration.trees.read_stored
     try:
-        return Config.model_validate(dict(tree), context={"inert": inert})
+        return Config.model_validate(tree, context={"inert": inert, "earlier": earlier})
     except _InOwnCode as raised:
         raise raised.error from None
     except ValidationError as error:

@@ -13,7 +13,7 @@ import yaml
 from algorithms import hyperparameters
 from cluster import __version__
 from cluster.configuration.choices import EARLIER, KINDS, earlier_keys, method_named
-from cluster.configuration.plain_yaml import YamlError, parse, parse_word
+from cluster.configuration.plain_yaml import YamlError, as_value, parse, parse_word
 from cluster.logins import without_logins
 from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
 
@@ -166,11 +166,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _as_it_counted(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What an older version stored, without the keys that had no meaning for what was chosen."""
+    """What an older version stored, without the keys that had no meaning for what was chosen.
+
+    Those that were typed nevertheless stand in ``earlier``: they entered the hash, by which the folder's
+    checkpoints are known.
+    """
     flat = flatten(tree)
-    if "partition.name" in flat:
-        flat.setdefault("shift.partition.name", flat["partition.name"])
-    return _without(tree, set(earlier_keys(flat)))
+    names = {"shift.partition.name": flat["partition.name"]} if "partition.name" in flat else {}
+    fallen = earlier_keys(names | flat)
+    typed = {
+        key: as_value(flat[key])
+        for key, default in fallen.items()
+        if key in flat and (flat[key] != default or key.startswith("shift."))
+    }
+    return _without(tree, set(fallen)) | ({"earlier": typed} if typed else {})
 
 
 def _without(tree: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:

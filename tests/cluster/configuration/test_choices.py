@@ -175,18 +175,26 @@ def test_a_path_is_text_and_absolute(tmp_path, monkeypatch):
 def test_keys_of_another_choice_fall_away_in_a_stored_configuration_alone(tmp_path):
     tree = resolve("quickstart", ["partition.name=iid", "shift.round=9"]).dump()
     tree["partition"]["alpha"] = 0.5
-    tree["schedule"] |= {"staleness_exponent": 0.5, "max_staleness": 3}
+    tree["schedule"] |= {"staleness_exponent": 0.7, "buffer": None}
     tree["shift"]["partition"] = {"shards_per_client": 4, "seed": 2}
     file = tmp_path / "config.yaml"
     file.write_bytes(stored_text(tree))
     stored = read_stored(file)
+    assert stored.pop("earlier") == {
+        "partition.alpha": 0.5, "schedule.staleness_exponent": 0.7, "shift.partition.shards_per_client": 4,
+    }  # fmt: skip
     assert stored["partition"] == {"name": "iid", "clients": 30, "seed": 1337}
     assert stored["shift"]["partition"] == {"seed": 2}
-    assert RunFolder.open(tmp_path).config() == resolve(
-        "quickstart", ["partition.name=iid", "shift.round=9", "shift.partition={seed: 2}"]
-    )
+    config = RunFolder.open(tmp_path).config()
+    now = resolve("quickstart", ["partition.name=iid", "shift.round=9", "shift.partition={seed: 2}"])
+    assert config.flat() == now.flat()
+    # What was typed nevertheless is still in the hash, whatever becomes of the folder.
+    assert config.digest() == "271740fe7aff"
+    again = validate(apply_overrides(config.dump(), ["actors=3"]))
+    file.write_bytes(stored_text(again.resolved()))
+    assert RunFolder.open(tmp_path).config().digest() == config.digest() != now.digest()
     with pytest.raises(ConfigError, match=r"partition.alpha: iid has no such field"):
-        resolve(file)  # as an experiment it is typed
+        resolve({"partition": {"name": "iid", "alpha": 0.5}})  # what is typed
 
 
 # --------------------------------------------------------------------------------------------- one's own

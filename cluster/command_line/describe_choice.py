@@ -43,7 +43,7 @@ def choice_asked(words: Sequence[str]) -> tuple[str, str | None] | None:
                 f"describe {' '.join(words)}: {first!r} is no section with choices; there are "
                 f"{', '.join(KINDS)}{did_you_mean(first, KINDS)}"
             )
-        return first, words[1]
+        return first, words[1] if KINDS[first].base else None  # data has the same keys whatever its name
     if is_file(first) or is_file(f"{first}/config.yaml"):
         return None
     if first in KINDS:

@@ -95,7 +95,12 @@ KINDS: dict[str, Kind] = {
             "mlp": f"{_NETWORKS}:MLP",
         },
     ),
-    "data": Kind("the data set", "", {}, ("validation", "cache")),
+    "data": Kind(
+        "the data set: digits, a hub repository owner/name, or module:attribute of your own",
+        "",
+        {},
+        ("validation", "cache"),
+    ),
     "schedule": Kind(
         "when the server takes updates in",
         f"{_SCHEDULES}:Timing",
@@ -158,7 +163,7 @@ def choice_named(section: str, name: str, key: str | None = None) -> Any:
         near = nearest(name, known)
         raise ChoiceError(
             f"{key}: {name!r} is unknown; allowed are {', '.join(known)}, or module:attribute of your own"
-            + (f"; did you mean {near}?" if near else "")
+            + (f"; did you mean {near}?" if near else f"; see sparsyfed describe {section}")
         )
     if reference := KINDS[section].names.get(name):
         return load_reference(key, reference, ChoiceError)
@@ -264,7 +269,7 @@ def _allowed(section: str, field: str, declared: Mapping[str, Any]) -> str:
             holders.setdefault(other, []).append(name)
     near = field if field in holders else nearest(field, [*declared, *shared, *holders])
     if near is None:
-        return text
+        return f"{text}; see sparsyfed describe {section}"
     belongs = "" if near in declared or near in shared else f"{near} belongs to {', '.join(holders[near])}"
     if near == field:
         return f"{text}; {belongs}"

@@ -100,7 +100,11 @@ def test_describe_of_what_is_not_there_names_the_nearest(words, says, capsys):
             "did you mean shards_per_client? shards_per_client belongs",
         ),
         (["schedule.concurency=3"], "did you mean concurrency? concurrency belongs to buffered"),
-        (["sampler.name=size", "sampler.power=2"], "sampler.power: size has no such field; its fields: none"),
+        (
+            ["sampler.name=size", "sampler.power=2"],
+            "sampler.power: size has no such field; its fields: none; see sparsyfed describe sampler",
+        ),
+        (["sampler.name=xyz"], "or module:attribute of your own; see sparsyfed describe sampler"),
         (["server.tau=0.1"], "its fields: lr, momentum; tau belongs to fedadagrad, fedadam, fedyogi"),
         (["model.width=3"], "model.width: small_cnn has no such field; .*; width belongs to resnet18"),
         (["model.channels=[4,0]"], "model.channels: 0 is out of range"),

@@ -1,8 +1,8 @@
 """Comparing runs: from run folders or an MLflow experiment to a table, plots and one report.
 
 ``reading`` brings runs from either source to one form, ``groups`` puts those that differ only in their seed
-together and names them, ``table`` holds the figures and tests, ``plots`` the pictures; ``formats``, ``html``
-and ``report`` write them down.
+together and names them, ``table`` holds the figures and tests, ``plots`` the pictures (``curves`` over
+rounds, ``endings``); ``formats``, ``html`` and ``report`` write them down.
 """
 
 from cluster.compare.formats import print_comparison

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.compare.contest import POINTS, Contest, Verdict
+from cluster.compare.curves import mean_curve, metric
 from cluster.compare.groups import Group
-from cluster.compare.plots import mean_curve, metric
 from cluster.compare.reading import read_of
 from cluster.compare.table import Cell, Column, Comparison, Table, selecting
 from cluster.measures import Measure
@@ -43,8 +43,9 @@ TEST = (
 #: How the figures came about, below every table.
 METHOD_NOTE = (
     "Mean ± half of the 95 % interval (Student's t) over seeds; an interval that rounds to 0 is not shown. "
-    "Groups compete on the same data, partition and model at the same target sparsity and number of rounds. "
-    f"{TEST}: while the lowest mean lies below the highest by more than Scheffé's bound, with the error "
+    "Groups compete on the same data, objective, partition and model at the same target sparsity and number "
+    "of rounds. "
+    f"{TEST}: while the worst mean lies off the best by more than Scheffé's bound, with the error "
     "pooled over those left and degrees of freedom that suffice for unequal variances, it is worse and out. "
     "Only seeds that all of them have count; a single seed gives no verdict. Intervals are of one mean each: "
     "those of two groups may overlap although their differences, seed by seed, tell them apart."

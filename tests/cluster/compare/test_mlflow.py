@@ -106,9 +106,9 @@ def test_a_wrong_source_is_one_clear_error(uri, name, rule, message):
 @pytest.fixture
 def one_picture(monkeypatch):
     """The first plot alone: the others are drawn by the report's own tests."""
-    curves = plots._curves
-    monkeypatch.setattr(plots, "_curves", lambda selects: curves(selects)[:1])
-    monkeypatch.setattr(plots, "_others", lambda groups: ())
+    curves = plots.curves
+    monkeypatch.setattr(plots, "curves", lambda selects: curves(selects)[:1])
+    monkeypatch.setattr(plots, "endings", lambda groups: ())
 
 
 @pytest.mark.usefixtures("one_picture")

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from cluster.compare import plots
+from cluster.compare.curves import mean_curve, metric
 from cluster.compare.formats import METHOD_NOTE, latex, markdown, number_rows
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import read_folders
@@ -165,7 +166,7 @@ def test_a_mean_curve_is_over_the_rounds_that_every_seed_measured(tmp_path):
     for seed, accuracies in enumerate(([0.1, 0.2, 0.3], [0.3, None, 0.5])):
         write_run(tmp_path / str(seed), accuracies, f"seed={seed}")
     (group,) = group_runs(read_folders([tmp_path])).groups
-    rounds, mean, low, high = plots.mean_curve(group, plots.metric("test/accuracy", 100.0))
+    rounds, mean, low, high = mean_curve(group, metric("test/accuracy", 100.0))
     np.testing.assert_array_equal(rounds, [1, 3])
     np.testing.assert_allclose(mean, [20, 40])
     np.testing.assert_allclose(high - mean, 12.7062 * 10, rtol=1e-5)  # t_1(.975) s / sqrt 2, s = 10 sqrt 2

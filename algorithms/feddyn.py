@@ -102,6 +102,6 @@ class FedDyn(Algorithm):
 
     def problems(self, config: Any) -> Iterator[str]:
         """The server's step is the method's own."""
-        if config.server.name != "fedavg" or config.server.options:
+        if config.build_server() != ServerOptimizer():
             found = f"{config.server.name} with {config.server.options or 'its defaults'}"
             yield f"server.name: {found}; feddyn takes the server's step itself, leave the section out"

@@ -40,6 +40,7 @@ _OTHERS = {
     "kubectl",
     "mypy",
     "optuna-dashboard",
+    "pre-commit",
     "pip",
     "pytest",
     "python3",
@@ -90,6 +91,9 @@ def take(words: Sequence[str]) -> None:
         sparsyfed_takes(arguments)
     elif program == "python":
         python_takes(arguments)
+    elif program == ".ci/run":
+        assert (ROOT / program).is_file()
+        assert arguments in ([], ["quick"]), words
     elif program == "sbatch":
         sparsyfed_takes([*arguments[arguments.index("ray_configs/slurm.sh") + 1 :], "address=auto"])
     else:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cluster.actors.ray_session import connected
-from cluster.configuration.config import RESULT_FREE, Config, changes_results, validate
+from cluster.configuration.config import Config, validate
 from cluster.configuration.foreign import refuse_foreign_code, whose
+from cluster.configuration.identity import RESULT_FREE, changes_results
 from cluster.configuration.trees import ConfigError, apply_overrides, read_stored
 from cluster.federation import Federation, build_model, prepare_arguments
 from cluster.records import tracking

@@ -16,7 +16,8 @@ from ray.scripts.scripts import cli as ray_command
 from cluster.command_line.arguments import parse
 from cluster.command_line.describe_choice import choice_asked
 from cluster.configuration.choices import choice_named
-from cluster.configuration.config import RESULT_FREE, resolve
+from cluster.configuration.config import resolve
+from cluster.configuration.identity import RESULT_FREE
 from cluster.grid import expand
 from tests.benchmarks.__main__ import BENCHMARKS
 from tuning.study import load_plan

@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.configuration.config import Config, changes_results, validate
+from cluster.configuration.config import Config, validate
 from cluster.configuration.foreign import sign
+from cluster.configuration.identity import changes_results
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import Choice, Section
 from cluster.configuration.trees import (

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.ray_session import ClusterError, connection, ray_engine
-from cluster.configuration.config import Config, code_digest
+from cluster.configuration.config import Config
+from cluster.configuration.identity import code_digest
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.conduct import RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.ledger import Line

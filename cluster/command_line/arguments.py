@@ -68,6 +68,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "sparsyfed run algorithm.name=topk rounds=10    the same experiment with another method",
             "sparsyfed tune study-digits                    every method tuned alike, then a table",
             "sparsyfed describe sparsyfed                   what a method does and its hyperparameters",
+            "sparsyfed describe partition dirichlet         a partition, its keys and their ranges",
             "sparsyfed describe partition.alpha=0.1         what would run, on what, how large",
             "sparsyfed compare runs/mine                    table and plots of many runs",
             "sparsyfed ui                                   every run side by side",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.compare.reading import ComparisonError, Run
 from cluster.compare.versions import unmixed
-from cluster.configuration.config import changes_results, stays_out
+from cluster.configuration.identity import changes_results, stays_out
 
 #: Keys that name a group before all others do, in this order.
 _FIRST = (

@@ -6,9 +6,7 @@ environment variable changes a result. Every mistake is one line: the key, what 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, partial
@@ -28,6 +26,7 @@ from cluster.configuration.choices import (
     values_of,
 )
 from cluster.configuration.foreign import references_in
+from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
     AggregationSection,
@@ -52,40 +51,6 @@ from cluster.configuration.sections import (
 )
 from cluster.configuration.trees import ConfigError, apply_overrides, flatten, load_tree
 from cluster.logins import problem
-
-#: What cannot change a result: where and how a run is computed, watched and cut short.
-RESULT_FREE = frozenset(
-    {
-        "stop_after",
-        "execution",
-        "address",
-        "detached",
-        "actors",
-        "cpus_per_actor",
-        "label",
-        "client_timeout_s",
-        "on_client_error",
-        "checkpoint_every",
-        "checkpoint_uri",
-        "tracking",
-    }
-)
-
-
-#: The same, inside sections that do change results.
-_PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
-
-#: Keys that came after version 0.1 with the default that changes nothing: there they stay out of the hash, so
-#: that older folders can be continued and compared.
-_ADDED = {
-    "aggregation.name": "mean",
-    "aggregation.weighting": None,
-    "algorithm.cut_received": False,
-    "algorithm.guard_layers": False,
-    "algorithm.initial_mask": "random",
-    "algorithm.spectral_mean": "entries",
-    "objective.name": "classification",
-}
 
 
 class _InOwnCode(Exception):
@@ -399,12 +364,7 @@ class Config(Section):
         flat = self.flat()
         # Of a shift only what was typed ever stood in a configuration.
         earlier = {key: own for key, own in earlier_keys(flat).items() if not key.startswith("shift.")}
-        relevant = {
-            key: value
-            for key, value in (earlier | self._earlier | flat).items()
-            if changes_results(key) and not stays_out(key, value)
-        }
-        return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+        return digest_of(earlier | self._earlier | flat)
 
 
 def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -445,22 +405,3 @@ def validate(tree: Mapping[str, Any], *, inert: bool = False) -> Config:
         raise raised.error from None
     except ValidationError as error:
         raise ConfigError(in_plain_words(error, Config)) from None
-
-
-def code_digest() -> str:
-    """Short hash of the packages' source, kept with every result."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def stays_out(key: str, value: Any) -> bool:
-    """Whether a key came after 0.1 and has the default that changes nothing, as a value or as text."""
-    return key in _ADDED and (value == _ADDED[key] or value == str(_ADDED[key]))
-
-
-def changes_results(key: str) -> bool:
-    """Whether a dotted key can change a result."""
-    return key.split(".")[0] not in RESULT_FREE and not _PLACE.fullmatch(key)

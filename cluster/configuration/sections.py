@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from cluster.configuration.plain_yaml import as_text, as_value
 from cluster.configuration.profiles import PROFILES
+from cluster.configuration.trees import merge
 from cluster.references import UserError, in_home
 
 
@@ -230,7 +231,7 @@ class DevicesSection(Section):
         tiers = dict(own)
         for name, tier in known.items():
             on_top = own.get(name, {})
-            tiers[name] = {**tier, **on_top} if isinstance(on_top, dict) else on_top
+            tiers[name] = merge(tier, on_top) if isinstance(on_top, dict) else on_top
         # The profile's tiers first, in its order.
         return {**value, "tiers": {name: tiers[name] for name in dict.fromkeys([*known, *own])}}
 

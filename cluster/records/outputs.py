@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from cluster.configuration.choices import fields, names
-from cluster.configuration.config import Config, code_digest, validate
+from cluster.configuration.config import Config, validate
+from cluster.configuration.identity import code_digest
 from cluster.federation import Federation
 from cluster.measures import VERSIONS, as_values
 from cluster.records import introduction, tracking

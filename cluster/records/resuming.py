@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from cluster.configuration.config import Config, code_digest
+from cluster.configuration.config import Config
+from cluster.configuration.identity import code_digest
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, CheckpointError, list_rounds, load_checkpoint, read_meta
 from cluster.records.run_folder import RunFolder, RunFolderError

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from algorithms import Algorithm, ParameterLayout, ServerState
 from cluster import seeding
 from cluster.configuration.choices import ChoiceError
-from cluster.configuration.config import code_digest
+from cluster.configuration.identity import code_digest
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from cluster.configuration.config import code_digest
+from cluster.configuration.identity import code_digest
 from cluster.references import UserError
 from cluster.workload.shards import parquet_files
 from tests.benchmarks.gpu import checks, paper, report, speed

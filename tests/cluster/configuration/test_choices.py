@@ -152,6 +152,15 @@ def test_another_name_takes_the_fields_along():
     assert config.devices.tiers["low"].availability.options["high"] == 0.8
 
 
+def test_a_key_of_a_profiles_availability_changes_that_key_alone():
+    config = resolve("quickstart", ["devices.profile=phones", "devices.tiers.mid.availability.low=0.3"])
+    mid = config.devices.tiers["mid"].availability
+    assert (mid.name, mid.options["low"], mid.options["high"]) == ("diurnal", 0.3, 0.8)
+    always = resolve("quickstart", ["devices.profile=phones", "devices.tiers.mid.availability=always"])
+    assert always.devices.tiers["mid"].availability.options == {}
+    assert validate(always.dump()) == always
+
+
 def test_the_keys_of_a_choice_are_filled_in_and_hashed():
     config = resolve("quickstart", ["partition.name=sampled"])
     assert config.resolved()["partition"] == {

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from algorithms import registry
-from cluster.configuration import config as config_module
-from cluster.configuration.config import Config, changes_results, resolve, validate
+from cluster.configuration.config import Config, resolve, validate
+from cluster.configuration.identity import RESULT_FREE, changes_results
 from cluster.configuration.trees import ConfigError, apply_overrides, load_tree, presets
 from cluster.federation import Federation
 from cluster.simulation.shift import partition_of
@@ -314,7 +314,7 @@ def test_the_digest_changes_with_what_can(override):
 
 
 def test_what_is_result_free_exists():
-    assert set(Config.model_fields) >= config_module.RESULT_FREE
+    assert set(Config.model_fields) >= RESULT_FREE
 
 
 def test_flat_fills_in_the_defaults_of_the_choices():

@@ -1,0 +1,71 @@
+"""Which experiment a configuration is: what of it can change a result, and the short hash of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: What cannot change a result: where and how a run is computed, watched and cut short.
+RESULT_FREE = frozenset(
+    {
+        "stop_after",
+        "execution",
+        "address",
+        "detached",
+        "actors",
+        "cpus_per_actor",
+        "label",
+        "client_timeout_s",
+        "on_client_error",
+        "checkpoint_every",
+        "checkpoint_uri",
+        "tracking",
+    }
+)
+
+
+#: The same, inside sections that do change results.
+_PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
+
+#: Keys that came after version 0.1 with the default that changes nothing: there they stay out of the hash, so
+#: that older folders can be continued and compared.
+_ADDED = {
+    "aggregation.name": "mean",
+    "aggregation.weighting": None,
+    "algorithm.cut_received": False,
+    "algorithm.guard_layers": False,
+    "algorithm.initial_mask": "random",
+    "algorithm.spectral_mean": "entries",
+    "objective.name": "classification",
+}
+
+
+def digest_of(flat: Mapping[str, Any]) -> str:
+    """Short hash of those of some dotted keys and values that can change a result."""
+    relevant = {
+        key: value for key, value in flat.items() if changes_results(key) and not stays_out(key, value)
+    }
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def code_digest() -> str:
+    """Short hash of the packages' source, kept with every result."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def stays_out(key: str, value: Any) -> bool:
+    """Whether a key came after 0.1 and has the default that changes nothing, as a value or as text."""
+    return key in _ADDED and (value == _ADDED[key] or value == str(_ADDED[key]))
+
+
+def changes_results(key: str) -> bool:
+    """Whether a dotted key can change a result."""
+    return key.split(".")[0] not in RESULT_FREE and not _PLACE.fullmatch(key)

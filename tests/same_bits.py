@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "rounds=4",
     ),
     "fixed_mask": ("algorithm.name=fixed_mask",),
+    "fedsam": ("algorithm.name=fedsam",),
     "fedadam": ("algorithm.name=topk", "server.name=fedadam"),
     "momentum": ("algorithm.name=fixed_mask", "server.momentum=0.9"),
     "proximal and decay": ("local.proximal=0.1", "local.weight_decay=0.001", "local.lr_final=0.05"),

@@ -50,7 +50,7 @@ class Instructions:
     def local_samples(self, samples: int, batch_size: int, epochs: int) -> int:
         """Samples in the batches of these steps; the last batch of an epoch holds what is left."""
         whole, rest = divmod(self.local_steps(samples, batch_size, epochs), -(-samples // batch_size))
-        return whole * samples + min(rest * batch_size, samples)
+        return whole * samples + rest * batch_size
 
 
 class Workbench(Protocol):

@@ -198,6 +198,7 @@ class Trainer:
             loss: Mean training loss.
         """
         visit, layout, method = client_half.visit, self.layout, self.method
+        self._check_least_passes(visit, bill)
         before_cut = nonzero_mask(visit.prunable)
         density_trained = layer_density(before_cut, layout)
         support = client_half.finish()
@@ -231,6 +232,15 @@ class Trainer:
             ),
             kept=self._kept(visit),
         )
+
+    def _check_least_passes(self, visit: Visit, bill: Bill) -> None:
+        """Who arrives when is told from this promise: arrivals before it would be out of order."""
+        planned = visit.instructions.local_samples(len(visit.targets), visit.batch_size, self.settings.epochs)
+        if bill.dense() < self.method.least_passes * self.flops.dense(planned) * (1.0 - 1e-9):
+            raise ValueError(
+                f"{type(self.method).__name__}.least_passes promises {self.method.least_passes:g} over "
+                f"{planned} samples; this visit made {bill.dense() / self.flops.dense(planned):.3g}"
+            )
 
     def _kept(self, visit: Visit) -> dict[str, np.ndarray]:
         """What the client keeps, as it was declared."""

@@ -189,16 +189,17 @@ class Schedule(ABC):
     ) -> tuple[list[Assignment], np.ndarray]:
         """The visits of some clients, and before when each cannot be over, float64[n] in seconds.
 
-        Known before training are the download, the latency and the dense FLOPs; a device that exploits zeros
-        may need none.
+        Known before training are the download, the latency and the passes that the method makes at least over
+        the planned batches; a device that exploits zeros may need no FLOPs.
         """
-        epochs = instructions.epochs or self.config.local.epochs
+        local, flops = self.config.local, self.federation.flops
         default, spares = self.method.sparsity, self.config.devices.flops == "sparse"
         sizes, assignments, bounds = self.sizes(instructions.round), [], []
         for client, device in zip(clients.tolist(), self.devices.of(clients), strict=True):
             size = self.sender.bytes_for(client, parcel)
-            samples = int(sizes[client]) * epochs
-            bounds.append(device.duration(size, 0.0 if spares else self.federation.flops.dense(samples), 0))
+            samples = instructions.local_samples(int(sizes[client]), local.batch_size, local.epochs)
+            least = 0.0 if spares else self.method.least_passes * flops.dense(samples)
+            bounds.append(device.duration(size, least, 0))
             sparsity, kept = self.devices.sparsity(client, default), self.kept.of(client)
             assignments.append(Assignment(client, sparsity, device, size, kept=kept))
         return assignments, np.array(bounds)

@@ -127,6 +127,18 @@ def test_a_forward_pass_is_a_third_and_an_attack_two_thirds():
     assert share(both_gradients, 5) == pytest.approx(1)
 
 
+def test_a_backward_pass_bills_what_it_came_through_alone():
+    def both(visit, compute):
+        attacked = visit.inputs[:6].clone().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(visit.module(attacked), visit.targets[:6]), attacked)
+        torch.autograd.grad(loss_of(visit, torch.arange(9)), parameters(visit))
+
+    trained, trainer, _ = visit(beside(both))
+    attack = 6 * 3 * trainer.flops.forward.sum() * 2 / 3
+    expected = trainer.flops.dense(40) + 6 * (attack + trainer.flops.dense(9))
+    assert trained.measured.flops_dense == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_part_of_the_model_costs_its_layers():
     layers = []
 

@@ -58,6 +58,7 @@ def test_steps_take_the_batches_of_as_many_epochs_as_they_need(steps):
     three_epochs = batches(epochs=3)
     assert [len(batch) for batch in three_epochs] == [8, 8, 4] * 3
     assert sorted(row for batch in three_epochs[3:6] for row in batch) == list(range(20))
+    assert three_epochs[:3] != three_epochs[3:6] != three_epochs[6:]
     assert batches(steps=steps) == three_epochs[:steps]
 
 

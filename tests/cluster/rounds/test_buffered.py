@@ -185,8 +185,8 @@ def test_interrupted_is_uninterrupted(cache, tmp_path, method):
 
 
 def test_only_methods_whose_updates_stand_alone_take_part(cache):
-    assert ABLE == ["fedavg", "fedef", "fixed_mask", "sparsyfed", "topk", "zerofl"]
-    with pytest.raises(ConfigError, match=r"flash needs all .* works with fedavg, fedef, fixed_mask, sp"):
+    assert ABLE == ["fedavg", "fedef", "fedsam", "fixed_mask", "sparsyfed", "topk", "zerofl"]
+    with pytest.raises(ConfigError, match=r"flash needs all .* works with fedavg, fedef, fedsam, fixed"):
         asynchronous(cache, algorithm={"name": "flash"})
     with pytest.raises(ConfigError, match="feddst needs all clients"):
         asynchronous(cache, algorithm={"name": "feddst"})

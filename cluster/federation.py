@@ -29,6 +29,7 @@ from cluster.workload.objectives import Objective
 from cluster.workload.partition import Partition
 from cluster.workload.partitioners import Partitioner
 from cluster.workload.preparing import prepare
+from cluster.workload.weights import load_weights
 
 
 class MemoryNeeded(UserError):
@@ -227,11 +228,14 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The plain module with the common initialisation of the configured seed."""
-    return models.build(
+    """The plain module with the common initialisation, of the configured seed or file."""
+    model = models.build(
         config.model.name,
         input_shape=dataset.input_shape,
         classes=config.build_objective().count(dataset),
         seed=seeding.integer(config.seed, "initialisation"),
         **config.model.options,
     )
+    if config.model.weights is not None:
+        load_weights(model, config.model.weights)
+    return model

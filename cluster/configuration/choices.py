@@ -94,6 +94,7 @@ KINDS: dict[str, Kind] = {
             "resnet18": f"{_NETWORKS}:ResNet18",
             "mlp": f"{_NETWORKS}:MLP",
         },
+        ("weights",),
     ),
     "data": Kind(
         "the data set: digits, a hub repository owner/name, or module:attribute of your own",

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
     {
@@ -40,6 +42,7 @@ _ADDED = {
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
+    "model.weights": None,
     "objective.name": "classification",
 }
 
@@ -49,7 +52,18 @@ def digest_of(flat: Mapping[str, Any]) -> str:
     relevant = {
         key: value for key, value in flat.items() if changes_results(key) and not stays_out(key, value)
     }
+    if "model.weights" in relevant:  # wherever they lie
+        relevant["model.weights"] = content_of(relevant["model.weights"])
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def content_of(path: str) -> str:
+    """Hash of a file's content; its path where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    except OSError:
+        return path
 
 
 def code_digest() -> str:

@@ -291,6 +291,11 @@ class ModelChoice(Choice):
     """The model; other keys are the builder's options."""
 
     name: str = "small_cnn"
+    weights: str | None = Field(
+        None, description="safetensors file to begin with instead of the common initialisation"
+    )
+
+    _absolute = field_validator("weights")(_from_anywhere)
 
 
 class ObjectiveChoice(Choice):

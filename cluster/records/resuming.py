@@ -174,6 +174,7 @@ def _check_configuration(path: Path, config: Config) -> None:
         raise CheckpointError(
             f"{path} belongs to another configuration (hash {made_of}) than config.yaml ({config.digest()}): "
             "restore that file, which was changed or cut short"
+            + (", or model.weights, if it is they that changed" if config.model.weights else "")
         )
 
 

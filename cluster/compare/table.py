@@ -108,9 +108,10 @@ class Table:
 
     @property
     def parts(self) -> list[Table]:
-        """The same in tables that fit a page: all groups, at most :data:`_PAGE_COLUMNS` columns each."""
-        places = range(len(self.columns))
-        return [self.only(places[start : start + _PAGE_COLUMNS]) for start in places[::_PAGE_COLUMNS]]
+        """The same in tables that fit a page: all groups, at most :data:`_PAGE_COLUMNS` columns."""
+        tables = -(-len(self.columns) // _PAGE_COLUMNS)
+        parts = np.array_split(np.arange(len(self.columns)), tables) if tables else []
+        return [self.only(part.tolist()) for part in parts]
 
     def only(self, places: Sequence[int]) -> Table:
         """The same with the columns at these places alone."""

@@ -10,8 +10,8 @@ values alone would not do::
       algorithm.sparsity: [0.9, 0.95]
       seed: [0, 1, 2]
 
-A hyperparameter that a method does not have does not vary it: FedAvg, which is dense, runs once and not once
-a sparsity.
+A key that a choice does not have does not vary it: FedAvg, which is dense, runs once and not once a sparsity,
+and an iid partition once whatever the alphas.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from algorithms import hyperparameters, registry
-from cluster.configuration.choices import method_named
+from cluster.configuration.choices import KINDS, fields, takes
+from cluster.configuration.choices import names as names_of
 from cluster.configuration.trees import ConfigError, apply_overrides, merge, nested, parse_override
 from cluster.references import did_you_mean, file_name, nearest
 
@@ -36,14 +36,15 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
         source: What the grid is called in messages.
         tree: The experiment with its section ``grid``.
         overrides: ``key=value``. One that names an axis narrows it: to these values, or to the pieces with
-            these labels. One of a hyperparameter holds for every method of the grid that has it.
+            these labels. One of a choice's own key, such as a hyperparameter, holds for every method (model,
+            partition ...) of the grid that has it.
 
     Raises:
         ConfigError: An axis or override is wrong, or two different runs have one name.
     """
     tree = {key: value for key, value in tree.items() if key != "runs_at_once"}  # how, and not what, to run
     axes = _checked(source, tree.pop("grid"))
-    fixed, of_methods = [], {}
+    fixed, of_choices = [], {}
     for override in overrides:
         key, value = parse_override(override)
         if key in axes:
@@ -53,41 +54,45 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
             set_here = {leaf for _, piece in _pieces(axis, values) for leaf in _leaves(piece)}
             if any(leaf == key or leaf.startswith(f"{key}.") for leaf in set_here):
                 raise ConfigError(f"{source}: {override}: the grid itself varies {axis}; write {axis}=...")
-        if _is_hyperparameter(key):
-            # Not on the base: a piece with another method would drop it again, in silence.
-            of_methods[key] = override
+        if _section_of(key):
+            # Not on the base: a piece with another choice would drop it again, in silence.
+            of_choices[key] = override
         else:
             fixed.append(override)
     tree = apply_overrides(tree, fixed)
     found: dict[str, Tree] = {}
-    unknown = {axis for axis in axes if _is_hyperparameter(axis)}
-    unused = set(of_methods)
+    unknown = {axis for axis in axes if _section_of(axis)}
+    unused = set(of_choices)
     for chosen in itertools.product(*(_pieces(axis, values) for axis, values in axes.items())):
         point, names = tree, []
         for axis, (_, piece) in zip(axes, chosen, strict=True):
-            if not _is_hyperparameter(axis):
+            if not _section_of(axis):
                 point = merge(point, piece)
-        section = point.get("algorithm", {})  # one that is no section is refused when the point is validated
-        method = str(section.get("name", "sparsyfed")) if isinstance(section, Mapping) else ""
         for axis, (name, piece) in zip(axes, chosen, strict=True):
-            if _is_hyperparameter(axis):
-                if axis.removeprefix("algorithm.") not in _hyperparameters(method):
+            if _section_of(axis):
+                if not _has(point, axis):
                     continue
                 unknown.discard(axis)
                 point = merge(point, piece)
             names.append(name)
-        held = {key for key in of_methods if key.removeprefix("algorithm.") in _hyperparameters(method)}
-        unused -= held
-        point = apply_overrides(point, [of_methods[key] for key in sorted(held)])
+        had = {key for key in of_choices if _has(point, key)}
+        unused -= had
+        point = apply_overrides(point, [of_choices[key] for key in sorted(had)])
         name = file_name("-".join(names)) or "run"
         if found.setdefault(name, point) != point:
             raise ConfigError(f"{source}: grid: two runs are named {name}")
-    known = {field for method in registry() for field in _hyperparameters(method)}
-    for axis in [*(unknown - {f"algorithm.{field}" for field in known}), *unused]:
-        near = nearest(axis.removeprefix("algorithm."), known)
-        hint = f"; did you mean algorithm.{near}?" if near and f"algorithm.{near}" != axis else ""
-        where = f"{of_methods[axis]}: no method of this grid" if axis in unused else f"grid.{axis}: no method"
-        raise ConfigError(f"{source}: {where} has this hyperparameter{hint}")
+    for key in sorted(unknown | unused):
+        section = _section_of(key)
+        known = [f"{section}.{field}" for name in names_of(section) for field in fields(section, name)]
+        if key in known and key not in unused:
+            continue
+        near = nearest(key, known)
+        hint = f"; did you mean {near}?" if near and near != key else ""
+        what = "method" if section == "algorithm" else section
+        where = f"{of_choices[key]}: no {what} of this grid" if key in unused else f"grid.{key}: no {what}"
+        raise ConfigError(
+            f"{source}: {where} has this {'hyperparameter' if what == 'method' else 'key'}{hint}"
+        )
     return found
 
 
@@ -140,14 +145,19 @@ def _pieces(axis: str, values: Any) -> list[tuple[str, Tree]]:
     return [(_short(axis, value), nested(axis, value)) for value in values]
 
 
-def _is_hyperparameter(axis: str) -> bool:
-    return axis.startswith("algorithm.") and axis != "algorithm.name"
+def _section_of(key: str) -> str:
+    """The section with a choice that a dotted key is a field of; empty for every other key."""
+    section, _, field = key.partition(".")
+    kind = KINDS.get(section)
+    return section if kind and kind.default and field not in ("", "name", *kind.shared) else ""
 
 
-def _hyperparameters(method: str) -> set[str]:
-    known = method_named(method)
-    # An unknown name is refused, with its neighbours, when the point is validated.
-    return set() if known is None else {parameter.name for parameter in hyperparameters(known)}
+def _has(point: Mapping[str, Any], key: str) -> bool:
+    """Whether what a point chooses has a field of this name; what chooses nothing known is refused later."""
+    section, _, field = key.partition(".")
+    given = point.get(section, {})
+    name = str(given.get("name", KINDS[section].default)) if isinstance(given, Mapping) else ""
+    return takes(section, name, field)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -29,12 +29,15 @@ class Kind:
         base: The class that every choice derives from, ``module:attribute``. Where it has a method ``of``,
             plain functions are choices too.
         names: The built-in choices by name, ``module:attribute``.
+        default: The name that is chosen where none is given; empty where the keys do not depend on the name,
+            or the section stands several times.
         shared: Keys of the section whatever is chosen; they stay when the name is overridden.
     """
 
     meaning: str
     base: str
     names: Mapping[str, str]
+    default: str = ""
     shared: tuple[str, ...] = ()
 
 
@@ -47,8 +50,8 @@ _AVAILABILITY = "cluster.simulation.availability"
 
 #: Every section that has a ``name``.
 KINDS: dict[str, Kind] = {
-    "algorithm": Kind("the method", "algorithms:Algorithm", {}),
-    "server": Kind("what the server does with the clients' mean", "algorithms:ServerOptimizer", {}),
+    "algorithm": Kind("the method", "algorithms:Algorithm", {}, "sparsyfed"),
+    "server": Kind("what the server does with the clients' mean", "algorithms:ServerOptimizer", {}, "fedavg"),
     "partition": Kind(
         "how the training data is divided among clients",
         f"{_PARTITIONERS}:Partitioner",
@@ -60,12 +63,14 @@ KINDS: dict[str, Kind] = {
             "natural": f"{_PARTITIONERS}:Natural",
             "sampled": f"{_PARTITIONERS}:Sampled",
         },
+        "lda",
         ("clients", "seed"),
     ),
     "objective": Kind(
         "what is learned",
         f"{_OBJECTIVES}:Objective",
         {"classification": f"{_OBJECTIVES}:Classification"},
+        "classification",
     ),
     "sampler": Kind(
         "which clients are asked to train",
@@ -76,6 +81,7 @@ KINDS: dict[str, Kind] = {
             "size": f"{_SAMPLERS}:BySize",
             "stratified": f"{_SAMPLERS}:Stratified",
         },
+        "uniform",
     ),
     "availability": Kind(
         "when a tier's devices can be asked to train",
@@ -94,18 +100,20 @@ KINDS: dict[str, Kind] = {
             "resnet18": f"{_NETWORKS}:ResNet18",
             "mlp": f"{_NETWORKS}:MLP",
         },
+        "small_cnn",
         ("weights",),
     ),
     "data": Kind(
         "the data set: digits, a hub repository owner/name, or module:attribute of your own",
         "",
         {},
-        ("validation", "cache"),
+        shared=("validation", "cache"),
     ),
     "schedule": Kind(
         "when the server takes updates in",
         f"{_SCHEDULES}:Timing",
         {"synchronous": f"{_SCHEDULES}:Synchronous", "buffered": f"{_SCHEDULES}:Buffered"},
+        "synchronous",
     ),
 }
 
@@ -212,6 +220,14 @@ def method_named(name: str) -> type[Algorithm] | None:
         return None
     found: type[Algorithm] = choice_named("algorithm", name)
     return found
+
+
+def takes(section: str, name: str, field: str) -> bool:
+    """Whether a choice has a field; a plain function may have any, an unknown name has none."""
+    if ":" not in name and name not in names(section):
+        return False
+    chosen = choice_named(section, name)
+    return not hasattr(chosen, "__dataclass_fields__") or field in fields(section, name)
 
 
 def fields(section: str, name: str) -> dict[str, Hyperparameter]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cluster.configuration.choices import KINDS
 from cluster.configuration.plain_yaml import as_text, as_value
 from cluster.configuration.profiles import PROFILES
 from cluster.configuration.trees import merge
@@ -123,7 +124,7 @@ class DataSection(Section):
 class PartitionSection(Choice):
     """How the training data is divided among clients."""
 
-    name: str = "lda"
+    name: str = KINDS["partition"].default
     clients: int = Field(100, ge=1, description="number of clients")
     seed: Annotated[int, Field(ge=0)] | Literal["seed"] = Field(
         1337,
@@ -284,13 +285,13 @@ class TrackingSection(Section):
 class ScheduleChoice(Choice):
     """When the server takes updates in; other keys are the schedule's own."""
 
-    name: str = "synchronous"
+    name: str = KINDS["schedule"].default
 
 
 class ModelChoice(Choice):
     """The model; other keys are the builder's options."""
 
-    name: str = "small_cnn"
+    name: str = KINDS["model"].default
     weights: str | None = Field(
         None, description="safetensors file to begin with instead of the common initialisation"
     )
@@ -301,22 +302,22 @@ class ModelChoice(Choice):
 class ObjectiveChoice(Choice):
     """What is learned; other keys are options of an objective of your own."""
 
-    name: str = "classification"
+    name: str = KINDS["objective"].default
 
 
 class AlgorithmChoice(Choice):
     """The method; other keys are its hyperparameters."""
 
-    name: str = "sparsyfed"
+    name: str = KINDS["algorithm"].default
 
 
 class ServerChoice(Choice):
     """The server optimizer; other keys are its hyperparameters."""
 
-    name: str = "fedavg"
+    name: str = KINDS["server"].default
 
 
 class SamplerChoice(Choice):
     """Who is asked to train; other keys are its options."""
 
-    name: str = "uniform"
+    name: str = KINDS["sampler"].default

@@ -333,6 +333,35 @@ def test_runs_side_by_side_fail_stop_and_go_on_alone(tmp_path, two_cores, capsys
             assert (one / file).read_bytes() == (other / file).read_bytes()
 
 
+def test_a_partition_is_varied_by_its_own_keys_only(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "extends: quickstart\n"
+        "grid: {partition.name: [lda, iid, shards], partition.alpha: [0.1, 1], model.name: [mlp, small_cnn]}\n"
+    )
+    runs = expand(file, ["partition.shards_per_client=3", "model.norm=batch", "seed=4"]).runs
+    assert list(runs) == [
+        "lda-alpha0.1-mlp", "lda-alpha0.1-small_cnn", "lda-alpha1-mlp", "lda-alpha1-small_cnn",
+        "iid-mlp", "iid-small_cnn", "shards-mlp", "shards-small_cnn",
+    ]  # fmt: skip
+    assert {name: config.partition.options for name, config in runs.items() if "mlp" in name} == {
+        "lda-alpha0.1-mlp": {"alpha": 0.1},
+        "lda-alpha1-mlp": {"alpha": 1.0},
+        "iid-mlp": {},
+        "shards-mlp": {"shards_per_client": 3},
+    }
+    assert runs["iid-small_cnn"].model.options["norm"] == "batch"
+    assert {config.seed for config in runs.values()} == {4}
+    for wrong, says in (
+        ("partition.samples_per_client=3", "per_client=3: no partition of this grid has this key"),
+        ("partition.alhpa=3", "no partition of this grid has this key; did you mean partition.alpha?"),
+        ("model.widht=3", "no model of this grid has this key; did you mean model.width?"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            expand(file, [wrong])
+        assert says in str(refused.value)
+
+
 def test_an_override_of_a_hyperparameter_reaches_every_method_that_has_it():
     """The pieces that name another method than the base's must not drop it."""
     runs = expand("paper-methods", ["algorithm.guard_layers=true", "algorithm.sparsity=0.8"]).runs

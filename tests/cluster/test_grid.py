@@ -337,7 +337,8 @@ def test_a_partition_is_varied_by_its_own_keys_only(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(
         "extends: quickstart\n"
-        "grid: {partition.name: [lda, iid, shards], partition.alpha: [0.1, 1], model.name: [mlp, small_cnn]}\n"
+        "grid: {partition.name: [lda, iid, shards], partition.alpha: [0.1, 1],\n"
+        "  model.name: [mlp, small_cnn]}\n"
     )
     runs = expand(file, ["partition.shards_per_client=3", "model.norm=batch", "seed=4"]).runs
     assert list(runs) == [

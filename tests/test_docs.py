@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from algorithms import registry
 from cluster.configuration.trees import presets
 from cluster.grid import expand
 from tests import measures_page
@@ -140,3 +141,9 @@ def test_kept_rows_make_tables(file):
 def test_the_page_of_measures_is_that_of_the_table():
     """``python -m tests.measures_page`` writes it."""
     assert measures_page.PAGE.read_text(encoding="utf-8") == measures_page.page()
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_every_method_is_listed_and_has_its_paragraph(name):
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+    assert f"**`{name}`**" in (ROOT / "docs" / "methods.md").read_text()

@@ -13,6 +13,7 @@ from algorithms.core.algorithm import Algorithm, ServerState, registry
 from algorithms.core.client import Client, Instructions, Visit
 from algorithms.core.hyperparameters import Hyperparameter, hyperparameter, hyperparameters
 from algorithms.core.layers import ActivationPruning, Powerpropagation, prune_inputs, pruned_layers
+from algorithms.core.local_optimizers import LOCAL_OPTIMIZERS, LocalOptimizer
 from algorithms.core.masks import (
     cut_globally,
     cut_to_top_k,
@@ -30,6 +31,7 @@ for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "LOCAL_OPTIMIZERS",
     "SERVER_OPTIMIZERS",
     "ActivationPruning",
     "Algorithm",
@@ -39,6 +41,7 @@ __all__ = [
     "Grid",
     "Hyperparameter",
     "Instructions",
+    "LocalOptimizer",
     "ParameterLayout",
     "Powerpropagation",
     "ServerOptimizer",

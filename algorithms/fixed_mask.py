@@ -56,7 +56,9 @@ class MaskedClient(Client):
         """Train inside ``mask`` from now on; weights that leave it become +0.0."""
         self.mask, self._outside = mask, ~mask
         self._moving = self.moving()
-        self.visit.prunable.masked_fill_(self._outside, 0.0)
+        for values in (self.visit.weights, *self.visit.moments):
+            # A weight that comes back is not moved by what it did before.
+            values[: len(mask)].masked_fill_(self._outside, 0.0)
 
     def moving(self) -> Tensor | None:
         """0 or 1 for each of the first trained parameters, whether it may move; None where all may."""

@@ -106,6 +106,7 @@ class Visit:
         lr_sum: Sum of their learning rates.
         kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
             before its first. What stands here at the end is kept.
+        moments: The local optimizer's, each float32[trained]: 0 at the start of the visit.
         measures: The method's own numbers, as (sum, weight).
     """
 
@@ -131,6 +132,7 @@ class Visit:
     step: int = 0
     lr_sum: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    moments: tuple[Tensor, ...] = ()
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
 
     @property

@@ -66,6 +66,9 @@ class ClientHost:
             config.local.proximal,
             config.precision,
             config.cuda_graphs,
+            config.build_local_optimizer(),
+            config.local.clip_norm,
+            config.local.lr_final if config.local.lr_schedule == "cosine_visit" else None,
         )
         self._trainer = Trainer(
             model, self._method, settings, dataset.train, self._device, config.build_objective()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms import ParameterLayout, Visit
+from algorithms import LocalOptimizer, ParameterLayout, Visit
+from algorithms.core.local_optimizers import Sgd
 from algorithms.core.masks import layer_counts, layer_sizes, nonzero_mask
 from cluster.clients.billing import Bill
 from cluster.clients.meter import Meter
@@ -27,6 +29,15 @@ class LocalSettings:
     proximal: float
     precision: Precision = "float32"
     cuda_graphs: bool = False
+    optimizer: LocalOptimizer = field(default_factory=Sgd)
+    clip_norm: float | None = None
+    lr_end: float | None = None  # of a cosine inside each visit
+
+    def rate(self, lr: float, step: int, steps: int) -> float:
+        """Learning rate of a step, from 0, of a visit in a round whose rate is ``lr``."""
+        if self.lr_end is None:
+            return lr
+        return self.lr_end + (lr - self.lr_end) * (1.0 + math.cos(math.pi * step / steps)) / 2.0
 
 
 class LocalSteps:
@@ -59,10 +70,12 @@ class LocalSteps:
     def batches(self, visit: Visit) -> Iterator[Tensor]:
         """Rows of each planned batch, int64[batch]: the client's data in a new order every epoch."""
         samples, size, device = len(visit.targets), visit.batch_size, visit.weights.device
+        lr = visit.lr
         for number in range(visit.steps):
             start = number % visit.steps_per_epoch * size
             if start == 0:
                 shuffled = torch.from_numpy(self._order.permutation(samples)).to(device)
+            visit.lr = self._settings.rate(lr, number, visit.steps)
             visit.chosen = shuffled[start : start + size]
             yield visit.chosen
 
@@ -94,15 +107,20 @@ class LocalSteps:
         return self._module
 
     def descend(self, visit: Visit) -> None:
-        """Plain SGD."""
+        """See :class:`Visit`."""
         settings, gradient, weights = self._settings, visit.gradient, visit.weights
-        if settings.weight_decay:
+        optimizer = settings.optimizer
+        if settings.weight_decay and not optimizer.decoupled_decay:
             gradient.add_(weights, alpha=settings.weight_decay)
         if settings.proximal:
             # Gradient of mu/2 |w - w_t|^2 (FedProx, arXiv 1812.06127).
             gradient.add_(weights, alpha=settings.proximal)
             gradient.sub_(visit.global_weights[: len(weights)], alpha=settings.proximal)
-        weights.add_(gradient, alpha=-visit.lr)
+        if settings.clip_norm is not None:
+            norm = torch.linalg.vector_norm(gradient)
+            gradient.mul_((settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        decay = settings.weight_decay if optimizer.decoupled_decay else 0.0
+        optimizer.step(weights, gradient, visit.moments, lr=visit.lr, decay=decay, number=visit.step + 1)
 
 
 def layer_density(nonzeros: Tensor, layout: ParameterLayout) -> np.ndarray:

@@ -184,6 +184,7 @@ class Trainer:
             steps=planned,
             workbench=steps,
             chosen=torch.empty(0, dtype=torch.int64, device=self.device),
+            moments=settings.optimizer.start(self._weights),
             kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
         )
         return visit, steps, bill

@@ -22,7 +22,7 @@ from cluster.configuration.choices import (
     names,
 )
 from cluster.configuration.config import Config
-from cluster.configuration.sections import AvailabilityChoice
+from cluster.configuration.sections import AvailabilityChoice, OptimizerChoice
 from cluster.configuration.trees import presets
 from cluster.references import did_you_mean, is_file, is_folder
 
@@ -104,8 +104,8 @@ def _describe_section(console: Console, section: str) -> None:
 
 def _print_shared(console: Console, section: str) -> None:
     """The keys of a section that every choice has."""
-    declared = {**Config.model_fields, "availability": None}[section]
-    model: Any = AvailabilityChoice if declared is None else declared.annotation
+    inner = {"availability": AvailabilityChoice, "optimizer": OptimizerChoice}
+    model: Any = inner[section] if section in inner else Config.model_fields[section].annotation
     keys = {key: field for key, field in model.model_fields.items() if key != "name"}
     if not keys:
         return
@@ -153,11 +153,13 @@ def _command(section: str, name: str, example: str) -> str:
         return (
             f"sparsyfed run devices.profile=phones 'devices.tiers.mid.availability={{name: {name}{options}}}'"
         )
-    return f"sparsyfed run {section}.name={name}" + (f" {section}.{example}" if example else "")
+    path = _path(section)
+    return f"sparsyfed run {path}name={name}" + (f" {path}{example}" if example else "")
 
 
 def _path(section: str) -> str:
-    return "availability of a tier: " if section == "availability" else f"{section}."
+    inner = {"availability": "availability of a tier: ", "optimizer": "local.optimizer."}
+    return inner.get(section, f"{section}.")
 
 
 def _fields(section: str, declared: tuple[Hyperparameter, ...]) -> Table:

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from algorithms import SERVER_OPTIMIZERS, Algorithm, Hyperparameter, hyperparameters, registry
+from algorithms import (
+    LOCAL_OPTIMIZERS,
+    SERVER_OPTIMIZERS,
+    Algorithm,
+    Hyperparameter,
+    hyperparameters,
+    registry,
+)
 from cluster.references import UserError, load_reference, nearest
 
 
@@ -109,6 +116,7 @@ KINDS: dict[str, Kind] = {
         {},
         shared=("validation", "cache"),
     ),
+    "optimizer": Kind("what a client does with a gradient", "algorithms:LocalOptimizer", {}),
     "schedule": Kind(
         "when the server takes updates in",
         f"{_SCHEDULES}:Timing",
@@ -142,6 +150,8 @@ def built_in(section: str) -> dict[str, Any]:
         return dict(registry())
     if section == "server":
         return dict(SERVER_OPTIMIZERS)
+    if section == "optimizer":
+        return dict(LOCAL_OPTIMIZERS)
     return {
         name: load_reference(f"{section}.name", reference, ChoiceError)
         for name, reference in KINDS[section].names.items()

@@ -7,6 +7,7 @@ environment variable changes a result. Every mistake is one line: the key, what 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from algorithms import Algorithm, ServerOptimizer, registry
+from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, registry
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import (
     KINDS,
@@ -106,7 +107,7 @@ class Config(Section):
     data: DataSection = DataSection()
     partition: PartitionSection = Field(default_factory=PartitionSection)
     objective: ObjectiveChoice = ObjectiveChoice()
-    local: LocalSection = LocalSection()
+    local: LocalSection = Field(default_factory=LocalSection)
     evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
@@ -135,6 +136,7 @@ class Config(Section):
                 problems.append(str(error))
             except (ValueError, AssertionError) as error:
                 raise _InOwnCode(error) from error  # pydantic would make it a mistake of the configuration
+        problems += self.local.problems()
         if self.precision == "tf32" and not self.gpus_per_actor:
             problems.append(
                 "precision: tf32 is arithmetic of GPUs; set gpus_per_actor above 0, or precision=float32"
@@ -178,6 +180,7 @@ class Config(Section):
         yield "partition", self.partition, self.build_partitioner
         yield "schedule", self.schedule, self.build_schedule
         yield "objective", self.objective, self.build_objective
+        yield "optimizer", self.local.optimizer, self.build_local_optimizer
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
 
@@ -288,6 +291,12 @@ class Config(Section):
         """The architecture of the network with its options."""
         return self._build("model")
 
+    def build_local_optimizer(self) -> LocalOptimizer:
+        """The local optimizer with its hyperparameters."""
+        choice = self.local.optimizer
+        optimizer: LocalOptimizer = build_choice("optimizer", choice.name, choice.options, "local.optimizer")
+        return optimizer
+
     def build_availability(self, tier: str) -> Any:
         """When a tier's devices can be asked to train."""
         choice = self.devices.kinds[tier].availability
@@ -328,11 +337,19 @@ class Config(Section):
         return build_choice(section, choice.name, choice.options)
 
     def learning_rate(self, round_number: int) -> float:
-        """lr(t) = lr0 (lrT / lr0)^(t / T), t from 1, falling on beyond T; lr0 where lr_final is unset."""
-        if self.local.lr_final is None:
-            return self.local.lr
-        horizon = self.local.lr_horizon or self.rounds
-        return float(self.local.lr * (self.local.lr_final / self.local.lr) ** (round_number / horizon))
+        """The rate of a round, from 1: lr0 where lr_final is unset or is reached inside every visit.
+
+        Exponential: lr0 (lrT / lr0)^(t / T), falling on beyond T. Cosine, which stays at lrT:
+        lrT + (lr0 - lrT) (1 + cos(pi t / T)) / 2.
+        """
+        local = self.local
+        if local.lr_final is None or local.lr_schedule == "cosine_visit":
+            return local.lr
+        share = round_number / (local.lr_horizon or self.rounds)
+        if local.lr_schedule == "cosine":
+            share = min(1.0, share)
+            return local.lr_final + (local.lr - local.lr_final) * (1.0 + math.cos(math.pi * share)) / 2.0
+        return float(local.lr * (local.lr_final / local.lr) ** share)
 
     @property
     def partition_seed(self) -> int:

@@ -42,6 +42,11 @@ _ADDED = {
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
+    "local.clip_norm": None,
+    "local.lr_schedule": "exponential",
+    "local.optimizer.momentum": 0.0,
+    "local.optimizer.name": "sgd",
+    "local.optimizer.nesterov": False,
     "model.weights": None,
     "objective.name": "classification",
 }

@@ -138,18 +138,41 @@ class PartitionSection(Choice):
         return alpha
 
 
+class OptimizerChoice(Choice):
+    """The local optimizer; other keys are its hyperparameters."""
+
+    name: str = "sgd"
+
+
 class LocalSection(Section):
-    """Local training: plain SGD, fresh each round."""
+    """Local training: SGD or AdamW, fresh each visit."""
 
     epochs: int = Field(1, ge=1, description="local epochs a round")
     batch_size: int = Field(16, ge=1)
     lr: float = Field(0.1, gt=0.0, description="learning rate of round 1")
     lr_final: float | None = Field(
-        None, gt=0.0, description="learning rate at round lr_horizon; exponential, and falling on beyond it"
+        None, gt=0.0, description="learning rate at the schedule's end; exponential: falling on beyond it"
     )
     lr_horizon: int | None = Field(None, ge=1, description="round of lr_final; default rounds")
-    weight_decay: float = Field(0.0, ge=0.0)
+    lr_schedule: Literal["exponential", "constant", "cosine", "cosine_visit"] = Field(
+        "exponential", description="from lr to lr_final over rounds, or (cosine_visit) inside every visit"
+    )
+    optimizer: OptimizerChoice = Field(default_factory=OptimizerChoice)
+    clip_norm: float | None = Field(
+        None, gt=0.0, description="largest norm of a step's gradient, decay and proximal term included"
+    )
+    weight_decay: float = Field(0.0, ge=0.0, description="L2 in the gradient; with adamw decoupled")
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the schedule of the learning rate."""
+        if self.lr_schedule.startswith("cosine") and self.lr_final is None:
+            return [f"local.lr_final: none, and {self.lr_schedule} falls to it; set it"]
+        if self.lr_schedule == "constant" and self.lr_final is not None:
+            return [f"local.lr_final: {self.lr_final:g} with lr_schedule=constant; leave one of them out"]
+        if self.lr_schedule == "cosine_visit" and self.lr_horizon is not None:
+            return ["local.lr_horizon: counts rounds, and cosine_visit ends with every visit; leave it out"]
+        return []
 
 
 class AvailabilityChoice(Choice):

@@ -75,9 +75,9 @@ class Federation:
             DataError, PartitionError: Naming the key, what was found and the fix.
         """
         dataset = open_dataset(prepare(**prepare_arguments(config)))
-        # Where samples have no class they are all of one.
-        objective, targets = config.build_objective(), dataset.train.targets
-        labels = targets if objective.by_class else np.zeros(len(targets), np.int64)
+        objective = config.build_objective()
+        objective.count(dataset)  # data of another kind is told before anything is made of it
+        labels = _labels(objective, dataset)
         kept, validation = stratified_split(labels, config.data.validation, config.partition_seed)
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
@@ -98,6 +98,16 @@ class Federation:
     def objective(self) -> Objective:
         """What is learned."""
         return self.config.build_objective()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of every training sample, int64[N]; where there are none, all are of one."""
+        return _labels(self.objective, self.dataset)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of :attr:`labels`."""
+        return self.dataset.classes if self.objective.by_class else ("all",)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -204,6 +214,11 @@ class Federation:
 
 def _half_of_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _labels(objective: Objective, dataset: Dataset) -> np.ndarray:
+    targets = dataset.train.targets
+    return targets if objective.by_class else np.zeros(len(targets), np.int64)
 
 
 def prepare_arguments(config: Config) -> dict[str, Any]:

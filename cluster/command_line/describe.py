@@ -124,35 +124,40 @@ def _model(console: Console, federation: Federation) -> None:
 
 def _partition(console: Console, federation: Federation, file: Path | None) -> None:
     dataset, divided, section = federation.dataset, federation.partition, federation.config.partition
-    sizes, labels = divided.sizes, dataset.train.targets
+    sizes, labels, classes = divided.sizes, federation.labels, federation.classes
     drawn = np.arange(min(divided.clients, CLIENTS_DRAWN))
-    histogram = divided.class_histogram(labels, len(dataset.classes), drawn)
+    histogram = divided.class_histogram(labels, len(classes), drawn)
     alpha = "" if section.skew is None else f", alpha {section.skew:g}"
     image = "x".join(map(str, dataset.input_shape))
-    _heading(console, "data", f"{dataset.name}, images {image}, {len(dataset.classes)} classes")
+    kind, known = "images" if len(dataset.input_shape) == 3 else "inputs", federation.objective.by_class
+    targets = federation.objective.count(dataset)
+    counted = f"{len(classes)} classes" if known else f"{targets} target{'s' * (targets > 1)}"
+    _heading(console, "data", f"{dataset.name}, {kind} {image}, {counted}")
     if section.name == "sampled":
         given = "every client draws its own from the rest, with replacement"
     else:
         given = f"given to nobody {len(labels) - len(federation.validation) - int(sizes.sum()):,}"
     held = np.count_nonzero(histogram, axis=1)
+    mixture = "(min / median / max)"
+    if known:
+        some = f"; classes of the first {drawn.size:,}" if drawn.size < divided.clients else ""
+        mixture = (
+            f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max{some})"
+        )
     for key, text in (
         ("samples", f"train {len(labels):,}, of them held out for validation {len(federation.validation):,} "
                     f"and {given}; test {len(dataset.test.targets):,}"),
         ("partition", f"{section.name}{alpha}, seed {section.seed}: {divided.clients:,} clients"),
-        ("a client", f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,} samples "
-                     f"and {held.min()} / {np.median(held):.0f} / {held.max()} classes (min / median / max"
-                     + (f"; classes of the first {drawn.size:,})" if drawn.size < divided.clients else ")")),
+        ("a client", f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,} samples {mixture}"),
     ):  # fmt: skip
         console.print(f"{key:<11} {text}")
-    if len(dataset.classes) <= _CLASSES_DRAWN:
-        console.print(
-            _heat_map(console, histogram, dataset.classes, divided.clients), no_wrap=True, crop=True
-        )
+    if known and len(classes) <= _CLASSES_DRAWN:
+        console.print(_heat_map(console, histogram, classes, divided.clients), no_wrap=True, crop=True)
     if file is None:
         return
     title = f"{dataset.name}, {section.name}{alpha}, {divided.clients} clients"
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture(divided, labels, dataset.classes, file, title=title)
+    picture(divided, labels, classes, file, title=title)
     console.print(f"picture     {shown(file)}", soft_wrap=True)
 
 

@@ -76,7 +76,10 @@ KINDS: dict[str, Kind] = {
     "objective": Kind(
         "what is learned",
         f"{_OBJECTIVES}:Objective",
-        {"classification": f"{_OBJECTIVES}:Classification"},
+        {
+            "classification": f"{_OBJECTIVES}:Classification",
+            "regression": f"{_OBJECTIVES}:Regression",
+        },
         "classification",
     ),
     "sampler": Kind(
@@ -106,12 +109,14 @@ KINDS: dict[str, Kind] = {
             "small_cnn": f"{_NETWORKS}:SmallCNN",
             "resnet18": f"{_NETWORKS}:ResNet18",
             "mlp": f"{_NETWORKS}:MLP",
+            "linear": f"{_NETWORKS}:Linear",
         },
         "small_cnn",
         ("weights",),
     ),
     "data": Kind(
-        "the data set: digits, a hub repository owner/name, or module:attribute of your own",
+        "the data set: digits, diabetes, breast_cancer, a hub repository owner/name, or module:attribute of "
+        "your own",
         "",
         {},
         shared=("validation", "cache"),

@@ -234,11 +234,13 @@ class Config(Section):
         if self.build_objective().by_class:
             return
         have = f"needs the classes of the samples, and objective.name={self.objective.name} has none"
-        shifted = self.shifted_partition
-        after = build_choice("partition", shifted.name, shifted.options)
-        for key, partitioner in {"partition": self.build_partitioner(), "shift.partition": after}.items():
+        partitioners = {"partition": (self.partition.name, self.build_partitioner())}
+        if self.shift.partition:
+            shifted = self.shifted_partition
+            after = build_choice("partition", shifted.name, shifted.options)
+            partitioners["shift.partition"] = (shifted.name, after)
+        for key, (name, partitioner) in partitioners.items():
             if partitioner.by_class:
-                name = shifted.name if key.startswith("shift") else self.partition.name
                 yield f"{key}.name: {name} {have}; allowed are iid, natural, and sampled with alpha=null"
         if self.shift.classes is not None:
             yield f"shift.classes: {have}; leave it out"

@@ -98,10 +98,12 @@ class Choice(Section):
 
 
 class DataSection(Section):
-    """Where the images or spoken clips come from."""
+    """Where the images, spoken clips or tables come from."""
 
     name: str = Field(
-        "digits", description="digits, a Hugging Face repository, or module:attribute of your own"
+        "digits",
+        description="digits, diabetes, breast_cancer, a Hugging Face repository, or module:attribute of your "
+        "own",
     )
     path: str | None = Field(None, description="local folder of parquet files instead of the hub")
     image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")

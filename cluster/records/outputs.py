@@ -90,7 +90,7 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
 def _pictures(folder: RunFolder, federation: Federation, lines: list[dict[str, Any]]) -> list[Path]:
     """Draw what can be drawn: a picture that fails is left out and named, and never ends a computed run."""
     dataset, config = federation.dataset, federation.config
-    labels, classes = dataset.train.targets, dataset.classes
+    labels, classes = federation.labels, federation.classes
     title = f"{dataset.name}, {config.partition.name}, {federation.partition.clients} clients"
     method = f"{config.algorithm.name}, seed {config.seed}"
     draw: dict[str, Callable[[Path], None]] = {

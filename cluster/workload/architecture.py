@@ -19,7 +19,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +31,10 @@ from cluster.references import did_you_mean
 class Architecture(ABC):
     """A kind of network; its fields are its options."""
 
-    #: Whether its weights are drawn by ``cluster.workload.models.initialise``; else as it draws them itself.
-    initialised_here: ClassVar[bool] = False
+    @property
+    def initialised_here(self) -> bool:
+        """Whether ``cluster.workload.models.initialise`` draws its weights; else they stay as built."""
+        return False
 
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:

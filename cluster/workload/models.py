@@ -50,8 +50,12 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
         torch.default_generator.manual_seed(seed)
         try:
             model = architecture.build(tuple(input_shape), classes)
-        except TypeError as error:
-            raise ModelError(f"model: {name} cannot be built with {options}: {error}") from error
+        except (TypeError, ValueError) as error:
+            images = "" if len(input_shape) == 3 else "; mlp and linear take what are no images"
+            shape = list(input_shape)
+            raise ModelError(
+                f"model: {name} cannot be built with {options} for inputs {shape}: {error}{images}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name = {name!r} returned {type(model).__name__}, not a torch.nn.Module")
     if architecture.initialised_here:

@@ -166,7 +166,7 @@ class ResNet18(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(Architecture):
-    """Linear layers with ReLU between them, on flattened images."""
+    """Linear layers with ReLU between them, on flattened inputs."""
 
     initialised_here = True
 
@@ -181,3 +181,24 @@ class MLP(Architecture):
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Architecture):
+    """One linear layer on flattened inputs: linear or logistic regression, which have one optimum."""
+
+    bias: bool = hyperparameter(True, "whether outputs have an offset")
+    init: str = hyperparameter("normal", "weights drawn as in all, or zero", choices=("normal", "zero"))
+
+    @property
+    def initialised_here(self) -> bool:
+        """See :class:`Architecture`."""
+        return self.init == "normal"
+
+    def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """See :class:`Architecture`."""
+        layer = nn.Linear(math.prod(input_shape), classes, bias=self.bias)
+        if self.init == "zero":
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+        return nn.Sequential(nn.Flatten(), layer)

@@ -6,6 +6,7 @@ whose measures say what is better. One of a user's own is ``objective.name=modul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from cluster.configuration.choices import ChoiceError
 from cluster.configuration.config import Config
 from cluster.measures import Measure, from_values
+from cluster.references import DataError
 from cluster.workload.datasets import Dataset
 
 #: What was counted or added up over some samples, by name: numbers and arrays, of which ``+`` makes those of
@@ -47,7 +49,11 @@ class Objective:
         return self.measures[0]
 
     def count(self, dataset: Dataset) -> int:
-        """How many outputs a model gives for each target (what a model's builder is told as ``classes``)."""
+        """How many outputs a model gives for each target (what a model's builder is told as ``classes``).
+
+        Raises:
+            DataError: The data set has no targets of this kind.
+        """
         raise NotImplementedError
 
     def shape(self, targets: np.ndarray, count: int) -> tuple[int, ...]:
@@ -105,6 +111,11 @@ class Classification(Objective):
 
     def count(self, dataset: Dataset) -> int:
         """See :class:`Objective`: a logit for each class."""
+        if not dataset.classes:
+            raise DataError(
+                f"objective.name: classification, but the targets of data.name = {dataset.name!r} are "
+                "numbers; set objective.name=regression"
+            )
         return len(dataset.classes)
 
     def fits(self, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -134,6 +145,59 @@ class Classification(Objective):
         """See :class:`Objective`: accuracy."""
         shares: np.ndarray = sums["correct"] / np.maximum(sums["samples"], 1)
         return shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Objective):
+    """Numbers for each sample, by their squared errors."""
+
+    name: ClassVar[str] = "regression"
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure("rmse", "RMSE", "", "Root of the mean squared error, in the targets' unit.", "lower"),
+        Measure("mae", "MAE", "", "Mean absolute error, in the targets' unit.", "lower"),
+        Measure("r2", "R2", "", "1 less the squared error over that of the targets' own mean.", "higher"),
+    )
+    outputs_are: ClassVar[str] = "{count} for each sample, one for each of its numbers"
+
+    def count(self, dataset: Dataset) -> int:
+        """See :class:`Objective`: as many as the targets have columns."""
+        if dataset.train.targets.dtype.kind != "f":
+            raise DataError(
+                f"objective.name: regression, but the targets of data.name = {dataset.name!r} are codes of "
+                "classes, which are no quantities; set objective.name=classification"
+            )
+        return math.prod(dataset.train.targets.shape[1:])
+
+    def shape(self, targets: np.ndarray, count: int) -> tuple[int, ...]:
+        """See :class:`Objective`: a column for each number."""
+        return (len(targets), count)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See :class:`Objective`: mean squared error."""
+        return F.mse_loss(outputs.float(), targets.float().view_as(outputs))
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Number of samples; errors and targets, and their squares, of each column in float64."""
+        values = targets.double().view_as(outputs)
+        errors = outputs.double() - values
+        columns = {
+            "squared": errors**2,
+            "absolute": errors.abs(),
+            "targets": values,
+            "targets_squared": values**2,
+        }
+        return {"samples": len(values), **{name: own.sum(0).cpu().numpy() for name, own in columns.items()}}
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """See :class:`Objective`; r2 is not a number where all targets are equal."""
+        samples, squared = sums["samples"], float(sums["squared"].sum())
+        values = samples * len(sums["squared"])
+        spread = float((sums["targets_squared"] - sums["targets"] ** 2 / samples).sum())
+        return {
+            "rmse": math.sqrt(squared / values),
+            "mae": float(sums["absolute"].sum()) / values,
+            "r2": 1.0 - squared / spread if spread > 0.0 else math.nan,
+        }
 
 
 def selects_of(summary: Mapping[str, Any]) -> Measure:

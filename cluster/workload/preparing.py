@@ -11,7 +11,11 @@ from typing import Any
 
 from cluster.references import DataError, did_you_mean
 from cluster.workload import cache
+from cluster.workload.embedded import TABLES, write_table
 from cluster.workload.shards import parquet_files
+
+#: What comes with scikit-learn and needs no download.
+EMBEDDED = ("digits", *TABLES)
 
 FORMAT_VERSION = 2  # part of every fingerprint: raise it when the arrays written below change
 
@@ -41,10 +45,10 @@ def prepare(
     leaves nothing that is used, and a folder that was damaged since is decoded again.
 
     Args:
-        name: `digits`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function without
-            arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8 [N, H,
-            W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes` and
-            `train_groups`. With `path` it is only a name.
+        name: One of `EMBEDDED`, a hub repository such as `uoft-cs/cifar10`, or `module:attribute`: a function
+            without arguments that returns `train_images`, `train_labels`, `test_images`, `test_labels` (uint8
+            [N, H, W] or [N, H, W, C], or float32, which is not scaled; integers [N]) and optionally `classes`
+            and `train_groups`. With `path` it is only a name.
         path: Folder with `<split>-*.parquet`, `<split>.parquet` or `<split>/*.parquet`, directly or in its
             subfolder `data`.
         image_column: Column of encoded images or WAV clips; inferred from the features or the usual names.
@@ -66,12 +70,12 @@ def prepare(
     asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
     asked |= {"train_split": train_split, "test_split": test_split, "data_dir": data_dir}
     asked |= {"features": features, "exclude_classes": list(exclude_classes)}
-    generated = path is None and (name == "digits" or ":" in name)
+    generated = path is None and (name in EMBEDDED or ":" in name)
     of_tables = {**columns, "revision": revision, "data_dir": data_dir, "features": features}
     for key, value in {**of_tables, "exclude_classes": list(exclude_classes) or None}.items():
         if generated and value is not None:
             raise DataError(f"data.{key} = {value!r} has no meaning for data.name = {name!r}: leave it out")
-    of_hub = {"name": name if name == "digits" else None, "revision": revision, "data_dir": data_dir}
+    of_hub = {"name": name if name in EMBEDDED else None, "revision": revision, "data_dir": data_dir}
     for key, value in of_hub.items():
         if path is not None and value is not None:
             raise DataError(
@@ -91,6 +95,8 @@ def prepare(
 
         if name == "digits":
             return ensure(None, lambda folder: Arrays.digits().write(folder))
+        if name in TABLES:
+            return ensure(None, lambda folder: write_table(name, folder))
         # One process of a node at a time holds the arrays, whose hash is only known when they are there.
         with cache.locked(cache_dir / _file_name(name)):
             arrays = Arrays.returned_by(name)
@@ -108,9 +114,9 @@ def prepare(
         return ensure(content, lambda folder: decoding.decode_parquet(folder, wanted, files=files))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DataError(
-            f"data.name = {name!r} is no data set: use 'digits', a hub repository 'owner/name', your own "
-            f"'module:attribute', or give data.path, a folder of parquet files"
-            f"{did_you_mean(name, ['digits'])}"
+            f"data.name = {name!r} is no data set: use {', '.join(EMBEDDED)}, a hub repository 'owner/name', "
+            f"your own 'module:attribute', or give data.path, a folder of parquet files"
+            f"{did_you_mean(name, EMBEDDED)}"
         )
     hub = decoding.Hub(name, revision, data_dir, (train_split, test_split))
     return ensure(None, lambda folder: decoding.decode_hub(folder, wanted, hub))

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 import cluster
-from cluster.command_line.progress import RunDisplay, amount, duration, emptied, refusals
+from cluster.command_line.progress import RunDisplay, amount, duration, emptied, final_text, refusals
+from cluster.measures import as_values
+from cluster.workload.objectives import Regression
 
 
 def line(number: int, seconds: float = 4.0, accuracy: float | None = 0.5) -> dict[str, object]:
@@ -100,3 +102,15 @@ def test_durations_are_written_as_clocks_show_them() -> None:
 def test_amounts_take_the_prefix_that_fits() -> None:
     shown = [amount(v, "B") for v in (0, 999, 1000, 12.4e6, 999_999_999, 1e9, 2.5e21)]
     assert shown == ["0.00 B", "999.00 B", "1.00 kB", "12.40 MB", "1000.00 MB", "1.00 GB", "2500.00 EB"]
+
+
+def test_what_selects_is_shown_by_its_own_name_and_unit() -> None:
+    shown = io.StringIO()
+    keys = ["data.name=diabetes", "objective.name=regression", "partition.name=iid", "rounds=2"]
+    with RunDisplay(Console(file=shown), cluster.resolve(None, keys)) as display:
+        own = {key: value for key, value in line(1).items() if key != "test/accuracy"}
+        display.on_line({**own, "test/rmse": 61.257})
+    assert "round 1/2  RMSE  61.26  loss 1.000" in shown.getvalue()
+    summary = {"rmse": 61.257, "objective": {"name": "regression", "metrics": as_values(Regression.measures)}}
+    assert final_text(summary) == "RMSE 61.26"
+    assert final_text({"accuracy": None, "val_accuracy": 0.5}) == "validation accuracy 50.0%"

@@ -125,3 +125,12 @@ def test_a_repeated_run_is_no_further_sample():
 def test_methods_with_other_hyperparameters_are_told_apart_by_them():
     runs = [made(0.5, algorithm__name="sparsyfed", algorithm__beta=beta) for beta in (1.0, 1.25)]
     assert labels(*runs, made(0.5)) == ["sparsyfed, beta 1.0", "sparsyfed, beta 1.25", "topk"]
+
+
+def test_what_is_learned_is_a_task_of_its_own_and_older_runs_learned_classes():
+    older = made(0.5, seed=0)
+    newer = made(0.6, seed=1, objective__name="classification")
+    other = made(0.7, seed=0, objective__name="my_module:Mine")
+    groups = group_runs([older, newer, other]).groups
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert groups[0].contest != groups[1].contest

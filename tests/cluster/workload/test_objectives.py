@@ -7,19 +7,25 @@ import pytest
 import torch
 from torch import nn
 
+import cluster
 from algorithms.fedavg import FedAvg
 from cluster.clients.local_training import EVALUATION_BATCH, LocalSettings, Trainer
+from cluster.clients.passes import GraphPasses
 from cluster.clients.transfers import ClientData
-from cluster.configuration.config import resolve
+from cluster.configuration.config import resolve, validate
 from cluster.configuration.trees import ConfigError
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
+from cluster.records import outputs
 from cluster.records.checkpoint import list_rounds
+from cluster.records.run_folder import RunFolder
+from cluster.records.tracking import sync
 from cluster.references import UserError
 from cluster.rounds.metrics import added_up
 from cluster.workload.datasets import Split
 from cluster.workload.inputs import to_input
-from cluster.workload.objectives import Classification, added
+from cluster.workload.objectives import Classification, added, selecting, selects_of
+from tests.cluster.clients.tiny_visits import recorder
 from tests.example_objective import NextToken, Regression
 from tests.tiny_experiment import run_inline, tiny_federation
 
@@ -135,6 +141,24 @@ def test_tokens_reach_the_model_as_integers_and_chunks_add_up():
     assert model.given == {(torch.int64, 2)}
 
 
+def test_a_recorded_pass_takes_targets_of_any_shape():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 5, size=(24, 7))
+    split = Split(tokens[:, :-1].astype(np.int32), tokens[:, 1:].copy(), None)
+    settings = LocalSettings(seed=0, epochs=1, batch_size=8, weight_decay=0.0, proximal=0.0)
+    trainer = Trainer(NextTokens(), FedAvg(), settings, split, CPU, NextToken())
+    inputs, targets = ClientData(split, CPU).of(np.arange(24))
+    recorded = []
+    passes = GraphPasses(trainer._compute, [], recorder(trainer, recorded))
+    for start in (0, 8, 16, 4, 12):  # warm ones, the recording, replays
+        chosen = torch.arange(start, start + 8)
+        loss = passes.run(inputs, targets, chosen).clone()
+        gradient = trainer._gradient.clone()
+        assert torch.equal(loss, trainer._compute(inputs[chosen], targets[chosen]))
+        assert torch.equal(gradient, trainer._gradient)
+    assert recorded == ["recorded"]
+
+
 # --- a whole run of an objective of one's own
 
 
@@ -198,6 +222,31 @@ def test_a_shift_recovers_where_the_error_falls_back(cache):
     assert found[4]["shift/rmse_change"] == pytest.approx(0.1)
     assert found[4]["shift/recovery_rounds"] is None
     assert found[5]["shift/recovery_rounds"] == 3
+
+
+def test_what_selects_is_known_without_the_code_that_names_it(cache):
+    tree = {**by_number(cache).dump(), "objective": {"name": "nowhere:Mine"}}
+    config = validate(tree, inert=True)
+    line = {"round": 3, "train/loss": 0.1, "test/mean_error": 2.0, "test/other": 1.0}
+    found = selecting(config, line)
+    assert (found.key, found.title, found.better, found.text(2.0)) == ("mean_error", "mean error", None, "2")
+    assert selecting(by_number(cache)).key == "rmse"
+    assert selects_of({"accuracy": 0.5}).key == "accuracy"  # of version 0.1
+
+
+def test_mlflow_knows_what_was_measured(tmp_path, cache, monkeypatch):
+    from cluster.compare.reading import read_experiment, read_folder
+
+    monkeypatch.setattr(outputs, "installed", lambda name: name != "matplotlib")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracked = {"uri": uri, "experiment": "errors", "enabled": True}
+    result = cluster.run(by_number(cache, rounds=2, tracking=tracked), tmp_path / "run")
+    sync(tmp_path / "run")  # in case that the machine was too slow to deliver in time
+    (run,) = read_experiment(uri, "errors")
+    assert run.metrics == read_folder(result.folder).metrics == Regression.measures
+    assert run.series["test/rmse"].values.tolist() == [
+        line["test/rmse"] for line in RunFolder(result.folder).rounds()
+    ]
 
 
 # --- refused by name, before anything starts

@@ -26,6 +26,7 @@ from algorithms.core.masks import (
 )
 from algorithms.core.parameters import Carried, Entry, ParameterLayout
 from algorithms.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from algorithms.core.sparsity_schedules import SparsitySchedule
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -46,6 +47,7 @@ __all__ = [
     "Powerpropagation",
     "ServerOptimizer",
     "ServerState",
+    "SparsitySchedule",
     "Total",
     "Visit",
     "cut_globally",

@@ -54,6 +54,7 @@ class EF21(Algorithm):
     client = EF21Client
     weighting = "equal"
     unequal_sparsity = True
+    follows_sparsity = True
 
     sparsity: float = hyperparameter(
         0.95, "share of the prunable weights whose change does not travel", low=0.0, high=0.9999

@@ -56,6 +56,7 @@ class FedEF(Algorithm):
     client = FedEFClient
     weighting = "equal"
     unequal_sparsity = True
+    follows_sparsity = True
     asynchronous = True
 
     sparsity: float = hyperparameter(

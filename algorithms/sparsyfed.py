@@ -79,6 +79,7 @@ class SparsyFed(Algorithm):
     )
     client = SparsyFedClient
     unequal_sparsity = True
+    follows_sparsity = True
     asynchronous = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)

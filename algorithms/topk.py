@@ -45,6 +45,7 @@ class TopK(Algorithm):
     paper = "the Top-K baseline of Guastella et al., ICLR 2025, arXiv 2504.05153, section 4"
     client = TopKClient
     unequal_sparsity = True
+    follows_sparsity = True
     asynchronous = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)

@@ -60,6 +60,8 @@ class Algorithm:
     client: ClassVar[type[Client]] = Client
     #: Whether clients may differ in their target sparsity (device tiers).
     unequal_sparsity: ClassVar[bool] = False
+    #: Whether clients cut to the sparsity that they are told each visit, so that a schedule may move it.
+    follows_sparsity: ClassVar[bool] = False
     #: Whether the updates of a server step may start from different versions of the model (the buffered
     #: schedule): ``advance`` asks the total for its (masked) mean alone, and no mask or phase changes.
     asynchronous: ClassVar[bool] = False

@@ -160,7 +160,7 @@ class ClientHost:
         It trains on the data that it holds in the round that is evaluated, before a shift that follows.
         Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
         """
-        sparsity = Devices(self.config).sparsity(client, self._method.sparsity)
+        sparsity = Devices(self.config).sparsity(client, self._method.sparsity, broadcast.instructions.round)
         evaluated = broadcast.instructions.round - 1
         rows = self._rows(client, period_of(self.config.shift, evaluated))
         try:

@@ -52,6 +52,7 @@ _OBJECTIVES = "cluster.workload.objectives"
 _PARTITIONERS = "cluster.workload.partitioners"
 _SAMPLERS = "cluster.simulation.samplers"
 _SCHEDULES = "cluster.rounds.schedules"
+_SPARSITY = "algorithms.core.sparsity_schedules"
 _NETWORKS = "cluster.workload.networks"
 _AVAILABILITY = "cluster.simulation.availability"
 
@@ -81,6 +82,16 @@ KINDS: dict[str, Kind] = {
             "regression": f"{_OBJECTIVES}:Regression",
         },
         "classification",
+    ),
+    "sparsity_schedule": Kind(
+        "what clients cut to in each round, on the way to their target sparsity",
+        f"{_SPARSITY}:SparsitySchedule",
+        {
+            "constant": f"{_SPARSITY}:SparsitySchedule",
+            "cosine": f"{_SPARSITY}:Cosine",
+            "cubic": f"{_SPARSITY}:Cubic",
+        },
+        "constant",
     ),
     "sampler": Kind(
         "which clients are asked to train",

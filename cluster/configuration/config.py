@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, registry
+from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule, registry
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import (
     KINDS,
@@ -47,6 +47,7 @@ from cluster.configuration.sections import (
     Section,
     ServerChoice,
     ShiftSection,
+    SparsityScheduleChoice,
     TrackingSection,
     WireSection,
 )
@@ -113,6 +114,7 @@ class Config(Section):
     devices: DevicesSection = DevicesSection()
     schedule: ScheduleChoice = Field(default_factory=ScheduleChoice)
     sampler: SamplerChoice = SamplerChoice()
+    sparsity_schedule: SparsityScheduleChoice = SparsityScheduleChoice()
     aggregation: AggregationSection = AggregationSection()
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
@@ -163,7 +165,7 @@ class Config(Section):
             if not problems and not any(map(self._left_alone, ("objective", "partition"))):
                 problems += self._class_problems()
             if not self._left_alone("algorithm"):
-                problems += self._device_problems()
+                problems += [*self._device_problems(), *self._sparsity_problems()]
                 problems += self.method.problems(self)
                 if not self._left_alone("schedule"):
                     problems += self.build_schedule().problems(self)
@@ -176,6 +178,7 @@ class Config(Section):
         yield "algorithm", self.algorithm, lambda: self.method
         yield "server", self.server, self.build_server
         yield "sampler", self.sampler, self.build_sampler
+        yield "sparsity_schedule", self.sparsity_schedule, lambda: self.ramp
         yield "model", self.model, self.build_model
         yield "partition", self.partition, self.build_partitioner
         yield "schedule", self.schedule, self.build_schedule
@@ -183,6 +186,14 @@ class Config(Section):
         yield "optimizer", self.local.optimizer, self.build_local_optimizer
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
+
+    def _sparsity_problems(self) -> Iterator[str]:
+        if self.sparsity_schedule.name != "constant" and not self.method.follows_sparsity:
+            able = ", ".join(name for name, known in registry().items() if known.follows_sparsity)
+            yield (
+                f"sparsity_schedule.name: {self.algorithm.name} does not cut to a sparsity of each round; "
+                f"schedules work with {able}"
+            )
 
     def _device_problems(self) -> Iterator[str]:
         kinds = self.devices.kinds
@@ -276,6 +287,12 @@ class Config(Section):
         """The server optimizer with its hyperparameters."""
         optimizer: ServerOptimizer = self._build("server")
         return optimizer
+
+    @cached_property
+    def ramp(self) -> SparsitySchedule:
+        """The sparsity schedule."""
+        built: SparsitySchedule = self._build("sparsity_schedule")
+        return built
 
     def build_sampler(self) -> Any:
         """Who is asked to train."""

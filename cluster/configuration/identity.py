@@ -49,6 +49,7 @@ _ADDED = {
     "local.optimizer.nesterov": False,
     "model.weights": None,
     "objective.name": "classification",
+    "sparsity_schedule.name": "constant",
 }
 
 

@@ -342,6 +342,12 @@ class ServerChoice(Choice):
     name: str = KINDS["server"].default
 
 
+class SparsityScheduleChoice(Choice):
+    """What clients cut to in each round; other keys are the schedule's own."""
+
+    name: str = KINDS["sparsity_schedule"].default
+
+
 class SamplerChoice(Choice):
     """Who is asked to train; other keys are its options."""
 

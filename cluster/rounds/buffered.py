@@ -165,7 +165,7 @@ class Buffered(Schedule):
         for sequence, version, start, client, downlink_bytes, bound, lost in flights:
             assignment = Assignment(
                 client,
-                self.devices.sparsity(client, self.method.sparsity),
+                self.devices.sparsity(client, self.method.sparsity, version + 1),
                 self.devices.of([client])[0],
                 downlink_bytes,
                 kept=self.kept.of(client),

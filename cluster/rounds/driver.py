@@ -151,6 +151,9 @@ class Driver:
         line |= self._supports.overlap(state, self.layout)
         measures = self.method.layer_measures(state, self.layout)
         line |= {f"{name}/layers": values for name, values in measures.items()}
+        if self.config.sparsity_schedule.name != "constant":
+            target = self.config.ramp.at(self.method.sparsity, max(1, state.round), self.config.rounds)
+            line["sparsity/target"] = target
         line["train/lr"] = self.config.learning_rate(max(1, state.round))
         if snapshot.kept:
             line["clients/kept_bytes"] = sum(state.nbytes for state in snapshot.kept.values())

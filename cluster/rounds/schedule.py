@@ -200,7 +200,7 @@ class Schedule(ABC):
             samples = instructions.local_samples(int(sizes[client]), local.batch_size, local.epochs)
             least = 0.0 if spares else self.method.least_passes * flops.dense(samples)
             bounds.append(device.duration(size, least, 0))
-            sparsity, kept = self.devices.sparsity(client, default), self.kept.of(client)
+            sparsity, kept = self.devices.sparsity(client, default, instructions.round), self.kept.of(client)
             assignments.append(Assignment(client, sparsity, device, size, kept=kept))
         return assignments, np.array(bounds)
 

@@ -68,10 +68,14 @@ class Devices:
             )
         return devices
 
-    def sparsity(self, client: int, default: float) -> float:
-        """The client's target sparsity: its tier's, or ``default`` where that has none."""
+    def sparsity(self, client: int, default: float, round_number: int) -> float:
+        """What the client is to cut to in a round.
+
+        On its way to its target sparsity: its tier's, or ``default`` where that has none.
+        """
         own = self.kinds[self.tiers[client]].sparsity
-        return default if own is None else own
+        target = default if own is None else own
+        return self.config.ramp.at(target, round_number, self.config.rounds)
 
     def available(self, clients: np.ndarray, simulated_s: float) -> np.ndarray:
         """Which of some clients, int64[n], can be asked at a time; bool[n]."""

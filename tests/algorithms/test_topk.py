@@ -94,7 +94,7 @@ def test_a_tier_cuts_what_it_received_to_its_own_budget(tmp_path):
     received = run.states[1].weights[: run.driver.layout.prunable_size]
     devices = Devices(config)
     for client in range(6):
-        sparsity = devices.sparsity(client, 0.5)
+        sparsity = devices.sparsity(client, 0.5, 1)
         expected = cut_to_top_k(received.clone(), round((1 - sparsity) * len(received)))
         found = torch.cat([m.flatten() for m in run.uploads[2, client][1].values()])
         assert torch.equal(found, expected)

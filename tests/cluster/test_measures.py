@@ -43,6 +43,8 @@ RUNS = {
     "shift": {"rounds": 4, "shift": {"round": 3}},
     "clients": {"evaluate_clients": {"every": 1, "after": 2}},
     "flash": {"algorithm": {"name": "flash", "stage1": "sensitivity", "sparsity": 0.5}},
+    "kept": {"algorithm": {"name": "feddyn"}},
+    "ramp": {"algorithm": {"name": "topk"}, "sparsity_schedule": {"name": "cubic"}},
     "spectral": {"algorithm": {"name": "sparsyfed", "exponent": "spectral", "sparsity": 0.5}},
 }
 

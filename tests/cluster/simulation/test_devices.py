@@ -241,7 +241,7 @@ def test_built_in_profiles_are_whole(profile):
 def test_tiers_with_and_without_a_budget_mix():
     tiers = ["devices.tiers.a={share: 0.5}", "devices.tiers.b={share: 0.5, sparsity: 0.95}"]
     mixed = devices(*tiers, "algorithm.sparsity=0.9")
-    found = [mixed.sparsity(client, 0.9) for client in range(100)]
+    found = [mixed.sparsity(client, 0.9, 1) for client in range(100)]
     assert sorted(set(found)) == [0.9, 0.95]
     assert found.count(0.95) == 50
 

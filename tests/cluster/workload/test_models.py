@@ -150,7 +150,7 @@ def test_initialise_resets_norms_and_keeps_the_rest():
         (
             "mlp",
             {"norm": "batch"},
-            "mlp has no such field; its fields: hidden; norm belongs to small_cnn",
+            "mlp has no such field; its fields: hidden, .*norm belongs to small_cnn",
         ),
         (
             "small_cnn",

@@ -8,8 +8,9 @@ right at full participation alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from algorithms.core.algorithm import Algorithm, ServerState
 from algorithms.core.client import Client
 from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.local_optimizers import Sgd
 from algorithms.core.parameters import Carried, ParameterLayout
 
 
@@ -74,6 +76,21 @@ class Scaffold(Algorithm):
         choices=("II", "I"),
         source="algorithm 1, line 12; the authors' experiments use II",
     )
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Option II takes c_i from what plain steps have moved."""
+        if self.option == "I":
+            return
+        if config.build_local_optimizer() != Sgd():
+            yield (
+                f"local.optimizer.name: {config.local.optimizer.name} does not step along the gradient "
+                "alone, from which scaffold's option II takes c_i; set plain sgd, or algorithm.option=I"
+            )
+        if config.local.clip_norm is not None:
+            yield (
+                f"local.clip_norm: {config.local.clip_norm:g} cuts the steps from which scaffold's option II "
+                "takes c_i; leave it out, or set algorithm.option=I"
+            )
 
     def carries(self, layout: ParameterLayout) -> Mapping[str, Carried]:
         """Down c, up the change of c_i."""

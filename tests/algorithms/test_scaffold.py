@@ -118,6 +118,38 @@ def test_round_1_is_fedavgs_bit_for_bit(cache, tmp_path):
     assert not torch.equal(runs[0].state.weights[:size], runs[1].state.weights)
 
 
+@pytest.mark.parametrize(
+    ("local", "message"),
+    [
+        ({"optimizer": {"name": "adamw"}}, "local.optimizer.name: adamw does not step along the gradient"),
+        ({"optimizer": {"name": "sgd", "momentum": 0.9}}, "local.optimizer.name: sgd does not step"),
+        ({"clip_norm": 10.0}, "local.clip_norm: 10 cuts the steps"),
+    ],
+)
+def test_option_ii_needs_plain_steps(cache, local, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_federation(cache, algorithm={"name": "scaffold"}, local=local)
+    tiny_federation(cache, algorithm={"name": "scaffold", "option": "I"}, local=local)
+
+
+def test_rates_that_fall_inside_a_visit_are_added_up(cache, tmp_path):
+    """With lr_schedule=cosine_visit, c_i of the first visit is the mean gradient of its steps."""
+    local = {"lr": 0.2, "lr_final": 0.01, "lr_schedule": "cosine_visit", "epochs": 2}
+    config = tiny_federation(cache, rounds=1, algorithm={"name": "scaffold"}, local=local)
+    run = run_inline(config, tmp_path / "run")
+    layout = run.driver.layout
+    for client, state in run.driver._schedule.kept.states.items():
+        sent, _ = run.uploads[1, client]
+        sent = torch.cat([sent[entry.name].reshape(-1) for entry in layout.trained])
+        moved = run.states[0].weights[: layout.trained_size] - sent
+        ratio = moved / torch.from_numpy(state.arrays["c"])
+        steps = 2 * -(-int(run.driver.federation.sizes[client]) // 8)
+        angles = np.pi * np.arange(steps) / steps
+        rates = 0.01 + 0.19 * (1 + np.cos(angles)) / 2
+        found = float(ratio[torch.from_numpy(state.arrays["c"]).abs() > 1e-3].median())
+        assert found == pytest.approx(rates.sum(), rel=0.1)
+
+
 def test_it_doubles_the_bytes_and_option_i_bills_its_pass(cache, tmp_path):
     lines = {}
     for option in ("II", "I"):

@@ -20,6 +20,7 @@ from algorithms import (
     hyperparameters,
     registry,
 )
+from algorithms.core.hooks import mistaken_hooks
 from cluster.references import UserError, load_reference, nearest
 
 
@@ -218,6 +219,8 @@ def _own(section: str, reference: str, key: str) -> Any:
         hyperparameters(found)
     except TypeError as error:
         raise ChoiceError(f"{key} = {reference!r}: {error}") from None
+    if section == "algorithm" and (mistakes := "; ".join(mistaken_hooks(found))):
+        raise ChoiceError(f"{key} = {reference!r}: {mistakes}")
     return found
 
 

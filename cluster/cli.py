@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(interrupt) or "stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `sparsyfed ... | head` ended; without this, Python complains once more when it closes stdout.
+        # ``sparsyfed ... | head`` ended; without this, Python complains once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

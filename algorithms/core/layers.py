@@ -269,7 +269,7 @@ def prune_inputs(model: nn.Module, choose: Callable[[str, nn.Module], Activation
         if pruning is not None:
             if isinstance(getattr(layer, "padding", None), str):
                 raise ValueError(f"{name}: padding={layer.padding!r} by name is not supported, give numbers")
-            # A subclass of both keeps the layer's own `_conv_forward` and its pickled name.
+            # A subclass of both keeps the layer's own ``_conv_forward`` and its pickled name.
             layer.__class__ = type(base.__name__, (base, type(layer)), {})
             layer.pruning = pruning
 

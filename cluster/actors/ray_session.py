@@ -178,7 +178,7 @@ def _on_loopback() -> Iterator[None]:
     """A Ray that starts meanwhile can be reached from this machine alone and takes no port of another Ray.
 
     ``ray.init`` replaces a loopback address by a reachable one and gives the dashboard's agent the port that
-    `ray start` gives it, so the parameters are set where ``ray.init`` has put them together. No autoscaler
+    ``ray start`` gives it, so the parameters are set where ``ray.init`` has put them together. No autoscaler
     and no tailing of logs either: nobody asks them. A terminal that closes does not end it.
     """
     from ray._private import parameter

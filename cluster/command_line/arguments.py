@@ -46,7 +46,7 @@ def parse(
 
     Args:
         argv: Arguments without the program's name; by default the process's.
-        study_section: Looks up the section whose keys the help of `tune` lists.
+        study_section: Looks up the section whose keys the help of ``tune`` lists.
 
     Returns:
         ``command``, its options and ``parser``, for mistakes found later. Where keys can be overridden also
@@ -307,7 +307,7 @@ def _add_remote(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _take_in_late_words(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
-    """argparse gives up on words behind an option (`run quickstart --output x rounds=2`); take them in."""
+    """argparse gives up on words behind an option (``run quickstart --output x rounds=2``); take them in."""
     for word in extra:
         if word.startswith("-"):
             key = word.lstrip("-").partition("=")[0].replace("-", "_")

@@ -54,7 +54,7 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
         federation = Federation.divided(config) if unknown else Federation.of(config)
     digest = "" if unknown else f"digest {config.digest()}, which everything that changes a result enters"
     _heading(console, "configuration", digest)
-    # Innermost sections on one line: short, and still the YAML that `run` reads.
+    # Innermost sections on one line: short, and still the YAML that ``run`` reads.
     text = yaml.safe_dump(
         config.resolved(), default_flow_style=None, sort_keys=False, width=console.width - 2
     )
@@ -242,7 +242,7 @@ def _devices(console: Console, federation: Federation) -> None:
 
 
 def _memory(console: Console, federation: Federation, process: int) -> None:
-    """An estimate from the arrays that an actor holds (`Trainer` and `Total`)."""
+    """An estimate from the arrays that an actor holds (``Trainer`` and ``Total``)."""
     config, layout, dataset = federation.config, federation.layout, federation.dataset
     method = config.method
     vectors = 4 * (2 * layout.size + layout.trained_size * (2 if method.reparameterised else 1))

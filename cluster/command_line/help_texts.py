@@ -16,7 +16,7 @@ def examples(*lines: str) -> str:
 
 
 def run_details() -> str:
-    """What the help of `run` ends with: examples, what there is to choose, every key."""
+    """What the help of ``run`` ends with: examples, what there is to choose, every key."""
     shown = examples(
         "sparsyfed run",
         "sparsyfed run quickstart algorithm.beta=1.3 seed=1",
@@ -28,7 +28,7 @@ def run_details() -> str:
 
 
 def tune_details(study_section: Callable[[], type[BaseModel]] | None) -> str:
-    """What the help of `tune` ends with: examples, what a study looks like, its keys."""
+    """What the help of ``tune`` ends with: examples, what a study looks like, its keys."""
     shown = examples(
         "sparsyfed tune study-digits",
         "sparsyfed tune my_study.yaml study.trials=30 study.final_seeds=10",
@@ -51,7 +51,7 @@ def tune_details(study_section: Callable[[], type[BaseModel]] | None) -> str:
 
 
 def describe_details() -> str:
-    """What the help of `describe` ends with: examples and what there is to choose."""
+    """What the help of ``describe`` ends with: examples and what there is to choose."""
     shown = examples(
         "sparsyfed describe topk                           a method",
         "sparsyfed describe partition                      how data can be divided",

@@ -316,7 +316,7 @@ def _read_stored(
             series[key] = Series(np.array(rounds, np.int64), np.array(values, np.float64))
     layers = _artifact(client, run, LAYERS_FILE)
     clients = _artifact(client, run, CLIENTS_FILE)
-    # `algorithm` alone repeats what the keys below it say; up to 0.1 keys of other choices were there too.
+    # ``algorithm`` alone repeats what the keys below it say; up to 0.1 keys of other choices were there too.
     besides = {"algorithm", *earlier_keys(run.data.params)}
     return Run(
         run.info.run_name,

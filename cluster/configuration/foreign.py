@@ -39,7 +39,7 @@ def _names(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _is_name(path: list[str]) -> bool:
-    # A grid lists names under `algorithm`, `algorithm.name` or a label; a study's entries stand alone.
+    # A grid lists names under ``algorithm``, ``algorithm.name`` or a label; a study's entries stand alone.
     if path[:1] == ["tracking"]:  # a tag may be called as it likes
         return False
     if path[-2:] == ["study", "methods"] or path[-3:] == ["study", "methods", "name"]:

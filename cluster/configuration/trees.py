@@ -33,7 +33,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     parsed = []
     for override in overrides:
         parsed.append(parse_override(override))
-    # Names first: `algorithm.beta=1.3 algorithm.name=sparsyfed` means the same in either order.
+    # Names first: ``algorithm.beta=1.3 algorithm.name=sparsyfed`` means the same in either order.
     for key, value in sorted(parsed, key=lambda item: not item[0].endswith(".name")):
         result = merge(result, nested(key, value))
     return result

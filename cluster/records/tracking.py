@@ -1,9 +1,9 @@
 """Delivery of a run's rounds to MLflow, off the round's path.
 
-`rounds.jsonl` is the only source of truth and serves as the outbox; `tracking.json` remembers how far MLflow
-has confirmed it. One background thread reads the outbox and owns every MLflow call, the import (seconds of
+``rounds.jsonl`` is the only source of truth and serves as the outbox; ``tracking.json`` remembers how far
+MLflow has confirmed it. One background thread reads the outbox and owns every MLflow call, the import (seconds of
 CPU) and the first migration of an SQLite store included. A server that is away, hung or answering with errors
-therefore costs the round loop nothing, and what it missed is sent when it is back or by `sparsyfed sync DIR`.
+therefore costs the round loop nothing; what it missed is sent when it is back or by ``sparsyfed sync DIR``.
 
 No point is ever logged twice:
 
@@ -57,7 +57,7 @@ class TrackingTarget:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What `sync` did: rounds newly confirmed, confirmed in all, and what is in the way if not complete."""
+    """What ``sync`` did: rounds newly confirmed, confirmed in all, and what is in the way if not complete."""
 
     run_id: str | None
     rounds: int
@@ -69,8 +69,8 @@ class SyncReport:
 class Tracker:
     """Delivers one run to MLflow while it goes on, from a background thread.
 
-    The methods return at once (`finish`: by its deadline) and none raises MLflow's errors: these are logged
-    once per outage, shown by `problem`, and answered by trying again.
+    The methods return at once (``finish``: by its deadline) and none raises MLflow's errors: these are logged
+    once per outage, shown by ``problem``, and answered by trying again.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class Tracker:
         tags: Mapping[str, str],
         dataset: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes `tracking.json`, or takes up the one found, whose MLflow run then continues.
+        """Writes ``tracking.json``, or takes up the one found, whose MLflow run then continues.
 
         Args:
-            folder: The run's folder, with or without its `rounds.jsonl`.
+            folder: The run's folder, with or without its ``rounds.jsonl``.
             target: Where to deliver. Another store or experiment than before gets the whole run anew.
             params: The flattened configuration. A resumed run keeps the values it began with.
-            tags: Tags of the run, `mlflow.note.content` (description) and `mlflow.parentRunId` among them.
-            dataset: `name`, `digest`, `source_type` and `source` of the data set, or None.
+            tags: Tags of the run, ``mlflow.note.content`` (description), ``mlflow.parentRunId`` ....
+            dataset: ``name``, ``digest``, ``source_type`` and ``source`` of the data set, or None.
 
         Raises:
-            TrackingError: `tracking.json` is damaged.
+            TrackingError: ``tracking.json`` is damaged.
         """
         uri = absolute_uri(target.uri)
         cursor = Cursor.load(folder)
@@ -135,7 +135,7 @@ class Tracker:
         return self.run_id
 
     def round_written(self) -> None:
-        """Says that a line was appended to `rounds.jsonl`; returns at once."""
+        """Says that a line was appended to ``rounds.jsonl``; returns at once."""
         with self._changed:
             self._pending = True
             self._changed.notify_all()
@@ -152,7 +152,7 @@ class Tracker:
             deadline_s: Longest wait in seconds.
 
         Returns:
-            Whether MLflow has everything. If not, `sparsyfed sync DIR` delivers the rest.
+            Whether MLflow has everything. If not, ``sparsyfed sync DIR`` delivers the rest.
         """
         folder = self._delivery.folder
         values = {key: float(value) for key, value in summary.items()}

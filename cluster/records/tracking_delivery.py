@@ -38,7 +38,7 @@ _save_lock = threading.Lock()
 
 @dataclass
 class Ending:
-    """How a run ended; kept in the cursor so that `sync` can deliver it from the files alone."""
+    """How a run ended; kept in the cursor so that ``sync`` can deliver it from the files alone."""
 
     status: str
     end_ms: int
@@ -48,7 +48,7 @@ class Ending:
 
 @dataclass
 class Cursor:
-    """What a run is in MLflow and how much of it has arrived: the content of `tracking.json`."""
+    """What a run is in MLflow and how much of it has arrived: the content of ``tracking.json``."""
 
     uri: str
     experiment: str
@@ -115,7 +115,7 @@ class Delivery:
         self._present: dict[str, set[int]] | None = {}
 
     def deliver(self, closing: bool, stop: Callable[[], bool]) -> bool:
-        """Sends everything new and, when `closing`, the end of the run; False if `stop()` cut it short."""
+        """Sends everything new and, when ``closing``, the run's end; False if ``stop()`` cut it short."""
         try:
             if self._client is None:
                 self._client = self._open()
@@ -237,7 +237,7 @@ class Delivery:
                 try:
                     row = json.loads(line)
                     step = int(row.pop("round"))
-                    # Without `timestamp` (Unix seconds): a value that is the same at every sending.
+                    # Without ``timestamp`` (Unix seconds): a value that is the same at every sending.
                     seconds = float(row.pop("timestamp", (self.cursor.created_ms + step) / 1000))
                 except (ValueError, TypeError, KeyError, AttributeError):
                     _logger.warning("a line of %s is not a round and is passed over", file.name)
@@ -289,7 +289,7 @@ class Delivery:
 
 
 def points(values: Mapping[str, object], step: int, written_ms: int) -> list[Metric]:
-    """The numbers among `values` as points; null, lists, text and what is not finite are left out.
+    """The numbers among ``values`` as points; null, lists, text and what is not finite are left out.
 
     MLflow would store infinity as 1.8e308 and ruin the chart's scale; the line in rounds.jsonl keeps it. Its
     page that compares runs draws the metric that was logged first: what selects, the first metric on test

@@ -1,9 +1,10 @@
 """Delivery of a run's rounds to MLflow, off the round's path.
 
 ``rounds.jsonl`` is the only source of truth and serves as the outbox; ``tracking.json`` remembers how far
-MLflow has confirmed it. One background thread reads the outbox and owns every MLflow call, the import (seconds of
-CPU) and the first migration of an SQLite store included. A server that is away, hung or answering with errors
-therefore costs the round loop nothing; what it missed is sent when it is back or by ``sparsyfed sync DIR``.
+MLflow has confirmed it. One background thread reads the outbox and owns every MLflow call, the import
+(seconds of CPU) and the first migration of an SQLite store included. A server that is away, hung or
+answering with errors therefore costs the round loop nothing; what it missed is sent when it is back or by
+``sparsyfed sync DIR``.
 
 No point is ever logged twice:
 

@@ -393,10 +393,6 @@ def evaluated(line: Line, selects: Measure) -> float | None:
 def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else ",".join(value)
-        if isinstance(value, tuple)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule, registry
+from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import (
     KINDS,
@@ -26,6 +26,7 @@ from cluster.configuration.choices import (
     fields,
     values_of,
 )
+from cluster.configuration.fitting import class_problems, device_problems, shift_problems, sparsity_problems
 from cluster.configuration.foreign import references_in
 from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
@@ -161,13 +162,13 @@ class Config(Section):
                 f"execution: {self.execution}; set address=auto or host:port and execution=ray"
             )
         if not problems:
-            problems += self._shift_problems()
-            if not problems and not any(map(self._left_alone, ("objective", "partition"))):
-                problems += self._class_problems()
-            if not self._left_alone("algorithm"):
-                problems += [*self._device_problems(), *self._sparsity_problems()]
+            problems += shift_problems(self)
+            if not problems and not any(map(self.left_alone, ("objective", "partition"))):
+                problems += class_problems(self)
+            if not self.left_alone("algorithm"):
+                problems += [*device_problems(self), *sparsity_problems(self)]
                 problems += self.method.problems(self)
-                if not self._left_alone("schedule"):
+                if not self.left_alone("schedule"):
                     problems += self.build_schedule().problems(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -186,77 +187,6 @@ class Config(Section):
         yield "optimizer", self.local.optimizer, self.build_local_optimizer
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
-
-    def _sparsity_problems(self) -> Iterator[str]:
-        if self.sparsity_schedule.name != "constant" and not self.method.follows_sparsity:
-            able = ", ".join(name for name, known in registry().items() if known.follows_sparsity)
-            yield (
-                f"sparsity_schedule.name: {self.algorithm.name} does not cut to a sparsity of each round; "
-                f"schedules work with {able}"
-            )
-
-    def _device_problems(self) -> Iterator[str]:
-        kinds = self.devices.kinds
-        if abs(sum(tier.share for tier in kinds.values()) - 1.0) > 1e-6:
-            shares = ", ".join(f"{name} {tier.share:g}" for name, tier in kinds.items())
-            yield f"devices.tiers: shares must sum to 1, found {shares}"
-        method = self.method
-        if all(tier.sparsity is None for tier in kinds.values()):
-            return
-        if not method.unequal_sparsity:
-            able = ", ".join(name for name, known in registry().items() if known.unequal_sparsity)
-            yield (
-                f"devices.tiers: {self.algorithm.name} has one sparsity for all clients; "
-                f"tiers with a sparsity work with {able}"
-            )
-            return
-        densest = min(method.sparsity if tier.sparsity is None else tier.sparsity for tier in kinds.values())
-        if method.sparsity != densest:
-            yield (
-                f"algorithm.sparsity: {method.sparsity:g} is not the densest tier's budget; with these "
-                f"devices.tiers set algorithm.sparsity={densest:g}"
-            )
-
-    def _shift_problems(self) -> Iterator[str]:
-        shift = self.shift
-        if shift.round is None:
-            yield from (
-                f"shift.{key}: needs shift.round, the first round on the new data"
-                for key in ("every", "partition", "classes")
-                if getattr(shift, key)
-            )
-            return
-        if shift.round > self.rounds:
-            yield f"shift.round: {shift.round} is beyond rounds: {self.rounds}"
-        if not self._left_alone("partition"):
-            try:
-                self.shifted_partition  # noqa: B018
-            except ValidationError as error:
-                for problem in error.errors():
-                    key, found = ".".join(map(str, problem["loc"])), problem["input"]
-                    yield f"shift.partition.{key}: {problem['msg']}, found {found!r}"
-            except ChoiceError as error:
-                yield str(error)
-        if "clients" in shift.partition:
-            yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
-
-    def _class_problems(self) -> Iterator[str]:
-        """What needs the classes of the samples, where the objective has none."""
-        if self.build_objective().by_class:
-            return
-        have = f"needs the classes of the samples, and objective.name={self.objective.name} has none"
-        partitioners = {"partition": (self.partition.name, self.build_partitioner())}
-        if self.shift.partition:
-            shifted = self.shifted_partition
-            after = build_choice("partition", shifted.name, shifted.options)
-            partitioners["shift.partition"] = (shifted.name, after)
-        for key, (name, partitioner) in partitioners.items():
-            if partitioner.by_class:
-                yield f"{key}.name: {name} {have}; allowed are iid, natural, and sampled with alpha=null"
-        if self.shift.classes is not None:
-            yield f"shift.classes: {have}; leave it out"
-        if self.evaluate_clients.every:
-            yield f"evaluate_clients.every: {have}, by which clients are judged; leave it out"
 
     @property
     def references(self) -> dict[str, str]:
@@ -342,15 +272,16 @@ class Config(Section):
 
     def values(self, section: Literal["algorithm", "server"]) -> dict[str, Any]:
         """Every hyperparameter by name; of code that is not to be imported those that the section gives."""
-        if self._left_alone(section):
+        if self.left_alone(section):
             return dict(getattr(self, section).options)
         return values_of(self.method if section == "algorithm" else self.build_server())
 
-    def _left_alone(self, section: str) -> bool:
+    def left_alone(self, section: str) -> bool:
+        """Whether a section names code of a user's own that is only looked at here, and not imported."""
         return self._inert and ":" in getattr(self, section).name
 
     def _build(self, section: str) -> Any:
-        if self._left_alone(section):
+        if self.left_alone(section):
             raise ChoiceError(f"{section}.name: code that a run's folder names is imported by resume alone")
         choice = getattr(self, section)
         return build_choice(section, choice.name, choice.options)

@@ -9,6 +9,7 @@ same bits.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -84,8 +85,9 @@ class Total:
         layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
         mask_samples: sum n_i m_i over the prunable span, int64[prunable]; only kept for masked means.
         samples: sum n_i.
-        clients: Indices of the clients folded in.
-        updates: Every update by client, float32[up_size] and its n_i; only kept where a method asks for it.
+        clients: Indices of the clients folded in, ascending.
+        updates: Every update by client, ascending, float32[up_size], read-only, and its n_i; only kept where
+            a method asks for it.
     """
 
     grid: Grid
@@ -160,9 +162,11 @@ class Total:
                 _add_at(self.mask_samples, positions, np.full(len(positions), samples))
         self._add(slice(prunable, layout.up_size), values[prunable:], samples)
         self.samples += samples
-        self.clients.append(client)
+        insort(self.clients, client)
         if self.updates is not None:
-            self.updates[client] = (values.copy(), samples)
+            own = values.copy()
+            own.flags.writeable = False  # as out of the object store
+            self.updates = dict(sorted({**self.updates, client: (own, samples)}.items()))
 
     def shift(self, values: np.ndarray, samples: int) -> None:
         """Add ``samples * values`` to what was folded, without counting an update.
@@ -187,7 +191,7 @@ class Total:
         if self.mask_samples is not None and other.mask_samples is not None:
             self.mask_samples += other.mask_samples
         self.samples += other.samples
-        self.clients.extend(other.clients)
+        self.clients = sorted(self.clients + other.clients)
         if self.updates is not None and other.updates is not None:
             self.updates = dict(sorted({**self.updates, **other.updates}.items()))
         return self

@@ -139,3 +139,14 @@ def test_updates_of_two_totals_are_together_in_order():
     assert list(merged.updates) == [1, 3]
     assert merged.updates[3][0].tolist() == [1] * 9
     assert merged.updates[3][1] == 2
+
+
+def test_updates_are_in_order_and_read_only_whoever_folds_them_in_which_order():
+    """An actor plays long visits first; what comes out of the object store cannot be written."""
+    total = Total.zero(Grid(2.0**20, 8), PLAIN, updates=True)
+    for client in (3, 1, 2):
+        total.fold(client, np.full(9, client, np.float32), None, 1, PLAIN)
+    assert (list(total.updates), total.clients) == ([1, 2, 3], [1, 2, 3])
+    assert [values[0] for values, _ in total.updates.values()] == [1, 2, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        total.updates[1][0][:] = 0

@@ -32,13 +32,13 @@ class Kept:
     def commit(self, round_number: int, reports: Iterable[ClientReport]) -> list[ClientReport]:
         """Keep what a round's clients keep; returns their reports without it.
 
-        A late client has trained and keeps the new; a refused or failed one, or one that never answered,
-        what it kept before.
+        Where the update is no part of the model (late, refused, failed, never answered), neither is what
+        came of the visit: the client keeps what it kept before, so that it and the server go on agreeing.
         """
         changed: dict[int, KeptState] = {}
         rest = []
         for report in reports:
-            if report.kept and report.refused is None:
+            if report.kept and report.accepted:
                 # Copies: the arrays may lie in the object store, with those of others.
                 arrays = {name: array.copy() for name, array in report.kept.items()}
                 changed[report.client] = KeptState(round_number, arrays)

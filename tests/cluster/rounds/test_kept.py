@@ -51,8 +51,8 @@ def test_who_keeps_the_new_and_who_the_old():
         report(3, refused="failed", skipped=True),
     ]
     rest = kept.commit(2, reports)
-    assert [kept.of(client)["x"].tolist() for client in range(4)] == [[1, 1], [1, 1], [0, 0], [0, 0]]
-    assert [kept.states[client].round for client in range(4)] == [2, 2, 1, 1]
+    assert [kept.of(client)["x"].tolist() for client in range(4)] == [[1, 1], [0, 0], [0, 0], [0, 0]]
+    assert [kept.states[client].round for client in range(4)] == [2, 1, 1, 1]
     assert rest == [replace(one, kept={}) for one in reports]
     assert before[0].arrays["x"] is old  # a snapshot of it is a value
     new["x"][:] = 7
@@ -84,20 +84,40 @@ def test_a_refused_client_keeps_what_it_had(cache, tmp_path, monkeypatch):
     assert visits(run) == dict.fromkeys((0, 1, 3, 4, 5), ROUNDS)
 
 
-def test_who_never_answers_keeps_what_it_had_and_who_is_late_the_new(cache, tmp_path):
+def test_who_is_late_or_never_answers_keeps_what_it_had(cache, tmp_path):
     slow = {"compute": 1e6, "share": 0.5}
     tiers = {"fast": {"compute": 1e12, "share": 0.5}, "slow": slow}
     config = keeping(cache, cohort=2, devices={"tiers": tiers}, schedule={"over_selection": 3.0})
     run = run_inline(config, tmp_path / "run")
     late = sum(line["clients/late"] for line in run.lines)
     assert late == 4 * ROUNDS
-    assert visits(run) == dict.fromkeys(range(6), ROUNDS)
+    assert sum(visits(run).values()) == 2 * ROUNDS
     for tier in tiers.values():
         tier["dropout"] = 0.5
     config = keeping(cache, cohort=6, devices={"tiers": tiers})
     run = run_inline(config, tmp_path / "dropping")
     dropped = sum(line["clients/dropped"] for line in run.lines)
     assert 0 < dropped == 6 * ROUNDS - sum(visits(run).values())
+
+
+@pytest.mark.parametrize(("method", "name"), [("ef21", "estimate"), ("feddyn", "h"), ("scaffold", "c")])
+def test_the_server_holds_the_mean_of_what_clients_keep_though_some_are_late(cache, tmp_path, method, name):
+    tiers = {"fast": {"compute": 1e9, "spread": 0.5, "share": 0.5}, "slow": {"compute": 1e6, "share": 0.5}}
+    config = tiny_federation(
+        cache,
+        rounds=8,
+        cohort=3,
+        algorithm={"name": method},
+        devices={"tiers": tiers},
+        schedule={"over_selection": 2.0},
+    )
+    run = run_inline(config, tmp_path / "run")
+    assert sum(line["clients/late"] for line in run.lines) == 3 * 8
+    kept = run.driver._schedule.kept.states.values()
+    mean = sum(state.arrays[name].astype(np.float64) for state in kept) / 6
+    arrays = {**run.state.arrays, **run.driver.layout.split(run.state.weights, run.driver.layout.carried)}
+    np.testing.assert_allclose(arrays[name].numpy(), mean, atol=1e-6)
+    assert np.abs(mean).max() > 1e-3
 
 
 def test_an_evaluation_visit_reads_and_never_commits(cache, tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ TMLR 2026, arXiv 2405.09037; the score |gradient x weight| is that of SNIP (Lee 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ class SSFL(Algorithm):
         if told.round > 0:
             return told
         cohort = max(1, round(self.saliency_clients * clients))
-        return replace(told, phase="saliency", steps=self.saliency_batches, cohort=cohort)
+        steps = self.saliency_batches
+        return replace(told, phase="saliency", steps=steps, cohort=cohort, sends_model=False)
 
     def advance(
         self,
@@ -105,3 +107,11 @@ class SSFL(Algorithm):
         mask = top_k_mask(scores, target_count(layout.prunable_size, self.sparsity))
         weights = inside(mask, state.arrays["initial_weights"])
         return ServerState(round=0, weights=weights, mask=mask, mask_version=1)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Scores are divided by what the server multiplies them with."""
+        if config.weighting != "samples":
+            yield (
+                f"aggregation.weighting: {config.weighting}, and ssfl weighs by samples, its scores as "
+                f"algorithm.saliency_weighting says ({self.saliency_weighting}); leave it out"
+            )

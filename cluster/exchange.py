@@ -158,3 +158,8 @@ class Broadcast:
     samples: int
     period: int = 0
     kept: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> np.ndarray | None:
+        """What the distance of an update is measured from: w_t, or None where no model is sent."""
+        return self.weights if self.instructions.sends_model else None

@@ -26,6 +26,8 @@ class Instructions:
         phase: The method's own name of what clients do.
         epochs: Local epochs, or None for the configured ones.
         steps: Local steps instead of epochs, which may end in the middle of one; None for epochs.
+        sends_model: Whether what clients send is a model or its difference: of anything else the distance
+            from the global model (``max_update_norm``) says nothing.
         cohort: Number of clients, or None for the configured cohort.
         value: A number of the method's own, such as an annealed fraction.
     """
@@ -37,6 +39,7 @@ class Instructions:
     cohort: int | None = None
     value: float = 0.0
     steps: int | None = None
+    sends_model: bool = True
 
     def __post_init__(self) -> None:
         """Steps take the place of epochs."""

@@ -235,7 +235,7 @@ class ClientHost:
                     assignment.client,
                     received,
                     self.config.weight(measured.samples),
-                    broadcast.weights,
+                    broadcast.base,
                 )
             marks.append(time.perf_counter())
         except Exception as error:

@@ -86,7 +86,7 @@ class Synchronous(Schedule):
                     report.client,
                     report.message,
                     self.config.weight(report.samples),
-                    broadcast.weights,
+                    broadcast.base,
                     broadcast.mask,
                 )
                 report = replace(report, refused=refused, message=None)

@@ -72,7 +72,7 @@ class Uplink:
 
     @np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
     def fold(
-        self, total: Total, client: int, received: wire.Message, samples: int, base: np.ndarray
+        self, total: Total, client: int, received: wire.Message, samples: int, base: np.ndarray | None
     ) -> str | None:
         """Fold a decoded update into ``total``; returns why it was refused, if it was.
 
@@ -81,10 +81,10 @@ class Uplink:
             client: Who sent it.
             received: What :meth:`decode` returned.
             samples: Its weight, n_i.
-            base: w_t as the client received it, float32[size].
+            base: w_t as the client received it, float32[size]; None where no model was sent.
         """
         values, limit = received.values, self._limit
-        if limit is not None:
+        if limit is not None and base is not None:
             trained = self._layout.trained_size
             reference = 0.0 if self._differences else base[:trained]
             distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
@@ -104,7 +104,7 @@ class Uplink:
         client: int,
         message: bytes,
         samples: int,
-        base: np.ndarray,
+        base: np.ndarray | None,
         held: np.ndarray | None,
     ) -> str | None:
         """Decode and fold a message; see :meth:`fold`."""

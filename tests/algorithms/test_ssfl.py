@@ -9,9 +9,11 @@ from torch.nn import functional as F
 from algorithms import Grid, ServerOptimizer
 from algorithms.ssfl import SSFL
 from cluster.clients.local_training import LocalSettings, Trainer
+from cluster.configuration.trees import ConfigError
 from cluster.exchange import Broadcast
+from cluster.rounds.setbacks import DivergedError
 from cluster.workload.datasets import Split
-from tests.tiny_experiment import run_inline, tiny_federation
+from tests.tiny_experiment import assert_identical, run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -135,3 +137,20 @@ def test_the_stage_leaves_batch_norms_statistics(cache, tmp_path):
     before, stage, after = (state.weights[layout.trained_size :] for state in run.states)
     assert torch.equal(before, stage)
     assert not torch.equal(stage, after)
+
+
+def test_scores_have_no_distance_from_the_model(cache, tmp_path):
+    """The scores of the tiny model are 5.5 away from its weights, an update of a round less than 2."""
+    algorithm = {"name": "ssfl", "sparsity": 0.8}
+    plain = run_inline(tiny_federation(cache, algorithm=algorithm), tmp_path / "plain")
+    limited = run_inline(tiny_federation(cache, algorithm=algorithm, max_update_norm=2.0), tmp_path / "run")
+    assert_identical(plain, limited)
+    with pytest.raises(DivergedError, match="max_update_norm is 0.001"):
+        config = tiny_federation(cache, rounds=3, algorithm=algorithm, max_update_norm=1e-3)
+        run_inline(config, tmp_path / "small")  # rounds of training are limited as ever
+
+
+def test_the_server_weighs_by_samples(cache):
+    """The clients divide by what the server multiplies with."""
+    with pytest.raises(ConfigError, match="aggregation.weighting: equal, and ssfl weighs by samples"):
+        tiny_federation(cache, algorithm={"name": "ssfl"}, aggregation={"weighting": "equal"})

@@ -104,3 +104,6 @@ class EF21(Algorithm):
                 f"server.name: {config.server.name}, but ef21 takes the server's step itself "
                 "(algorithm.step); leave the section out"
             )
+
+    def cut(self, weights: Tensor, mask: Tensor | None, keep: int, layout: ParameterLayout) -> None:
+        """Nothing: a tier's budget is one of what travels up, its devices hold the dense model."""

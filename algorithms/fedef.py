@@ -44,8 +44,8 @@ class FedEFClient(Client):
 class FedEF(Algorithm):
     """Top-K of differences with a residual: nothing that a cut drops is lost, it arrives later.
 
-    Biases, norms and buffers travel dense, and leave no residual. A client that is late has sent all the
-    same: its residual is what the cut left.
+    Biases, norms and buffers travel dense, and leave no residual. Where an update is left out, as late or
+    refused, what waited goes on waiting.
     """
 
     name = "fedef"
@@ -93,3 +93,6 @@ class FedEF(Algorithm):
     def keeps(self, layout: ParameterLayout) -> Mapping[str, int]:
         """What waits."""
         return {"residual": layout.prunable_size}
+
+    def cut(self, weights: Tensor, mask: Tensor | None, keep: int, layout: ParameterLayout) -> None:
+        """Nothing: a tier's budget is one of what travels up, its devices hold the dense model."""

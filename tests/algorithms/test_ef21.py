@@ -60,3 +60,11 @@ def test_dense_and_with_everybody_it_is_fedavg_of_differences(cache, tmp_path):
 def test_a_server_optimizer_is_refused(cache):
     with pytest.raises(ValueError, match=r"server.name: fedadam, but ef21 takes the server's step itself"):
         tiny_federation(cache, algorithm={"name": "ef21"}, server={"name": "fedadam"})
+
+
+def test_a_tier_of_another_budget_holds_the_dense_model(cache, tmp_path):
+    tiers = {"few": {"share": 0.5, "sparsity": 0.99}, "many": {"share": 0.5, "sparsity": 0.5}}
+    algorithm = {"name": "ef21", "sparsity": 0.5}
+    config = tiny_federation(cache, rounds=3, algorithm=algorithm, devices={"tiers": tiers})
+    for line in run_inline(config, tmp_path / "run").lines:
+        assert line["tiers/few/accuracy"] == line["tiers/many/accuracy"] == line["test/accuracy"]

@@ -133,3 +133,11 @@ def test_one_visit_a_client_is_a_cut_of_its_difference(cache, tmp_path):
         expected[order] = moved[order]
         torch.testing.assert_close(flat, expected, atol=1e-7, rtol=0)
         assert sum(int(part.sum()) for part in support.values()) == keep
+
+
+def test_a_tier_of_another_budget_holds_the_dense_model(cache, tmp_path):
+    tiers = {"few": {"share": 0.5, "sparsity": 0.99}, "many": {"share": 0.5, "sparsity": 0.5}}
+    algorithm = {"name": "fedef", "sparsity": 0.5}
+    config = tiny_federation(cache, rounds=3, algorithm=algorithm, devices={"tiers": tiers})
+    for line in run_inline(config, tmp_path / "run").lines:
+        assert line["tiers/few/accuracy"] == line["tiers/many/accuracy"] == line["test/accuracy"]

@@ -230,6 +230,7 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "path": data.path,
         "image_column": data.image_column,
         "label_column": data.label_column,
+        "text_column": data.text_column,
         "group_column": data.group_column,
         # A path stands instead of the hub, also where a preset names a revision of it.
         "revision": None if data.path else data.revision,
@@ -238,6 +239,9 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "test_split": data.test_split,
         "features": data.features,
         "exclude_classes": data.exclude_classes,
+        "takes_text": config.build_objective().takes_text,
+        "tokenizer": data.tokenizer,
+        "length": data.length,
         "cache_dir": cache,
     }
 

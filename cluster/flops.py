@@ -1,10 +1,11 @@
 """Training FLOPs of the prunable layers: dense-equivalent, and ideal sparse.
 
-A multiply-add counts two. A training step costs a layer one forward, one input gradient (not for the first
-layer) and one weight gradient, each of the forward's size. Ideally sparse, forward and input gradient scale
-with the density of the weights, and the weight gradient with that of the saved activations times the share of
-its entries that the method uses: a mask's density, as RigL, FedDST and FLASH count; SparsyFed's nonzeros, as
-the gradient at a zero is 0; 1 where zeros may regrow.
+A multiply-add counts two. A training step costs a layer one forward, one input gradient (not where its inputs
+depend on nothing that is trained, as the first layer's on images) and one weight gradient, each of the
+forward's size. Products without weights, such as those of attention, are not counted. Ideally sparse, forward
+and input gradient scale with the density of the weights, and the weight gradient with that of the saved
+activations times the share of its entries that the method uses: a mask's density, as RigL, FedDST and FLASH
+count; SparsyFed's nonzeros, as the gradient at a zero is 0; 1 where zeros may regrow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class LayerFlops:
 
     Attributes:
         forward: FLOPs of one sample's forward pass.
-        needs_input_gradient: False for the layer that is called first, bool[layers].
+        needs_input_gradient: Whether the inputs depend on what is trained, bool[layers].
     """
 
     forward: np.ndarray
@@ -34,6 +35,7 @@ class LayerFlops:
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
         """Count by one dry forward of ``example``, a batch of any size."""
         counted: dict[str, float] = {}
+        backward: set[str] = set()
         # By the weight's name, so that layers with tied weights add up; a weight that is no parameter
         # (computed by torch's parametrizations) has no name and is not prunable.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -41,13 +43,14 @@ class LayerFlops:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             name = names.get(id(layer.weight), "")
             counted[name] = counted.get(name, 0.0) + call_flops(layer, inputs[0], output) / len(example)
+            if inputs[0].requires_grad:
+                backward.add(name)
 
-        dry_forward(model, example, prunable_layers(model).values(), count)
-        first = next(iter(counted))
+        dry_forward(model, example, prunable_layers(model).values(), count, gradients=True)
         entries = [entry.name for entry in layout.prunable]
         return cls(
             np.array([counted.get(name, 0.0) for name in entries]),
-            np.array([name != first for name in entries]),
+            np.array([name in backward for name in entries]),
         )
 
     def dense(self, samples: int) -> float:

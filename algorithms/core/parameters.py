@@ -218,15 +218,23 @@ def prunable_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def dry_forward(
-    model: nn.Module, example: Tensor, layers: Iterable[nn.Module], hook: Callable[[Any, Any, Any], Any]
+    model: nn.Module,
+    example: Tensor,
+    layers: Iterable[nn.Module],
+    hook: Callable[[Any, Any, Any], Any],
+    *,
+    gradients: bool = False,
 ) -> None:
-    """One forward of ``example`` in evaluation mode and without gradients, with a hook on some layers."""
+    """One forward of ``example`` in evaluation mode, and with a hook on some layers.
+
+    ``gradients`` says whether it makes a graph.
+    """
     handles = [layer.register_forward_hook(hook) for layer in layers]
     was_training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
         # The fast path of nn.TransformerEncoderLayer, in evaluation alone, calls none of its layers.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             model.eval()(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -116,7 +116,7 @@ def _model(console: Console, federation: Federation) -> None:
         keep = target_count(prunable, sparsity)
         console.print(f"top K       {keep:,} of |P| are kept at sparsity {sparsity:g}")
     console.print(
-        f"not pruned  {layout.trained_size - prunable:,} other parameters (biases, norms), "
+        f"not pruned  {layout.trained_size - prunable:,} other parameters (biases, norms, embeddings), "
         f"{layout.size - layout.trained_size:,} buffer values"
     )
     console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
@@ -132,6 +132,8 @@ def _partition(console: Console, federation: Federation, file: Path | None) -> N
     kind, known = "images" if len(dataset.input_shape) == 3 else "inputs", federation.objective.by_class
     targets = federation.objective.count(dataset)
     counted = f"{len(classes)} classes" if known else f"{targets} target{'s' * (targets > 1)}"
+    if dataset.vocabulary:
+        kind, counted = "samples of tokens", f"a vocabulary of {targets:,}"
     _heading(console, "data", f"{dataset.name}, {kind} {image}, {counted}")
     if section.name == "sampled":
         given = "every client draws its own from the rest, with replacement"

@@ -81,6 +81,7 @@ KINDS: dict[str, Kind] = {
         {
             "classification": f"{_OBJECTIVES}:Classification",
             "regression": f"{_OBJECTIVES}:Regression",
+            "language_model": "cluster.workload.language_model:LanguageModel",
         },
         "classification",
     ),
@@ -122,13 +123,14 @@ KINDS: dict[str, Kind] = {
             "resnet18": f"{_NETWORKS}:ResNet18",
             "mlp": f"{_NETWORKS}:MLP",
             "linear": f"{_NETWORKS}:Linear",
+            "transformer": "cluster.workload.transformer:Transformer",
         },
         "small_cnn",
         ("weights",),
     ),
     "data": Kind(
-        "the data set: digits, diabetes, breast_cancer, a hub repository owner/name, or module:attribute of "
-        "your own",
+        "the data set: digits, diabetes, breast_cancer, tiny_text, a hub repository owner/name, or "
+        "module:attribute of your own",
         "",
         {},
         shared=("validation", "cache"),

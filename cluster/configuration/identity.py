@@ -42,6 +42,9 @@ _ADDED = {
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
+    "data.length": None,
+    "data.text_column": None,
+    "data.tokenizer": None,
     "local.clip_norm": None,
     "local.lr_schedule": "exponential",
     "local.optimizer.momentum": 0.0,
@@ -49,6 +52,7 @@ _ADDED = {
     "local.optimizer.nesterov": False,
     "model.weights": None,
     "objective.name": "classification",
+    "partition.min_samples": 1,
     "sparsity_schedule.name": "constant",
 }
 

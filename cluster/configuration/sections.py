@@ -98,16 +98,21 @@ class Choice(Section):
 
 
 class DataSection(Section):
-    """Where the images, spoken clips or tables come from."""
+    """Where the images, spoken clips, tables or texts come from."""
 
     name: str = Field(
         "digits",
-        description="digits, diabetes, breast_cancer, a Hugging Face repository, or module:attribute of your "
-        "own",
+        description="digits, diabetes, breast_cancer, tiny_text, a Hugging Face repository, or "
+        "module:attribute of your own",
     )
     path: str | None = Field(None, description="local folder of parquet files instead of the hub")
     image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")
     label_column: str | None = Field(None, description="column of the labels; inferred when unset")
+    text_column: str | None = Field(None, description="column of the texts; inferred when unset")
+    tokenizer: Literal["bytes", "characters"] | None = Field(
+        None, description="what a text's tokens are; default bytes"
+    )
+    length: int | None = Field(None, ge=1, description="tokens of a sample of text; default 64")
     group_column: str | None = Field(None, description="column that the natural partition groups by")
     revision: str | None = Field(None, description="revision of the hub repository")
     data_dir: str | None = Field(None, description="folder of the hub repository that holds the files")

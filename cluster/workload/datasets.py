@@ -1,9 +1,9 @@
 """Data sets as memory-mapped arrays: decoded once per node, afterwards only opened.
 
 `prepare` is the one slow step. It turns scikit-learn's digits, a Hugging Face hub repository, a folder of
-parquet files or a user's function into uint8 images [N, C, H, W] (spoken clips: float32 spectrograms) and
-int64 labels in a folder named after a fingerprint. `open_dataset` maps that folder; it is all a client actor
-calls, and it imports no decoder.
+parquet files or a user's function into uint8 images [N, C, H, W] (spoken clips: float32 spectrograms; text:
+tokens) and int64 labels in a folder named after a fingerprint. `open_dataset` maps that folder; it is all a
+client actor calls, and it imports no decoder.
 
     folder = prepare(name="digits", cache_dir=Path("~/.cache/sparsyfed").expanduser())
     dataset = open_dataset(folder)          # dataset.train.inputs: uint8 [1437, 1, 8, 8]
@@ -43,6 +43,7 @@ class Dataset:
     """A prepared data set; `fingerprint` is the one in the name of its folder.
 
     `classes` names the classes, in the order of their codes; it is empty where the targets are none.
+    `vocabulary` names the tokens of a text likewise.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Dataset:
     group_names: tuple[str, ...] | None
     fingerprint: str
     folder: Path
+    vocabulary: tuple[str, ...] = ()
 
     @cached_property
     def test(self) -> Split:
@@ -79,6 +81,7 @@ def open_dataset(folder: Path) -> Dataset:
         group_names=None if groups is None else tuple(meta["group_names"]),
         fingerprint=meta["fingerprint"],
         folder=folder,
+        vocabulary=tuple(meta.get("vocabulary", ())),
     )
 
 

@@ -28,6 +28,7 @@ from cluster.workload.tables import (
     label_candidates,
     parquet_table,
 )
+from cluster.workload.text import TextForm, write_tables
 
 USUAL_IMAGE_COLUMNS = ("image", "img", "audio")
 USUAL_LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -52,11 +53,13 @@ class Wanted:
         columns: `image_column`, `label_column` and `group_column`; None to infer, or for no groups.
         features: What clips become, a key of `audio.FEATURES`; None for `logmel`.
         exclude_classes: Classes whose rows are left out.
+        text: What the texts become, where text is what is asked for.
     """
 
     columns: Mapping[str, str | None]
     features: str | None = None
     exclude_classes: Sequence[str] = ()
+    text: TextForm | None = None
 
 
 def decode_parquet(folder: Path, wanted: Wanted, *, files: list[list[Path]]) -> dict[str, Any]:
@@ -105,6 +108,8 @@ def decode_hub(folder: Path, wanted: Wanted, hub: Hub) -> dict[str, Any]:
 
 def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> dict[str, Any]:
     columns = wanted.columns
+    if wanted.text is not None:
+        return write_tables(folder, wanted.text, columns["group_column"], train, test)
     image_column = choose_column(
         train, "image_column", columns["image_column"], image_candidates(train), USUAL_IMAGE_COLUMNS
     )

@@ -1,8 +1,9 @@
 """Models by name, initialised from a seed alone.
 
-Every model is plain torch: float32 images [B, C, H, W] in, logits [B, classes] out. Layers are found by their
-names (`fnmatch` patterns such as `*shortcut*`), activations are never changed in place because methods save
-them, and nothing depends on the batch but BatchNorm.
+Every model is plain torch: float32 images [B, C, H, W] in, logits [B, classes] out; of text tokens int64 [B,
+T] in, logits [B, T, vocabulary] out. Layers are found by their names (`fnmatch` patterns such as
+`*shortcut*`), activations are never changed in place because methods save them, and nothing depends on the
+batch but BatchNorm.
 
     model = build("resnet18", input_shape=(3, 32, 32), classes=10, seed=1, norm="group")
 """
@@ -51,7 +52,7 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
         try:
             model = architecture.build(tuple(input_shape), classes)
         except (TypeError, ValueError) as error:
-            images = "" if len(input_shape) == 3 else "; mlp and linear take what are no images"
+            images = "" if len(input_shape) == 3 else "; mlp and linear take tables, transformer takes text"
             shape = list(input_shape)
             raise ModelError(
                 f"model: {name} cannot be built with {options} for inputs {shape}: {error}{images}"
@@ -121,7 +122,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
     Convolutions and linear layers: a normal distribution cut at two sigma with variance 1/fan_in, biases 0;
     sigma is sqrt(1/fan_in) / 0.8796, which makes up for the cut (the SparsyFed authors' initialisation).
-    Normalisations: weight 1, bias 0, running statistics as new. Anything else keeps its values.
+    Embeddings: the same with variance 1/width. Normalisations: weight 1, bias 0, running statistics as new.
+    Anything else keeps its values.
 
     Args:
         model: The model, on any device.
@@ -129,14 +131,14 @@ def initialise(model: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)):
             sigma = math.sqrt(1.0 / module.weight[0].numel()) / TRUNCATED_NORMAL_DEVIATION
             # Drawn on the CPU, so that the device does not matter.
             drawn = torch.empty(module.weight.shape)
             nn.init.trunc_normal_(drawn, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
             with torch.no_grad():
                 module.weight.copy_(drawn)
-                if module.bias is not None:
+                if not isinstance(module, nn.Embedding) and module.bias is not None:
                     module.bias.zero_()
         elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()

@@ -36,6 +36,8 @@ class Objective:
     #: Whether ``targets`` are the classes of the samples, int64[N]: partitions by class, validation data by
     #: class and the evaluation of clients, each on its own classes, take that.
     by_class: ClassVar[bool] = False
+    #: Whether samples are tokens of a text: `data` is then read as one, see :mod:`cluster.workload.text`.
+    takes_text: ClassVar[bool] = False
     #: What a model's outputs are, for messages; ``{count}`` is how many there are of each.
     outputs_are: ClassVar[str] = "outputs"
 
@@ -112,9 +114,11 @@ class Classification(Objective):
     def count(self, dataset: Dataset) -> int:
         """See :class:`Objective`: a logit for each class."""
         if not dataset.classes:
+            found = "tokens" if dataset.vocabulary else "numbers"
+            fitting = "language_model" if dataset.vocabulary else "regression"
             raise DataError(
                 f"objective.name: classification, but the targets of data.name = {dataset.name!r} are "
-                "numbers; set objective.name=regression"
+                f"{found}; set objective.name={fitting}"
             )
         return len(dataset.classes)
 
@@ -162,9 +166,11 @@ class Regression(Objective):
     def count(self, dataset: Dataset) -> int:
         """See :class:`Objective`: as many as the targets have columns."""
         if dataset.train.targets.dtype.kind != "f":
+            found = "tokens" if dataset.vocabulary else "classes"
+            fitting = "language_model" if dataset.vocabulary else "classification"
             raise DataError(
                 f"objective.name: regression, but the targets of data.name = {dataset.name!r} are codes of "
-                "classes, which are no quantities; set objective.name=classification"
+                f"{found}, which are no quantities; set objective.name={fitting}"
             )
         return math.prod(dataset.train.targets.shape[1:])
 

@@ -260,10 +260,14 @@ class Natural(Partitioner):
     """All samples, by the writer, speaker or device in ``data.group_column``; no group is split.
 
     As many clients as groups: client i is group i in the order of the codes. Fewer: the groups are shuffled
-    and dealt round-robin.
+    and dealt round-robin. Samples of groups that are too small go to nobody.
     """
 
     by_class = False
+
+    min_samples: int = hyperparameter(
+        1, "samples that a group has at least; smaller ones are left out", low=1
+    )
 
     def owners(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
@@ -274,15 +278,24 @@ class Natural(Partitioner):
                 "partition.name = 'natural' needs groups: name the column of writers, speakers or devices "
                 "in data.group_column"
             )
-        present, codes = np.unique(groups, return_inverse=True)
-        if clients > present.size:
+        found, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        large = np.flatnonzero(sizes >= self.min_samples)
+        if not large.size:
             raise PartitionError(
-                f"partition.clients = {clients} but the available samples have only {present.size} groups, "
-                f"and 'natural' never splits one: use at most {present.size} clients"
+                f"partition.min_samples = {self.min_samples} but the largest of {found.size} groups has "
+                f"{sizes.max()} samples: lower it"
             )
-        if clients == present.size:
-            return codes
-        return (rng.permutation(present.size) % clients)[codes]
+        if clients > large.size:
+            few = f" of at least {self.min_samples} samples" if large.size < found.size else ""
+            raise PartitionError(
+                f"partition.clients = {clients} but the available samples have only {large.size} groups{few}"
+                f", and 'natural' never splits one: use at most {large.size} clients"
+            )
+        owner = np.full(found.size, -1)
+        owner[large] = (
+            np.arange(large.size) if clients == large.size else rng.permutation(large.size) % clients
+        )
+        return owner[codes]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from cluster.references import DataError, did_you_mean
 from cluster.workload import cache
 from cluster.workload.embedded import TABLES, write_table
 from cluster.workload.shards import parquet_files
+from cluster.workload.text import DEFAULT_LENGTH, DEFAULT_TOKENIZER, Documents, TextForm, write_text
 
-#: What comes with scikit-learn and needs no download.
-EMBEDDED = ("digits", *TABLES)
+TINY_TEXT = "tiny_text"
+#: What needs no download.
+EMBEDDED = ("digits", *TABLES, TINY_TEXT)
 
 FORMAT_VERSION = 2  # part of every fingerprint: raise it when the arrays written below change
 
@@ -26,6 +29,7 @@ def prepare(
     path: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    text_column: str | None = None,
     group_column: str | None = None,
     revision: str | None = None,
     data_dir: str | None = None,
@@ -33,6 +37,9 @@ def prepare(
     test_split: str = "test",
     features: str | None = None,
     exclude_classes: Sequence[str] = (),
+    takes_text: bool = False,
+    tokenizer: str | None = None,
+    length: int | None = None,
     cache_dir: Path,
 ) -> Path:
     """Decode a data set into arrays once per node and return their folder.
@@ -53,6 +60,7 @@ def prepare(
             subfolder `data`.
         image_column: Column of encoded images or WAV clips; inferred from the features or the usual names.
         label_column: Column of integer or text labels; inferred likewise.
+        text_column: Column of texts; inferred likewise.
         group_column: Column whose values (writer, speaker, device) define the natural partition.
         revision: Branch, tag or commit of the hub repository.
         data_dir: Folder of the hub repository that holds the files, where it has several data sets.
@@ -61,6 +69,9 @@ def prepare(
         features: What spoken clips become: `logmel` (64 mel bands x 98 frames, normalised by the mean and
             standard deviation of train; the default) or `waveform8k` (1 x 8000 raw samples).
         exclude_classes: Classes whose samples are left out, such as `_silence_`.
+        takes_text: Whether text is what is asked for; it is too where a column of it is named.
+        tokenizer: What a text's tokens are, a key of `cluster.workload.text.TOKENIZERS`.
+        length: Tokens of a sample of text.
         cache_dir: Folder that holds the prepared data sets of this node.
 
     Raises:
@@ -70,8 +81,26 @@ def prepare(
     asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
     asked |= {"train_split": train_split, "test_split": test_split, "data_dir": data_dir}
     asked |= {"features": features, "exclude_classes": list(exclude_classes)}
+    text = None
+    if takes_text or text_column is not None or (path is None and name == TINY_TEXT):
+        text = TextForm(text_column, tokenizer or DEFAULT_TOKENIZER, length or DEFAULT_LENGTH)
+        asked |= {"text": asdict(text)}
+    elsewhere: dict[str, Any] = {"tokenizer": tokenizer, "length": length}
+    if text is not None:
+        elsewhere = {**columns, "features": features, "exclude_classes": list(exclude_classes) or None}
+        del elsewhere["group_column"]
+    for key, value in elsewhere.items():
+        if value is not None:
+            where = "for text" if text is not None else "without text (objective.name=language_model)"
+            raise DataError(f"data.{key} = {value!r} has no meaning {where}: leave it out")
     generated = path is None and (name in EMBEDDED or ":" in name)
-    of_tables = {**columns, "revision": revision, "data_dir": data_dir, "features": features}
+    of_tables = {
+        **columns,
+        "text_column": text_column,
+        "revision": revision,
+        "data_dir": data_dir,
+        "features": features,
+    }
     for key, value in {**of_tables, "exclude_classes": list(exclude_classes) or None}.items():
         if generated and value is not None:
             raise DataError(f"data.{key} = {value!r} has no meaning for data.name = {name!r}: leave it out")
@@ -90,6 +119,13 @@ def prepare(
         cache.ensure(folder, lambda part: {"name": name, "fingerprint": fingerprint, **decode(part)})
         return folder
 
+    if generated and text is not None:
+        if name != TINY_TEXT:
+            raise DataError(
+                f"data.name = {name!r} holds no text; use {TINY_TEXT}, a hub repository 'owner/name', or "
+                "give data.path, a folder of parquet files"
+            )
+        return ensure(None, lambda folder: _write_tiny_text(folder, text))
     if generated:
         from cluster.workload.arrays import Arrays
 
@@ -104,7 +140,7 @@ def prepare(
 
     from cluster.workload import decoding
 
-    wanted = decoding.Wanted(columns, features, exclude_classes)
+    wanted = decoding.Wanted(columns, features, exclude_classes, text)
     if path is not None:
         files = [parquet_files(Path(path), split) for split in (train_split, test_split)]
         try:
@@ -120,6 +156,16 @@ def prepare(
         )
     hub = decoding.Hub(name, revision, data_dir, (train_split, test_split))
     return ensure(None, lambda folder: decoding.decode_hub(folder, wanted, hub))
+
+
+def _write_tiny_text(folder: Path, form: TextForm) -> dict[str, Any]:
+    from cluster.workload.tiny_text import texts
+
+    made = texts()
+    splits = {
+        split: Documents(f"{TINY_TEXT}, {split}", made[f"{split}_texts"].copy) for split in ("train", "test")
+    }
+    return write_text(folder, form, splits, list(made["train_groups"]))
 
 
 def _file_name(name: str) -> str:

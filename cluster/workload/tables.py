@@ -149,6 +149,17 @@ def image_candidates(table: Table) -> list[str]:
     return declared or structs
 
 
+def text_candidates(table: Table) -> list[str]:
+    """Columns of texts that are not the names of classes."""
+    import pyarrow.types
+
+    return [
+        field.name
+        for field in table.schema
+        if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+    ]
+
+
 def label_candidates(table: Table) -> list[str]:
     """Columns with the ClassLabel feature; `choose_column` falls back to the usual names."""
     return [name for name, feature in table.features.items() if feature.get("_type") == "ClassLabel"]

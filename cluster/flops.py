@@ -25,7 +25,7 @@ class LayerFlops:
 
     Attributes:
         forward: FLOPs of one sample's forward pass.
-        needs_input_gradient: Whether the inputs depend on what is trained, bool[layers].
+        needs_input_gradient: Share of them in calls whose inputs depend on what is trained, float64[layers].
     """
 
     forward: np.ndarray
@@ -35,22 +35,25 @@ class LayerFlops:
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
         """Count by one dry forward of ``example``, a batch of any size."""
         counted: dict[str, float] = {}
-        backward: set[str] = set()
+        backward: dict[str, float] = {}
         # By the weight's name, so that layers with tied weights add up; a weight that is no parameter
         # (computed by torch's parametrizations) has no name and is not prunable.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             name = names.get(id(layer.weight), "")
-            counted[name] = counted.get(name, 0.0) + call_flops(layer, inputs[0], output) / len(example)
+            flops = call_flops(layer, inputs[0], output) / len(example)
+            counted[name] = counted.get(name, 0.0) + flops
             if inputs[0].requires_grad:
-                backward.add(name)
+                backward[name] = backward.get(name, 0.0) + flops
 
         dry_forward(model, example, prunable_layers(model).values(), count, gradients=True)
         entries = [entry.name for entry in layout.prunable]
         return cls(
             np.array([counted.get(name, 0.0) for name in entries]),
-            np.array([name in backward for name in entries]),
+            np.array(
+                [backward.get(name, 0.0) / counted[name] if name in counted else 0.0 for name in entries]
+            ),
         )
 
     def dense(self, samples: int) -> float:

@@ -51,6 +51,8 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
         torch.default_generator.manual_seed(seed)
         try:
             model = architecture.build(tuple(input_shape), classes)
+        except ModelError:
+            raise
         except (TypeError, ValueError) as error:
             images = "" if len(input_shape) == 3 else "; mlp and linear take tables, transformer takes text"
             shape = list(input_shape)

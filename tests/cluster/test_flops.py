@@ -92,8 +92,9 @@ def test_calls_and_tied_weights_add_up():
     flops = count(Twice(), torch.zeros(3, 4))
     # last: 2 * 4 * 2 = 16; the shared weight: three calls of 4 * 4 * 2 = 32.
     assert flops.forward.tolist() == [16, 96]
-    # The layer that is called first has no input gradient, not the one defined first.
-    assert flops.needs_input_gradient.tolist() == [True, False]
+    # The layer that is called first has no input gradient then, not the one defined first.
+    assert flops.needs_input_gradient.tolist() == [1, 2 / 3]
+    assert flops.dense(1) == pytest.approx(3 * 16 + 2 * 96 + 64)
 
 
 def test_a_parametrised_weight_is_not_prunable():

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, registry
+from algorithms.fedavg import FedAvg
+from cluster.clients.billing import Bill
 from cluster.clients.local_training import Trained, Trainer
 from tests.cluster.clients.tiny_visits import METHODS, broadcast_of, trainer_of
 
@@ -209,3 +211,10 @@ def test_training_of_ones_own_without_a_pass_costs_nothing():
     found = trained.measured
     assert (found.loss, found.steps, found.flops_dense, forward) == (0.5, 0, 0.0, 0)
     assert not found.flops_sparse.any()
+
+
+def test_the_first_pass_alone_meets_the_weights_as_received():
+    bill = Bill(trainer_of(FedAvg()).flops)
+    for samples in (8, 8, 4):
+        bill.step(samples)
+    assert (bill.first, bill.samples) == (8, 20)

@@ -53,6 +53,7 @@ class EF21(Algorithm):
     )
     client = EF21Client
     weighting = "equal"
+    kept_is_summed = True
     unequal_sparsity = True
     follows_sparsity = True
 

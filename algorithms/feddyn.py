@@ -59,6 +59,7 @@ class FedDyn(Algorithm):
     )
     client = FedDynClient
     weighting = "equal"
+    kept_is_summed = True
 
     alpha: float = hyperparameter(
         0.01,

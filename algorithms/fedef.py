@@ -44,8 +44,8 @@ class FedEFClient(Client):
 class FedEF(Algorithm):
     """Top-K of differences with a residual: nothing that a cut drops is lost, it arrives later.
 
-    Biases, norms and buffers travel dense, and leave no residual. Where an update is left out, as late or
-    refused, what waited goes on waiting.
+    Biases, norms and buffers travel dense, and leave no residual. A late client has sent all the
+    same: its residual is what the cut left; of a refused update, what waited goes on waiting.
     """
 
     name = "fedef"

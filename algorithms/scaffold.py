@@ -69,6 +69,7 @@ class Scaffold(Algorithm):
     paper = "Karimireddy et al., ICML 2020, arXiv 1910.06378"
     client = ScaffoldClient
     weighting = "equal"
+    kept_is_summed = True
 
     option: str = hyperparameter(
         "II",

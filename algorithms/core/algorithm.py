@@ -67,6 +67,9 @@ class Algorithm:
     asynchronous: ClassVar[bool] = False
     #: What an update weighs unless ``aggregation.weighting`` says otherwise: its samples, or all the same.
     weighting: ClassVar[Literal["samples", "equal"]] = "samples"
+    #: Whether the server holds the sum of what clients keep. Then a late visit, which the server leaves out,
+    #: changes neither; else its client has trained and keeps what came of it.
+    kept_is_summed: ClassVar[bool] = False
     #: Whether totals also keep every accepted update by client (``total.updates``): a cohort of models.
     keeps_updates: ClassVar[bool] = False
 

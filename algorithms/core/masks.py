@@ -136,7 +136,9 @@ def cut_globally(weights: Tensor, k: int, layers: Sequence[Entry], *, guard: boo
             weights.masked_fill_(~mask, 0.0)
             return mask
         for index in empty.tolist():
-            guarded[index] = max(1, round(k * layers[index].size / len(weights)))
+            # A weight is left for every other layer, as far as there are any.
+            left = k - int(guarded.sum()) - (int(np.count_nonzero(guarded == 0)) - 1)
+            guarded[index] = max(1, min(round(k * layers[index].size / len(weights)), left))
             others[layers[index].span] = False
 
 

@@ -17,11 +17,15 @@ from cluster.records.kept_files import KeptState
 class Kept:
     """The states of the clients that have any, by client.
 
+    Args:
+        late: Whether a late client, which has trained all the same, keeps what came of it.
+
     Attributes:
         states: A value: every commit makes a new mapping.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, late: bool = True) -> None:
+        self._late = late
         self.states: Mapping[int, KeptState] = {}
 
     def of(self, client: int) -> Mapping[str, np.ndarray]:
@@ -32,13 +36,13 @@ class Kept:
     def commit(self, round_number: int, reports: Iterable[ClientReport]) -> list[ClientReport]:
         """Keep what a round's clients keep; returns their reports without it.
 
-        Where the update is no part of the model (late, refused, failed, never answered), neither is what
-        came of the visit: the client keeps what it kept before, so that it and the server go on agreeing.
+        A refused or failed client, or one that never answered, keeps what it kept before; so does a late one
+        where the server holds the sum of what clients keep, so that the two go on agreeing.
         """
         changed: dict[int, KeptState] = {}
         rest = []
         for report in reports:
-            if report.kept and report.accepted:
+            if report.kept and (report.accepted or (report.late and self._late)):
                 # Copies: the arrays may lie in the object store, with those of others.
                 arrays = {name: array.copy() for name, array in report.kept.items()}
                 changed[report.client] = KeptState(round_number, arrays)

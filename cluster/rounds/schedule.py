@@ -93,7 +93,7 @@ class Schedule(ABC):
         self._sampler = config.build_sampler()
         self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
         self.clock: Clock[Any] = Clock()
-        self.kept = Kept()
+        self.kept = Kept(late=not method.kept_is_summed)
 
     @abstractmethod
     def round(

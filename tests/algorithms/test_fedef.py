@@ -100,6 +100,7 @@ def test_a_late_client_has_sent_all_the_same(cache, tmp_path):
     assert sum(line["clients/late"] for line in run.lines) > 0
     visits = sum(line["clients/trained"] for line in run.lines)
     assert visits > len(run.driver._schedule.kept.states) > 3
+    assert not FedEF.kept_is_summed
     for state in run.driver._schedule.kept.states.values():
         size = run.driver.layout.prunable_size
         assert np.count_nonzero(state.arrays["residual"]) <= size - round(0.1 * size)

@@ -180,6 +180,12 @@ def test_guarding_one_layer_may_empty_the_next():
     assert weights.tolist() == torch.tensor([5.0, 0, 0, 2.0, 0, 0.2]).tolist()
 
 
+def test_a_guarded_layer_leaves_a_weight_to_each_of_the_others():
+    # K = 2 of 12 equal weights: the first layer's 3 come first, and the second would take its share, 2.
+    mask = cut_globally(torch.zeros(12), 2, layers(3, 9), guard=True)
+    assert torch.nonzero(mask).reshape(-1).tolist() == [0, 3]
+
+
 @given(st.lists(st.sampled_from([0.0, 0.5, -1.0, 2.0]), min_size=6, max_size=12), st.data())
 def test_a_guard_leaves_no_layer_empty_and_is_a_plain_cut_elsewhere(values, data):
     weights, k = torch.tensor(values), data.draw(st.integers(1, len(values)))

@@ -40,8 +40,9 @@ def report(client, **values):
     return ClientReport(client=client, **(usual | values))
 
 
-def test_who_keeps_the_new_and_who_the_old():
-    kept, old, new = Kept(), np.zeros(2, np.float32), {"x": np.ones(2, np.float32)}
+@pytest.mark.parametrize("late", [True, False])
+def test_who_keeps_the_new_and_who_the_old(late):
+    kept, old, new = Kept(late=late), np.zeros(2, np.float32), {"x": np.ones(2, np.float32)}
     kept.states = {client: KeptState(1, {"x": old}) for client in range(4)}
     before = kept.states
     reports = [
@@ -51,8 +52,8 @@ def test_who_keeps_the_new_and_who_the_old():
         report(3, refused="failed", skipped=True),
     ]
     rest = kept.commit(2, reports)
-    assert [kept.of(client)["x"].tolist() for client in range(4)] == [[1, 1], [0, 0], [0, 0], [0, 0]]
-    assert [kept.states[client].round for client in range(4)] == [2, 1, 1, 1]
+    assert [kept.of(client)["x"].tolist() for client in range(4)] == [[1, 1], [late, late], [0, 0], [0, 0]]
+    assert [kept.states[client].round for client in range(4)] == [2, 1 + late, 1, 1]
     assert rest == [replace(one, kept={}) for one in reports]
     assert before[0].arrays["x"] is old  # a snapshot of it is a value
     new["x"][:] = 7
@@ -84,14 +85,14 @@ def test_a_refused_client_keeps_what_it_had(cache, tmp_path, monkeypatch):
     assert visits(run) == dict.fromkeys((0, 1, 3, 4, 5), ROUNDS)
 
 
-def test_who_is_late_or_never_answers_keeps_what_it_had(cache, tmp_path):
+def test_who_is_late_keeps_the_new_and_who_never_answers_what_it_had(cache, tmp_path):
     slow = {"compute": 1e6, "share": 0.5}
     tiers = {"fast": {"compute": 1e12, "share": 0.5}, "slow": slow}
     config = keeping(cache, cohort=2, devices={"tiers": tiers}, schedule={"over_selection": 3.0})
     run = run_inline(config, tmp_path / "run")
     late = sum(line["clients/late"] for line in run.lines)
     assert late == 4 * ROUNDS
-    assert sum(visits(run).values()) == 2 * ROUNDS
+    assert visits(run) == dict.fromkeys(range(6), ROUNDS)
     for tier in tiers.values():
         tier["dropout"] = 0.5
     config = keeping(cache, cohort=6, devices={"tiers": tiers})

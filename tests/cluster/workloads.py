@@ -84,6 +84,17 @@ def fashion_mnist(folder, **options):
     return images(folder, column="image", label="label", shape=(28, 28), classes=10, **options)
 
 
+def shakespeare(folder, *, train=40, test=10):
+    """Speeches of four speakers, in columns of texts as in plain parquet files."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        texts = ["".join(rng.choice(list("abcdef ,."), size=rng.integers(300, 900))) for _ in range(rows)]
+        speakers = [f"SPEAKER {row % 8}" for row in range(rows)]
+        pq.write_table(pa.table({"speaker": speakers, "text": texts}), folder / f"{split}-0.parquet")
+    return folder
+
+
 def speech_commands(folder, *, train=24, test=9):
     """Speech Commands: a tone a word, three speakers, and one longer clip of silence without a speaker."""
     features = {

@@ -67,7 +67,7 @@ class Result:
     def model(self) -> nn.Module:
         """The plain module with the final effective weights."""
         config = RunFolder(self.folder).config()
-        model = build_model(config, open_dataset(prepare(**prepare_arguments(config))))
+        model = build_model(config, open_dataset(prepare(**prepare_arguments(config))), filled=False)
         model.load_state_dict(load_file(self.folder / "model.safetensors"))
         return model.eval()
 

@@ -246,8 +246,14 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def build_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The plain module with the common initialisation, of the configured seed or file."""
+def build_model(config: Config, dataset: Dataset, *, filled: bool = True) -> nn.Module:
+    """The plain module with the common initialisation, of the configured seed or file.
+
+    Args:
+        config: The configuration.
+        dataset: The decoded data set.
+        filled: False where other tensors take the place of all: ``model.weights`` may be gone by then.
+    """
     model = models.build(
         config.model.name,
         input_shape=dataset.input_shape,
@@ -255,6 +261,6 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
         seed=seeding.integer(config.seed, "initialisation"),
         **config.model.options,
     )
-    if config.model.weights is not None:
+    if filled and config.model.weights is not None:
         load_weights(model, config.model.weights)
     return model

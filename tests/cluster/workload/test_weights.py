@@ -118,3 +118,12 @@ def test_a_run_is_not_resumed_on_others(cache, tmp_path, trained):
 def test_the_option_stays_when_the_model_is_overridden(cache, trained):
     config = cluster.resolve("quickstart", [f"model.weights={trained}", "model.name=mlp"])
     assert config.model.weights == str(trained)
+
+
+def test_a_finished_run_needs_the_file_no_more(cache, tmp_path, trained):
+    shutil.copy(trained, tmp_path / "mine.safetensors")
+    result = cluster.run(begun_with(cache, tmp_path / "mine.safetensors"), tmp_path / "run")
+    (tmp_path / "mine.safetensors").unlink()
+    tensors = result.model().state_dict()
+    stored = load_file(result.folder / "model.safetensors")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in stored.items())

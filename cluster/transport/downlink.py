@@ -41,9 +41,12 @@ class Parcel:
 
     @cached_property
     def decoded(self) -> np.ndarray:
-        """w_t as clients decode it, float32[size]; the same array unless the downlink is lossy."""
+        """w_t as clients decode it, float32[size], 0 in what only travels up.
+
+        The same array as ``exact`` unless the downlink is lossy or something travels up alone.
+        """
         if self.value_format == "float32":
-            return self.exact
+            return self.layout.received_down(self.sent)
         return self.layout.received_down(wire.decode(self._full, self.shape).values)
 
     @cached_property

@@ -135,8 +135,9 @@ class Federation:
 
     @cached_property
     def training_bytes(self) -> int:
-        """Bytes that training takes on a device: weights, gradient and a batch's activations, float32."""
-        trained = self.layout.trained_size * (2 if self.config.method.reparameterised else 1)
+        """Bytes that training takes on a device: weights, gradient, moments, a batch's activations."""
+        moments = len(self.config.build_local_optimizer().start(torch.zeros(self.layout.trained_size)))
+        trained = self.layout.trained_size * ((2 if self.config.method.reparameterised else 1) + moments)
         activations = self.config.local.batch_size * count_activations(self.model, self._example)
         return 4 * (self.layout.size + trained + activations)
 

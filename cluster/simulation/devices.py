@@ -113,8 +113,9 @@ class Devices:
             if tier.share > 0 and tier.memory < training_bytes:
                 raise DeviceError(
                     f"devices.tiers.{name}.memory: {tier.memory:,.0f} bytes, but training takes "
-                    f"{training_bytes:,} (weights, gradient and a batch's activations); a smaller model or "
-                    f"local.batch_size (now {self.config.local.batch_size}) fits, or give the tier share 0"
+                    f"{training_bytes:,} (weights, gradient, moments, a batch's activations); a smaller "
+                    f"model or local.batch_size (now {self.config.local.batch_size}) fits, "
+                    "or give the tier share 0"
                 )
 
     @cached_property

@@ -290,3 +290,13 @@ def test_training_takes_weights_gradient_and_activations(cache):
     federation = Federation.of(tiny_federation(cache, model={"name": "mlp", "hidden": [16]}))
     # 64 x 16 + 16 and 16 x 3 + 3 parameters, twice; a batch of 8 leaves 64 (flat), 16, 16 (ReLU) and 3.
     assert federation.training_bytes == 4 * (2 * (1040 + 51) + 8 * (64 + 16 + 16 + 3))
+
+
+def test_the_moments_of_a_local_optimizer_take_memory(cache):
+    plain, momentum, adamw = (
+        Federation.of(tiny_federation(cache, local={"optimizer": optimizer}))
+        for optimizer in ({"name": "sgd"}, {"name": "sgd", "momentum": 0.9}, {"name": "adamw"})
+    )
+    one = 4 * plain.layout.trained_size
+    assert momentum.training_bytes == plain.training_bytes + one
+    assert adamw.training_bytes == plain.training_bytes + 2 * one

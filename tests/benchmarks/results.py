@@ -16,7 +16,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Row:
         regrowth: Weights a round.
         config: Hash of the run's configuration.
         code: Hash of the code that computed it.
+        perplexity: Central test perplexity of language models.
+        bits: Bits a token of the same, a byte where tokens are bytes.
     """
 
     preset: str
@@ -64,14 +66,20 @@ class Row:
     regrowth: float | None
     config: str
     code: str
+    perplexity: float | None = None
+    bits: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
+#: Columns of files whose runs have them.
+_OPTIONAL = ("perplexity", "bits")
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
 #: Column of the printed table -> which figure, and how it is written.
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy %": ("accuracy", "{:.1f}".format),
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "bits": ("bits", "{:.3f}".format),
     "sparsity %": ("sparsity", "{:.1f}".format),
     "MB up": ("mb_up", "{:,.1f}".format),
     "MB down": ("mb_down", "{:,.1f}".format),
@@ -135,6 +143,8 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     return {
         "accuracy": None if accuracy is None else 100 * accuracy,
+        "perplexity": last.get("test/perplexity"),
+        "bits": last.get("test/bits_per_token"),
         "sparsity": 100 * last["sparsity/global"],
         "mb_up": last["comm/uplink_bytes_total"] / 1e6,
         "mb_down": last["comm/downlink_bytes_total"] / 1e6,
@@ -147,11 +157,13 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def as_csv(rows: Iterable[Row]) -> str:
     """The rows as they are kept; six digits of a figure."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, NAMES, lineterminator="\n")
+    buffer, rows = io.StringIO(), list(rows)
+    empty = {name for name in _OPTIONAL if all(getattr(row, name) is None for row in rows)}
+    names = [name for name in NAMES if name not in empty]
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        cells = asdict(row).items()
+        cells = [(name, getattr(row, name)) for name in names]
         writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in cells})
     return buffer.getvalue()
 
@@ -164,12 +176,13 @@ def read(path: Path) -> list[Row]:
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != NAMES:
+        found = list(reader.fieldnames or ())
+        if found not in ([name for name in NAMES if name not in _OPTIONAL], list(NAMES)):
             raise ValueError(f"{path}: the first line has to be {','.join(NAMES)}")
         rows = []
         for cells in reader:
             try:
-                rows.append(Row(**{name: _cell(name, cells[name]) for name in NAMES}))
+                rows.append(Row(**{name: _cell(name, cells[name]) for name in found}))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return rows

@@ -47,6 +47,16 @@ def test_a_cell_is_the_mean_and_half_of_its_interval(tmp_path):
     assert len(lines) == 5
 
 
+def test_language_models_have_columns_of_their_own(tmp_path):
+    text = HEAD.strip() + ",perplexity,bits\n"
+    text += "text,fedavg,0,,30,,0,9,9,80,80,,,c9,def,5.25,2.3923\n"
+    rows = results.read(file_of(tmp_path, text))
+    assert results.as_csv(rows) == text
+    printed = results.tables(rows).splitlines()
+    assert printed[2].startswith("| method | perplexity | bits | sparsity % |")
+    assert printed[4] == "| fedavg | 5.25 | 2.392 | 0.0 | 9.0 | 9.0 | 80 | 80 |"
+
+
 def test_one_seed_has_no_interval_and_a_missing_seed_is_told(tmp_path):
     text = THREE + "laptop,topk,1,8,20,17.44,94.8,10,15,1476,1400,,,c9,def\n"
     last = results.tables(results.read(file_of(tmp_path, text))).splitlines()[-1]

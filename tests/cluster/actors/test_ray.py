@@ -78,6 +78,21 @@ def test_one_actor_a_client(local_ray, tmp_path):
     assert_same_run(tmp_path / "four", tmp_path / "inline")
 
 
+def test_a_language_model_gives_the_bits_of_inline(local_ray, tmp_path):
+    text = ["objective.name=language_model", "data.name=tiny_text", "data.length=16", "cohort=3"]
+    text += [
+        "partition.name=natural",
+        "partition.clients=6",
+        "partition.min_samples=60",
+        "local.batch_size=16",
+    ]
+    model = ["model.name=transformer", "model.layers=1", "model.width=16", "model.heads=2"]
+    overrides = [*text, *model, "rounds=2", "local.epochs=1", "tracking.enabled=false"]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(cluster.resolve("quickstart", [*overrides, *more]), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with room for 60 kB, and a function that gives it more."""

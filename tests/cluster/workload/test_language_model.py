@@ -1,4 +1,4 @@
-"""Language modelling: sums by hand, a run against a naive evaluation, on Ray and after an interruption."""
+"""Language modelling: sums by hand, a run against a naive evaluation and after an interruption."""
 
 import math
 
@@ -145,12 +145,3 @@ def test_it_learns_is_summed_up_and_resumes_to_the_same_bits(cache, tmp_path):
     assert lines(tmp_path / "cut") == found
     model = "model.safetensors"
     assert (tmp_path / "cut" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
-
-
-def test_ray_gives_the_bits_of_inline(cache, tmp_path, start_ray):
-    start_ray(3)
-    cluster.run(experiment(cache), tmp_path / "inline")
-    cluster.run(experiment(cache, "execution=ray", "actors=2"), tmp_path / "ray")
-    assert lines(tmp_path / "ray") == lines(tmp_path / "inline")
-    model = "model.safetensors"
-    assert (tmp_path / "ray" / model).read_bytes() == (tmp_path / "inline" / model).read_bytes()

@@ -98,8 +98,21 @@ class EF21(Algorithm):
         """g_i."""
         return {"estimate": layout.trained_size}
 
+    def personal_weights(
+        self, weights: Tensor, received: Tensor, kept: Mapping[str, Tensor], layout: ParameterLayout
+    ) -> Tensor:
+        """w_t + g_i: what is sent is only what g_i changes by."""
+        trained = layout.trained_size
+        weights[:trained] = received[:trained] + kept["estimate"]
+        return self.effective_weights(weights, layout)
+
     def problems(self, config: Any) -> Iterator[str]:
-        """The server's step is the method's own."""
+        """The server's step is the method's own, and both sides must add the same numbers up."""
+        if config.wire.uplink != "float32":
+            yield (
+                f"wire.uplink: {config.wire.uplink} rounds what the server adds to its estimates, and ef21's "
+                "clients add the exact values to theirs; leave it at float32"
+            )
         if config.build_server() != ServerOptimizer():
             yield (
                 f"server.name: {config.server.name}, but ef21 takes the server's step itself "

@@ -252,12 +252,13 @@ class Algorithm:
         return weights
 
     def personal_weights(
-        self, weights: Tensor, kept: Mapping[str, Tensor], layout: ParameterLayout
+        self, weights: Tensor, received: Tensor, kept: Mapping[str, Tensor], layout: ParameterLayout
     ) -> Tensor:
         """What a client itself computes with after its local training, float32[size].
 
         Args:
-            weights: What it would send, as ``w`` (never as a difference), float32[size].
+            weights: What it would send, as ``w`` (a difference on top of w_t), float32[size].
+            received: w_t as it was received, float32[size].
             kept: What it would keep.
             layout: The model's layout.
         """

@@ -169,13 +169,14 @@ class ClientHost:
             self._skip(error, client, evaluated, "evaluation")
             return None
         layout = self._trainer.layout
-        weights = torch.from_numpy(trained.values.copy())
+        weights, received = (
+            torch.from_numpy(trained.values.copy()),
+            torch.from_numpy(broadcast.weights.copy()),
+        )
         if self._method.uploads_differences:
-            weights[: layout.trained_size] += torch.from_numpy(
-                broadcast.weights[: layout.trained_size].copy()
-            )
+            weights[: layout.trained_size] += received[: layout.trained_size]
         kept = {name: torch.from_numpy(array) for name, array in trained.kept.items()}
-        return self._method.personal_weights(weights, kept, layout).numpy()
+        return self._method.personal_weights(weights, received, kept, layout).numpy()
 
     def _start_round(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast: the first copy that came, which the trainer has received already."""

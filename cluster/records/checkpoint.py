@@ -93,7 +93,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, best_round: int | N
     for left_by_a_crash in folder.glob(".*.tmp"):
         left_by_a_crash.unlink()
     write_atomically(path, data)
-    keep = {*list_rounds(folder)[-2:], best_round}
+    # Later ones are of rounds whose lines were lost, and are computed again.
+    keep = {*[number for number in list_rounds(folder) if number <= state.round][-2:], best_round}
     for round_number in list_rounds(folder):
         if round_number not in keep:
             (folder / f"round-{round_number:06d}.safetensors").unlink()

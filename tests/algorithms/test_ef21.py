@@ -57,6 +57,21 @@ def test_dense_and_with_everybody_it_is_fedavg_of_differences(cache, tmp_path):
     torch.testing.assert_close(ef.state.weights, weights, atol=2e-5, rtol=1e-4)
 
 
+def test_a_client_computes_with_its_whole_estimate(cache, tmp_path):
+    """Dense and with everybody, a client's own model is that of FedAvg from the same start."""
+    judged = {"evaluate_clients": {"every": 3, "after": 6}, "rounds": 3, "cohort": 6}
+    slow = {"local": {"lr": 0.02}}
+    ef = tiny_federation(cache, algorithm={"name": "ef21", "sparsity": 0.0, "step": 1.0}, **judged, **slow)
+    plain = tiny_federation(cache, aggregation={"weighting": "equal"}, **judged, **slow)
+    ends = [run_inline(c, tmp_path / n).lines[-1] for c, n in ((ef, "ef21"), (plain, "fedavg"))]
+    assert ends[0]["clients/accuracy_gain"] == pytest.approx(ends[1]["clients/accuracy_gain"], abs=0.01)
+
+
+def test_a_lossy_uplink_is_refused(cache):
+    with pytest.raises(ValueError, match=r"wire.uplink: int8 rounds what the server adds"):
+        tiny_federation(cache, algorithm={"name": "ef21"}, wire={"uplink": "int8"})
+
+
 def test_a_server_optimizer_is_refused(cache):
     with pytest.raises(ValueError, match=r"server.name: fedadam, but ef21 takes the server's step itself"):
         tiny_federation(cache, algorithm={"name": "ef21"}, server={"name": "fedadam"})

@@ -128,6 +128,13 @@ def test_the_last_two_are_kept(tmp_path):
     assert list_rounds(tmp_path) == [10, 11]
 
 
+def test_later_ones_are_of_lost_rounds(tmp_path):
+    save_rounds(tmp_path, [3, 11, 12])
+    for number in (4, 5, 6):
+        save_checkpoint(tmp_path, checkpoint(number), best_round=None)
+    assert list_rounds(tmp_path) == [5, 6]
+
+
 def test_the_best_is_kept_too(tmp_path):
     save_rounds(tmp_path, [1, 2, 3, 4, 5], best=2)
     assert list_rounds(tmp_path) == [2, 4, 5]

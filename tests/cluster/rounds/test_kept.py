@@ -140,7 +140,9 @@ def test_a_method_may_say_what_a_client_computes_with_itself(cache, tmp_path, mo
     judged = {"every": ROUNDS, "clients": 6, "after": 6}
     last = run_inline(keeping(cache, evaluate_clients=judged), tmp_path / "sent").lines[-1]
     monkeypatch.setattr(
-        Keeping, "personal_weights", lambda self, weights, kept, layout: weights * (kept["visits"] > 100)
+        Keeping,
+        "personal_weights",
+        lambda self, weights, received, kept, layout: weights * (kept["visits"] > 100),
     )
     personal = run_inline(keeping(cache, evaluate_clients=judged), tmp_path / "own").lines[-1]
     assert personal["clients/accuracy_mean"] == last["clients/accuracy_mean"]

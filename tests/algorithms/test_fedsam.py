@@ -148,13 +148,19 @@ def test_both_passes_of_a_step_drop_the_same_units():
 moved: list[torch.Tensor] = []
 
 
-class _InsideClient(FedSAMClient, MaskedClient):
+class _Noting:
+    """Notes the weights of every pass."""
+
     def gradient(self, compute):
         def noting():
             moved.append(self.visit.weights.clone())
             return compute()
 
         return super().gradient(noting)
+
+
+class _InsideClient(_Noting, FedSAMClient, MaskedClient):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +170,8 @@ class Inside(FixedMask):
     least_passes = 2.0
 
 
-class _UnderClient(FedSAMClient, SparsyFedClient):
-    def gradient(self, compute):
-        def noting():
-            moved.append(self.visit.weights.clone())
-            return compute()
-
-        return super().gradient(noting)
+class _UnderClient(_Noting, FedSAMClient, SparsyFedClient):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,17 +58,18 @@ class ClientHost:
         self._validation = Split(dataset.train.inputs[held_out], dataset.train.targets[held_out], None)
         self._method = config.method
         model = build_model(config, dataset)
+        local = config.local
         settings = LocalSettings(
-            config.seed,
-            config.local.epochs,
-            config.local.batch_size,
-            config.local.weight_decay,
-            config.local.proximal,
-            config.precision,
-            config.cuda_graphs,
-            config.build_local_optimizer(),
-            config.local.clip_norm,
-            config.local.lr_final if config.local.lr_schedule == "cosine_visit" else None,
+            seed=config.seed,
+            epochs=local.epochs,
+            batch_size=local.batch_size,
+            weight_decay=local.weight_decay,
+            proximal=local.proximal,
+            precision=config.precision,
+            cuda_graphs=config.cuda_graphs,
+            optimizer=config.build_local_optimizer(),
+            clip_norm=local.clip_norm,
+            lr_end=local.lr_final if local.lr_schedule == "cosine_visit" else None,
         )
         self._trainer = Trainer(
             model, self._method, settings, dataset.train, self._device, config.build_objective()
@@ -169,10 +170,8 @@ class ClientHost:
             self._skip(error, client, evaluated, "evaluation")
             return None
         layout = self._trainer.layout
-        weights, received = (
-            torch.from_numpy(trained.values.copy()),
-            torch.from_numpy(broadcast.weights.copy()),
-        )
+        weights = torch.from_numpy(trained.values.copy())
+        received = torch.from_numpy(broadcast.weights.copy())
         if self._method.uploads_differences:
             weights[: layout.trained_size] += received[: layout.trained_size]
         kept = {name: torch.from_numpy(array) for name, array in trained.kept.items()}

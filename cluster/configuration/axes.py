@@ -51,9 +51,16 @@ def points(source: object, tree: Mapping[str, Any], overrides: Sequence[str] = (
             axes[key] = _narrowed(source, key, axes[key], value)
             continue
         for axis, values in axes.items():
-            set_here = {leaf for _, piece in _pieces(axis, values) for leaf in _leaves(piece)}
-            if any(leaf == key or leaf.startswith(f"{key}.") for leaf in set_here):
-                raise ConfigError(f"{source}: {override}: the grid itself varies {axis}; write {axis}=...")
+            setting = [
+                name
+                for name, piece in _pieces(axis, values)
+                if any(leaf == key or leaf.startswith(f"{key}.") for leaf in _leaves(piece))
+            ]
+            if setting:
+                raise ConfigError(
+                    f"{source}: {override}: the grid itself varies {axis}; write {axis}=... to choose, or "
+                    f"write a grid of your own: here {key} is set by {', '.join(setting)}"
+                )
         if _section_of(key):
             # Not on the base: a piece with another choice would drop it again, in silence.
             of_choices[key] = override

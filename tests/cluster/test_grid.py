@@ -137,7 +137,7 @@ def test_a_file_extends_several_in_their_order(tmp_path):
             r"algorithm.name=topk: the grid itself varies algorithm; write algorithm=",
         ),
         (GRID, ["algorithm.beta=2"], "the grid itself varies algorithm"),
-        (LABELLED, ["local.lr=1"], "the grid itself varies method"),
+        (LABELLED, ["local.lr=1"], r"the grid itself varies method; .* here local.lr is set by "),
         (LABELLED, ["local={lr: 1}"], "the grid itself varies method"),
         (LABELLED, ["method=zeroflo"], r"method=zeroflo: it has dense, zerofl, topk; did you mean zerofl\?"),
         (f"{BASE}\ngrid: {{seed: 3}}", [], r"grid.seed: expected a list of values .* found 3"),

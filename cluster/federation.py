@@ -18,7 +18,7 @@ from cluster.configuration.choices import build_choice
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, HostSetup
 from cluster.flops import LayerFlops, count_activations
-from cluster.references import UserError, default_cache
+from cluster.references import DataError, UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload import models
@@ -77,6 +77,7 @@ class Federation:
         dataset = open_dataset(prepare(**prepare_arguments(config)))
         objective = config.build_objective()
         objective.count(dataset)  # data of another kind is told before anything is made of it
+        _check_augmentation(config, dataset)
         labels = _labels(objective, dataset)
         kept, validation = stratified_split(labels, config.data.validation, config.partition_seed)
         periods = []
@@ -222,6 +223,25 @@ def _labels(objective: Objective, dataset: Dataset) -> np.ndarray:
     return targets if objective.by_class else np.zeros(len(targets), np.int64)
 
 
+def _check_augmentation(config: Config, dataset: Dataset) -> None:
+    """Only images can be cropped and mirrored, and of a crop something of the image has to be left.
+
+    Raises:
+        DataError: Naming the key, what was found and what is allowed.
+    """
+    augment, shape = config.local.augment, dataset.input_shape
+    if (augment.crop or augment.flip) and len(shape) != 3:
+        raise DataError(
+            f"local.augment: crop {augment.crop}, flip {str(augment.flip).lower()}, but samples of data.name "
+            f"= {dataset.name!r} have shape {list(shape)}; allowed are images [channels, height, width]"
+        )
+    if augment.crop and augment.crop >= min(shape[1:]):
+        raise DataError(
+            f"local.augment.crop: {augment.crop} pixels around images of {shape[1]}x{shape[2]}; allowed are "
+            f"fewer than {min(shape[1:])}"
+        )
+
+
 def prepare_arguments(config: Config) -> dict[str, Any]:
     """What ``prepare`` needs to decode the data set on a node."""
     data = config.data
@@ -233,6 +253,7 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "label_column": data.label_column,
         "text_column": data.text_column,
         "group_column": data.group_column,
+        "image_size": data.image_size,
         # A path stands instead of the hub, also where a preset names a revision of it.
         "revision": None if data.path else data.revision,
         "data_dir": None if data.path else data.data_dir,

@@ -22,6 +22,7 @@ Purpose = Literal[
     "dropout",
     "evaluation",
     "sampler",
+    "augmentation",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

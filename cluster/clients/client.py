@@ -70,6 +70,8 @@ class ClientHost:
             optimizer=config.build_local_optimizer(),
             clip_norm=local.clip_norm,
             lr_end=local.lr_final if local.lr_schedule == "cosine_visit" else None,
+            crop=local.augment.crop,
+            flip=local.augment.flip,
         )
         self._trainer = Trainer(
             model, self._method, settings, dataset.train, self._device, config.build_objective()

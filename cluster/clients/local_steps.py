@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class LocalSettings:
     optimizer: LocalOptimizer = field(default_factory=Sgd)
     clip_norm: float | None = None
     lr_end: float | None = None  # of a cosine inside each visit
+    crop: int = 0
+    flip: bool = False
 
     def rate(self, lr: float, step: int, steps: int) -> float:
         """Learning rate of a step, from 0, of a visit in a round whose rate is ``lr``."""
@@ -51,6 +54,7 @@ class LocalSteps:
         meter: Bills what a method runs through the model by itself.
         order: The client's stream of batches.
         bill: Takes note of every pass.
+        change: What the inputs of a step's batch are changed to, by the number of the step.
     """
 
     def __init__(
@@ -62,10 +66,12 @@ class LocalSteps:
         meter: Meter,
         order: np.random.Generator,
         bill: Bill,
+        change: Callable[..., Tensor] | None = None,
     ) -> None:
         self._settings, self._passes, self._compute = settings, passes, compute
         self._module, self._meter = module, meter
         self._order, self._bill = order, bill
+        self._change = change
 
     def batches(self, visit: Visit) -> Iterator[Tensor]:
         """Rows of each planned batch, int64[batch]: the client's data in a new order every epoch."""
@@ -88,7 +94,8 @@ class LocalSteps:
         """See :class:`Visit`."""
         self._bill.step(len(visit.chosen))
         self._meter.paused = True
-        loss = self._passes.run(visit.inputs, visit.targets, visit.chosen)
+        change = None if self._change is None else partial(self._change, step=visit.step)
+        loss = self._passes.run(visit.inputs, visit.targets, visit.chosen, change)
         self._meter.paused = False
         return loss
 

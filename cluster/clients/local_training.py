@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from algorithms import Algorithm, Client, ParameterLayout, Visit
 from algorithms.core.layers import pruned_layers
 from algorithms.core.masks import count_beyond, nonzero_mask
 from cluster import seeding
+from cluster.clients.augmentation import Augmentation
 from cluster.clients.billing import Bill
 from cluster.clients.local_steps import LocalSettings, LocalSteps, layer_density
 from cluster.clients.meter import Meter
@@ -97,6 +99,7 @@ class Trainer:
         layout.bind(self.module, self._model)
         self._parameters = layout.parameters(self.module)
         self._passes = self._choose_passes(settings, device.type)
+        self._augmentation = Augmentation.of(settings.crop, settings.flip, train.inputs.dtype)
         self._loaded: weakref.ref[Broadcast] | None = None
         # Integer buffers (BatchNorm's counter) are restored at each start and never averaged.
         self._counters = {
@@ -160,7 +163,13 @@ class Trainer:
             self.module.train()
         bill = Bill(self.flops)
         order = seeding.generator(stream[0], "batches", *stream[1:])
-        steps = LocalSteps(settings, self._passes, self._compute, self.module, self._meter, order, bill)
+        change = None
+        if self._augmentation is not None:
+            key = seeding.integer(stream[0], "augmentation", *stream[1:])
+            change = partial(self._augmentation.apply, key=key)
+        steps = LocalSteps(
+            settings, self._passes, self._compute, self.module, self._meter, order, bill, change
+        )
         inputs, targets = self._data.of(rows)
         an_epoch = -(-len(rows) // settings.batch_size)
         planned = instructions.local_steps(len(rows), settings.batch_size, settings.epochs)

@@ -22,6 +22,9 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 #: Computes the loss of (inputs, targets) and leaves the gradient in the flat vector.
 Compute = Callable[[Tensor, Tensor], Tensor]
 
+#: What a batch's inputs are changed to before a pass; it may launch other work every time.
+Change = Callable[[Tensor], Tensor]
+
 #: Records what a function launches, without running it, and returns what runs it.
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -36,13 +39,14 @@ class CaptureError(RuntimeError):
 class Passes(Protocol):
     """Runs the pass of one local step."""
 
-    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor, change: Change | None = None) -> Tensor:
         """Loss of ``inputs[chosen]``, a scalar that the next pass may overwrite; the gradient is in place.
 
         Args:
             inputs: A client's model inputs, [n_i, ...].
             targets: Its targets, [n_i, ...].
             chosen: Rows of the batch, int64[batch].
+            change: What the batch's inputs are changed to; None leaves them.
         """
         ...
 
@@ -53,9 +57,10 @@ class EagerPasses:
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
 
-    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor, change: Change | None = None) -> Tensor:
         """See :class:`Passes`."""
-        return self._compute(inputs[chosen], targets[chosen])
+        batch = inputs[chosen]
+        return self._compute(batch if change is None else change(batch), targets[chosen])
 
 
 @dataclass
@@ -88,7 +93,7 @@ class GraphPasses:
         self._capture = capture or cuda_graphs()
         self._recordings: dict[Sequence[Any], _Recording] = {}
 
-    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, chosen: Tensor, change: Change | None = None) -> Tensor:
         """See :class:`Passes`."""
         kind = (len(chosen), tuple((pruning.draws, pruning.density) for pruning in self._prunings))
         recording = self._recordings.get(kind)
@@ -100,6 +105,8 @@ class GraphPasses:
             self._recordings[kind] = recording
         torch.index_select(inputs, 0, chosen, out=recording.inputs)
         torch.index_select(targets, 0, chosen, out=recording.targets)
+        if change is not None:
+            recording.inputs.copy_(change(recording.inputs))
         if recording.replay is None:
             if recording.warm < WARM_UP:
                 recording.warm += 1

@@ -114,6 +114,9 @@ class DataSection(Section):
     )
     length: int | None = Field(None, ge=1, description="tokens of a sample of text; default 64")
     group_column: str | None = Field(None, description="column that the natural partition groups by")
+    image_size: int | None = Field(
+        None, ge=1, description="pixels a side: images are resized by their shorter side, the centre is kept"
+    )
     revision: str | None = Field(None, description="revision of the hub repository")
     data_dir: str | None = Field(None, description="folder of the hub repository that holds the files")
     train_split: str = Field("train", description="name of the training split")
@@ -151,6 +154,15 @@ class OptimizerChoice(Choice):
     name: str = "sgd"
 
 
+class AugmentSection(Section):
+    """How images are changed at random in training, anew in every step."""
+
+    crop: int = Field(
+        0, ge=0, description="pixels of black around an image, out of which its own size is cut at random"
+    )
+    flip: bool = Field(False, description="mirror half of the images, left to right")
+
+
 class LocalSection(Section):
     """Local training: SGD or AdamW, fresh each visit."""
 
@@ -170,6 +182,7 @@ class LocalSection(Section):
     )
     weight_decay: float = Field(0.0, ge=0.0, description="L2 in the gradient; with adamw decoupled")
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
+    augment: AugmentSection = AugmentSection()
 
     def problems(self) -> list[str]:
         """What is wrong with the schedule of the learning rate."""

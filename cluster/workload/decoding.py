@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from cluster.workload.tables import (
     parquet_table,
 )
 from cluster.workload.text import TextForm, write_tables
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 USUAL_IMAGE_COLUMNS = ("image", "img", "audio")
 USUAL_LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -54,12 +57,14 @@ class Wanted:
         features: What clips become, a key of `audio.FEATURES`; None for `logmel`.
         exclude_classes: Classes whose rows are left out.
         text: What the texts become, where text is what is asked for.
+        image_size: Pixels a side that every image is brought to; None where all have one size.
     """
 
     columns: Mapping[str, str | None]
     features: str | None = None
     exclude_classes: Sequence[str] = ()
     text: TextForm | None = None
+    image_size: int | None = None
 
 
 def decode_parquet(folder: Path, wanted: Wanted, *, files: list[list[Path]]) -> dict[str, Any]:
@@ -151,6 +156,11 @@ def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> d
     content = first.get("bytes") if isinstance(first, dict) else first
     kind = train.features.get(image_column, {}).get("_type")
     if kind == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
+        if wanted.image_size is not None:
+            raise DataError(
+                f"data.image_size = {wanted.image_size} has no meaning for the clips in column "
+                f"{image_column!r} of {train.place}: leave it out"
+            )
         outside = names["outside"]
         return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel", outside)
     if wanted.features is not None:
@@ -158,7 +168,7 @@ def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> d
             f"data.features = {wanted.features!r} has no meaning for the images in column {image_column!r} "
             f"of {train.place}: leave it out"
         )
-    _decode_pictures(folder, tables, image_column, names["outside"])
+    _decode_pictures(folder, tables, image_column, wanted.image_size, names["outside"])
     return names
 
 
@@ -219,13 +229,16 @@ def _decode_clips(
     return {"features": {"name": features, "mean": mean, "deviation": deviation}}
 
 
-def _decode_pictures(folder: Path, tables: Mapping[str, Table], column: str, outside: Outside) -> None:
+def _decode_pictures(
+    folder: Path, tables: Mapping[str, Table], column: str, side: int | None, outside: Outside
+) -> None:
     """Write every image, uint8 [N, C, H, W], grey if all of them are."""
     for channels in (1, 3):
         size: tuple[int, int] | None = None
         try:
             for split, table in tables.items():
-                size = _decode_images(folder / f"{split}-images.npy", table, column, channels, size, outside)
+                path = folder / f"{split}-images.npy"
+                size = _decode_images(path, table, column, channels, size, side, outside)
             return
         except _ColourFound:  # at the first image of nearly every colour data set
             continue
@@ -237,6 +250,7 @@ def _decode_images(
     column: str,
     channels: int,
     size: tuple[int, int] | None,
+    side: int | None,
     outside: Outside,
 ) -> tuple[int, int]:
     """Decode a column into uint8 [N, channels, H, W] at `path`.
@@ -247,6 +261,7 @@ def _decode_images(
         column: Its images: structs with `bytes` or `path`, or plain bytes.
         channels: 1 for grey or 3 for colour.
         size: (width, height) that every image must have; None lets the first image decide.
+        side: Pixels a side that it is brought to; None where it has that size by itself.
         outside: Files that were read beside the table; added to.
 
     Returns:
@@ -279,19 +294,38 @@ def _decode_images(
             raise DataError(f"{place} has {frames} frames; allowed are still images")
         if channels == 1 and image.mode not in ("L", "1"):
             raise _ColourFound
-        size = image.size if size is None else size
-        if image.size != size:
+        mode = "L" if channels == 1 else "RGB"
+        shown: Picture = image if image.mode == mode else image.convert(mode)
+        if side is not None:
+            shown = _resized(shown, side)
+        size = shown.size if size is None else size
+        if shown.size != size:
             raise DataError(
-                f"{place} is {image.width}x{image.height} pixels, those before it {size[0]}x{size[1]}; "
-                f"all images must share one size"
+                f"{place} is {shown.width}x{shown.height} pixels, those before it {size[0]}x{size[1]}; "
+                f"bring all images to one size with data.image_size={min(size)}"
             )
         if pixels is None:
             shape = (table.rows, channels, size[1], size[0])
             pixels = cache.new_array(path, np.uint8, shape)
-        mode = "L" if channels == 1 else "RGB"
-        decoded = np.asarray(image if image.mode == mode else image.convert(mode))
+        decoded = np.asarray(shown)
         pixels[row] = decoded if channels == 1 else decoded.transpose(2, 0, 1)
     assert pixels is not None, "the caller has refused a split without rows"
     assert size is not None
     pixels.flush()
     return size
+
+
+def _resized(image: "Picture", side: int) -> "Picture":
+    """The shorter side as long as ``side``, bilinear with antialiasing, and of the longer one the middle.
+
+    What torchvision's ``Resize(side)`` and ``CenterCrop(side)`` do with an image.
+    """
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    shorter = min(width, height)
+    if shorter != side:
+        width, height = side * width // shorter, side * height // shorter
+        image = image.resize((width, height), Resampling.BILINEAR)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))

@@ -31,6 +31,7 @@ def prepare(
     label_column: str | None = None,
     text_column: str | None = None,
     group_column: str | None = None,
+    image_size: int | None = None,
     revision: str | None = None,
     data_dir: str | None = None,
     train_split: str = "train",
@@ -62,6 +63,7 @@ def prepare(
         label_column: Column of integer or text labels; inferred likewise.
         text_column: Column of texts; inferred likewise.
         group_column: Column whose values (writer, speaker, device) define the natural partition.
+        image_size: Pixels a side of every image; None where they have one size already.
         revision: Branch, tag or commit of the hub repository.
         data_dir: Folder of the hub repository that holds the files, where it has several data sets.
         train_split: Split, or prefix of the local files, to train on.
@@ -81,6 +83,8 @@ def prepare(
     asked: dict[str, Any] = {"format": FORMAT_VERSION, "name": name, "revision": revision, **columns}
     asked |= {"train_split": train_split, "test_split": test_split, "data_dir": data_dir}
     asked |= {"features": features, "exclude_classes": list(exclude_classes)}
+    if image_size is not None:  # no prepared data set of an earlier version gets another name
+        asked |= {"image_size": image_size}
     text = None
     if takes_text or text_column is not None or (path is None and name == TINY_TEXT):
         text = TextForm(text_column, tokenizer or DEFAULT_TOKENIZER, length or DEFAULT_LENGTH)
@@ -88,6 +92,7 @@ def prepare(
     elsewhere: dict[str, Any] = {"tokenizer": tokenizer, "length": length}
     if text is not None:
         elsewhere = {**columns, "features": features, "exclude_classes": list(exclude_classes) or None}
+        elsewhere |= {"image_size": image_size}
         del elsewhere["group_column"]
     for key, value in elsewhere.items():
         if value is not None:
@@ -100,6 +105,7 @@ def prepare(
         "revision": revision,
         "data_dir": data_dir,
         "features": features,
+        "image_size": image_size,
     }
     for key, value in {**of_tables, "exclude_classes": list(exclude_classes) or None}.items():
         if generated and value is not None:
@@ -140,7 +146,7 @@ def prepare(
 
     from cluster.workload import decoding
 
-    wanted = decoding.Wanted(columns, features, exclude_classes, text)
+    wanted = decoding.Wanted(columns, features, exclude_classes, text, image_size)
     if path is not None:
         files = [parquet_files(Path(path), split) for split in (train_split, test_split)]
         try:

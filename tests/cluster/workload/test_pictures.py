@@ -120,3 +120,82 @@ def test_grey_with_transparency_is_colour_of_equal_channels(tmp_path):
 def test_files_that_cannot_be_used_are_refused_by_their_row(tmp_path, content, match):
     with pytest.raises(DataError, match="^image 0 in column 'image' of .*train.*parquet " + match):
         decoded(tmp_path, content)
+
+
+# --- one size
+
+
+def of_sizes(tmp_path, shapes, size):
+    pixels = [pictures(1, shape, seed)[0] for seed, shape in enumerate(shapes)]
+    write_split(tmp_path / "set", "train", [encoded(each) for each in pixels], [0] * len(pixels))
+    write_split(tmp_path / "set", "test", [encoded(pixels[0])], [0])
+    where = {"path": str(tmp_path / "set"), "cache_dir": tmp_path / "cache"}
+    return pixels, prepare(name="mine", image_size=size, **where)
+
+
+def test_images_of_any_size_come_to_one(tmp_path):
+    """Against plain loops: the triangle filter as wide as a pixel of the result, then the middle."""
+    shapes = [(12, 8, 3), (8, 12, 3), (4, 7, 3), (9, 6, 3), (4, 4, 3)]
+    pixels, folder = of_sizes(tmp_path, shapes, 4)
+    found = open_dataset(folder).train.inputs
+    assert found.shape == (5, 3, 4, 4)
+
+    def resampled(line, length):
+        scale = len(line) / length
+        wide = max(scale, 1.0)
+        values = []
+        for place in range(length):
+            centre = (place + 0.5) * scale
+            weights = [max(0.0, 1 - abs((at + 0.5 - centre) / wide)) for at in range(len(line))]
+            values.append(sum(w * v for w, v in zip(weights, line, strict=True)) / sum(weights))
+        return np.array(values)
+
+    for image, one in zip(pixels, found, strict=True):
+        height, width = image.shape[:2]
+        high, wide = 4 * height // min(height, width), 4 * width // min(height, width)
+        across = np.array([resampled(row, wide) for row in image.astype(float)])
+        both = np.array([resampled(column, high) for column in across.transpose(1, 0, 2)]).transpose(1, 0, 2)
+        top, left = round((high - 4) / 2), round((wide - 4) / 2)
+        expected = both[top : top + 4, left : left + 4].transpose(2, 0, 1)
+        assert np.abs(one - expected).max() <= 1.01  # whole numbers, rounded twice
+    np.testing.assert_array_equal(found[4], pixels[4].transpose(2, 0, 1))  # what has the size is left alone
+
+
+def test_grey_and_palettes_are_resized_as_what_they_show(tmp_path):
+    _, folder = of_sizes(tmp_path, [(8, 6), (6, 8)], 3)
+    assert open_dataset(folder).train.inputs.shape == (2, 1, 3, 3)
+    palette = saved(Image.fromarray(np.full((6, 6, 3), (204, 0, 51), np.uint8)).convert("P"))
+    for split in ("train", "test"):
+        write_split(tmp_path / "palette", split, [palette], [0])
+    folder = prepare(name="mine", path=str(tmp_path / "palette"), image_size=4, cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(open_dataset(folder).train.inputs[0], COLOUR.transpose(2, 0, 1))
+
+
+def test_the_size_is_part_of_a_prepared_data_sets_name(tmp_path):
+    shapes = [(6, 6, 3), (6, 6, 3)]
+    _, four = of_sizes(tmp_path, shapes, 4)
+    _, five = of_sizes(tmp_path, shapes, 5)
+    _, plain = of_sizes(tmp_path, shapes, None)
+    assert len({four, five, plain}) == 3
+    assert [open_dataset(each).input_shape for each in (four, five, plain)] == [
+        (3, 4, 4),
+        (3, 5, 5),
+        (3, 6, 6),
+    ]
+
+
+def test_unequal_sizes_name_the_key_that_helps(tmp_path):
+    with pytest.raises(DataError, match=r"image 1 .* is 6x8 pixels, .* 8x9; .*with data\.image_size=8$"):
+        of_sizes(tmp_path, [(9, 8, 3), (8, 6, 3)], None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"name": "digits"}, "data.image_size = 4 has no meaning for data.name = 'digits': leave it out"),
+        ({"name": "tiny_text"}, "data.image_size = 4 has no meaning for text: leave it out"),
+    ],
+)
+def test_what_has_no_size_to_change(tmp_path, asked, match):
+    with pytest.raises(DataError, match=match):
+        prepare(**asked, image_size=4, cache_dir=tmp_path)

@@ -36,6 +36,8 @@ class FedEFClient(Client):
         visit.prunable.add_(self.residual, alpha=1.0 - self.method.step_ahead)
         whole = visit.prunable.clone()
         support = cut_globally(visit.prunable, visit.keep, visit.layout.prunable, guard=False)
+        if self.method.after_loss == "restore":
+            visit.kept_if_late["residual"] = whole.clone()
         visit.kept["residual"] = whole.masked_fill_(support, 0.0)
         return support
 
@@ -44,8 +46,9 @@ class FedEFClient(Client):
 class FedEF(Algorithm):
     """Top-K of differences with a residual: nothing that a cut drops is lost, it arrives later.
 
-    Biases, norms and buffers travel dense, and leave no residual. A late client has sent all the
-    same: its residual is what the cut left; of a refused update, what waited goes on waiting.
+    Biases, norms and buffers travel dense, and leave no residual. After a late update the residual is what
+    ``after_loss`` says. A refused update has no trace: what waited goes on waiting, as an update that is too
+    large or no number would be refused again. A device that drops out has not trained.
     """
 
     name = "fedef"
@@ -78,6 +81,12 @@ class FedEF(Algorithm):
     )
     residual_decay: float = hyperparameter(
         1.0, "what a residual is multiplied by at the client's next visit", low=0.0, high=1.0
+    )
+    after_loss: str = hyperparameter(
+        "keep",
+        "what waits after a late update: what the cut left, as if it had arrived (`keep`), or all of it, as "
+        "the device is told (`restore`)",
+        choices=("keep", "restore"),
     )
 
     @property

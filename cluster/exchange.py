@@ -67,7 +67,8 @@ class ClientReport:
 
     ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
     are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
-    it sent nothing, and ``refused`` says why. ``kept`` is what the client keeps for its next visit.
+    it sent nothing, and ``refused`` says why. ``kept`` is what the client keeps for its next visit, and
+    ``kept_if_late``, where it is not empty, what it keeps instead if its update is late.
     """
 
     client: int
@@ -84,6 +85,7 @@ class ClientReport:
     message: bytes | None = None
     skipped: bool = False
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept_if_late: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:

@@ -109,6 +109,8 @@ class Visit:
         lr_sum: Sum of their learning rates.
         kept: What the client keeps from visit to visit, by name, each float32 of the declared size; empty
             before its first. What stands here at the end is kept.
+        kept_if_late: What the client keeps instead where its update comes too late and is left out; empty
+            where that makes no difference to it.
         moments: The local optimizer's, each float32[trained]: 0 at the start of the visit.
         measures: The method's own numbers, as (sum, weight).
     """
@@ -135,6 +137,7 @@ class Visit:
     step: int = 0
     lr_sum: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    kept_if_late: dict[str, Tensor] = field(default_factory=dict)
     moments: tuple[Tensor, ...] = ()
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
 

@@ -258,6 +258,7 @@ class ClientHost:
             folded=here and not late and refused is None,
             message=None if here or late else posted.message,
             kept=trained.kept,
+            kept_if_late=trained.kept_if_late,
         )
 
     def _failed(self, broadcast: Broadcast, assignment: Assignment, reason: str) -> ClientReport:

@@ -46,12 +46,14 @@ class Trained:
         support: bool[prunable], or None for all of it.
         measured: What was measured.
         kept: What the client keeps for its next visit, float32 arrays by name.
+        kept_if_late: What it keeps instead where its update is late, if that differs.
     """
 
     values: np.ndarray
     support: np.ndarray | None
     measured: Measured
     kept: dict[str, np.ndarray]
+    kept_if_late: dict[str, np.ndarray]
 
 
 class Trainer:
@@ -240,7 +242,8 @@ class Trainer:
                 flops_sparse=bill.sparse(client_half, received, density_trained, activations),
                 own={name: (float(total), weight) for name, (total, weight) in visit.measures.items()},
             ),
-            kept=self._kept(visit),
+            kept=self._kept(visit.kept),
+            kept_if_late=self._kept(visit.kept_if_late),
         )
 
     def _check_least_passes(self, visit: Visit, bill: Bill) -> None:
@@ -252,10 +255,10 @@ class Trainer:
                 f"{planned} samples; this visit made {bill.dense() / self.flops.dense(planned):.3g}"
             )
 
-    def _kept(self, visit: Visit) -> dict[str, np.ndarray]:
-        """What the client keeps, as it was declared."""
+    def _kept(self, kept: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """What a client keeps, as it was declared."""
         declared = self.method.keeps(self.layout)
-        for name, tensor in visit.kept.items():
+        for name, tensor in kept.items():
             if declared.get(name) != tensor.numel() or tensor.dtype != torch.float32:
                 allowed = (
                     ", ".join(f"{own} of {size:,} floats" for own, size in declared.items()) or "nothing"
@@ -264,7 +267,7 @@ class Trainer:
                     f"visit.kept[{name!r}] holds {tensor.numel():,} values of {tensor.dtype}; "
                     f"{type(self.method).__name__}.keeps declares {allowed}"
                 )
-        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in visit.kept.items()}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in kept.items()}
 
     def evaluate(self, effective: np.ndarray, split: Split, start: int, stop: int) -> Sums:
         """What the objective adds up of the plain module on ``split[start:stop]``, which is not empty.

@@ -129,8 +129,8 @@ KINDS: dict[str, Kind] = {
         ("weights",),
     ),
     "data": Kind(
-        "the data set: digits, diabetes, breast_cancer, tiny_text, a hub repository owner/name, or "
-        "module:attribute of your own",
+        "the data set: digits, diabetes, breast_cancer, tiny_text, fedht_simulation, a hub repository "
+        "owner/name, or module:attribute of your own",
         "",
         {},
         shared=("validation", "cache"),

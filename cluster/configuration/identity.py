@@ -38,6 +38,7 @@ _PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 _ADDED = {
     "aggregation.name": "mean",
     "aggregation.weighting": None,
+    "algorithm.after_loss": "keep",
     "algorithm.cut_received": False,
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",

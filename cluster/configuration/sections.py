@@ -102,8 +102,8 @@ class DataSection(Section):
 
     name: str = Field(
         "digits",
-        description="digits, diabetes, breast_cancer, tiny_text, a Hugging Face repository, or "
-        "module:attribute of your own",
+        description="digits, diabetes, breast_cancer, tiny_text, fedht_simulation, a Hugging Face "
+        "repository, or module:attribute of your own",
     )
     path: str | None = Field(None, description="local folder of parquet files instead of the hub")
     image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")

@@ -43,10 +43,11 @@ class Kept:
         rest = []
         for report in reports:
             if report.kept and (report.accepted or (report.late and self._late)):
+                kept = report.kept_if_late if report.late and report.kept_if_late else report.kept
                 # Copies: the arrays may lie in the object store, with those of others.
-                arrays = {name: array.copy() for name, array in report.kept.items()}
+                arrays = {name: array.copy() for name, array in kept.items()}
                 changed[report.client] = KeptState(round_number, arrays)
-            rest.append(replace(report, kept={}) if report.kept else report)
+            rest.append(replace(report, kept={}, kept_if_late={}) if report.kept else report)
         if changed:
             self.states = {**self.states, **changed}
         return rest

@@ -14,11 +14,12 @@ from cluster.references import DataError, did_you_mean
 from cluster.workload import cache
 from cluster.workload.embedded import TABLES, write_table
 from cluster.workload.shards import parquet_files
+from cluster.workload.simulated import SIMULATION, write_simulation
 from cluster.workload.text import DEFAULT_LENGTH, DEFAULT_TOKENIZER, Documents, TextForm, write_text
 
 TINY_TEXT = "tiny_text"
 #: What needs no download.
-EMBEDDED = ("digits", *TABLES, TINY_TEXT)
+EMBEDDED = ("digits", *TABLES, TINY_TEXT, SIMULATION)
 
 FORMAT_VERSION = 2  # part of every fingerprint: raise it when the arrays written below change
 
@@ -139,6 +140,8 @@ def prepare(
             return ensure(None, lambda folder: Arrays.digits().write(folder))
         if name in TABLES:
             return ensure(None, lambda folder: write_table(name, folder))
+        if name == SIMULATION:
+            return ensure(None, write_simulation)
         # One process of a node at a time holds the arrays, whose hash is only known when they are there.
         with cache.locked(cache_dir / _file_name(name)):
             arrays = Arrays.returned_by(name)

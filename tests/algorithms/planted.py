@@ -1,4 +1,4 @@
-"""Clients whose gradients are written down: what a method makes of them, with two weights and no data."""
+"""Clients whose gradients are written down: what a method makes of them, with a few weights and no data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
 
-#: The gradient of a client's loss at its weights, float32[2].
+#: The gradient of a client's loss at its weights, float32[weights].
 Slope = Callable[[Tensor], Tensor]
 
 
@@ -23,11 +23,11 @@ class Round:
     """What a round left: what was sent and is kept, by client; the server's state.
 
     Attributes:
-        sent: float lists of two, the weights.
+        sent: lists of the weights.
         kept: Arrays as lists, by name, of every client.
         state: The server's state.
         carried: What is carried, by name.
-        weights: The model's two weights.
+        weights: The model's weights.
     """
 
     sent: list[list[float]]
@@ -44,8 +44,9 @@ def rounds(
     lr: float = 1.0,
     steps: int = 1,
     kept: Mapping[int, Mapping[str, Sequence[float]]] | None = None,
+    size: int = 2,
 ) -> list[Round]:
-    """Train two weights from 0, one cohort of clients a round; what each client sends weighs the same."""
+    """Train so many weights from 0, one cohort of clients a round; what each client sends weighs the same."""
 
     class Planted(method.client):
         def gradient(self, compute):
@@ -67,7 +68,7 @@ def rounds(
     clients = len(slopes)
     data = Split(np.ones((clients, 1), np.float32), np.arange(clients), None)
     settings = LocalSettings(0, steps, 1, 0.0, 0.0)
-    trainer = Trainer(nn.Linear(1, 2, bias=False), own, settings, data, torch.device("cpu"))
+    trainer = Trainer(nn.Linear(1, size, bias=False), own, settings, data, torch.device("cpu"))
     layout = trainer.layout
     state = own.initial_state(torch.zeros(layout.size), layout, np.random.default_rng(0))
     states = [
@@ -82,7 +83,7 @@ def rounds(
         total, sent = own.zero(grid, layout), []
         for client in cohort:
             trained = trainer.visit(client, np.array([client]), own.sparsity, broadcast, states[client])
-            sent.append(trained.values[:2].tolist())
+            sent.append(trained.values[:size].tolist())
             states[client] = trained.kept
             total.fold(client, trained.values[: layout.up_size], trained.support, 1, layout)
         state = own.advance(state, total, ServerOptimizer(), layout, len(cohort) / clients)
@@ -93,7 +94,7 @@ def rounds(
                 [{name: array.tolist() for name, array in own.items()} for own in states],
                 state,
                 {name: array.tolist() for name, array in carried.items()},
-                state.weights[:2].tolist(),
+                state.weights[:size].tolist(),
             )
         )
     return found

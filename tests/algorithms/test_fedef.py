@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from algorithms.fedef import FedEF, FedEFClient
+from cluster.clients.client import ClientHost
 from cluster.transport.uplink import Uplink
 from tests.algorithms.planted import rounds
 from tests.tiny_experiment import run_inline, tiny_federation
@@ -63,11 +64,31 @@ def test_a_mean_over_those_that_sent_a_weight_by_hand():
     assert masked.weights == near([3.0, -4.0])
 
 
-@pytest.mark.parametrize("refusing", [False, True])
-def test_all_that_was_sent_and_what_waits_are_all_updates(cache, tmp_path, monkeypatch, refusing):
-    """For every client, but for one rounding a visit; a visit whose update is refused never happened."""
-    finish, fold = FedEFClient.finish, Uplink.fold
-    last, moved, sent = {}, defaultdict(list), defaultdict(list)
+#: A third of the clients too slow to be among the first, and one in five that never answers.
+LOSING = {
+    "devices": {
+        "tiers": {
+            "a": {"share": 0.6, "dropout": 0.2},
+            "b": {"share": 0.4, "compute": 1e6, "dropout": 0.2},
+        }
+    },
+    "schedule": {"over_selection": 2.0},
+    "cohort": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("lost", "after_loss"),
+    [("nothing", "keep"), ("refused", "keep"), ("refused", "restore"), ("late", "keep"), ("late", "restore")],
+)
+def test_all_that_was_sent_and_what_waits_are_all_updates(cache, tmp_path, monkeypatch, lost, after_loss):
+    """For every client, but for one rounding a visit: what arrived and what waits is what it was moved by.
+
+    A refused visit never happened, nor one of a device that drops out. Of a late one, which nobody adds up,
+    all waits (``restore``), or what it sent is gone (``keep``).
+    """
+    finish, fold, train = FedEFClient.finish, Uplink.fold, ClientHost._train
+    last, moved, sent, arrived = {}, defaultdict(list), defaultdict(list), defaultdict(list)
 
     def noting(self):
         visit = self.visit
@@ -76,20 +97,37 @@ def test_all_that_was_sent_and_what_waits_are_all_updates(cache, tmp_path, monke
         last["sent"] = visit.prunable.double().numpy()
         return support
 
+    def training(self, broadcast, assignment):
+        trained = train(self, broadcast, assignment)
+        moved[assignment.client].append(last["moved"])
+        sent[assignment.client].append(last["sent"])
+        return trained
+
     def folding(self, total, client, *others):
-        refused = "planted" if refusing and client == 2 and len(moved[2]) % 2 else None
-        moved[client].append(0.0 * last["moved"] if refused else last["moved"])
-        sent[client].append(0.0 * last["sent"] if refused else last["sent"])
-        return refused or fold(self, total, client, *others)
+        if lost == "refused" and client == 2 and len(moved[2]) % 2:
+            moved[client].pop()
+            sent[client].pop()
+            return "planted"
+        arrived[client].append(sent[client][-1])
+        return fold(self, total, client, *others)
 
     monkeypatch.setattr(FedEFClient, "finish", noting)
+    monkeypatch.setattr(ClientHost, "_train", training)
     monkeypatch.setattr(Uplink, "fold", folding)
-    config = tiny_federation(cache, rounds=5, algorithm={"name": "fedef", "sparsity": 0.9})
+    algorithm = {"name": "fedef", "sparsity": 0.9, "after_loss": after_loss}
+    config = tiny_federation(cache, rounds=6, algorithm=algorithm, **(LOSING if lost == "late" else {}))
     run = run_inline(config, tmp_path / "run")
-    assert sum(line["clients/refused"] for line in run.lines) == refusing * (len(moved[2]) // 2)
-    for client, visits in moved.items():
-        waits = run.driver._schedule.kept.of(client)["residual"].astype(np.float64)
-        np.testing.assert_allclose(sum(sent[client]) + waits, sum(visits), atol=5e-7)
+    for name in ("refused", "late", "dropped"):
+        expected = name == lost or (name, lost) == ("dropped", "late")
+        assert (sum(line[f"clients/{name}"] for line in run.lines) > 0) == expected, name
+    states = run.driver._schedule.kept.states
+    assert states.keys() == {client for client, visits in moved.items() if visits}
+    for client, state in states.items():
+        counted = arrived if after_loss == "restore" else sent
+        waits = state.arrays["residual"].astype(np.float64)
+        np.testing.assert_allclose(sum(counted[client]) + waits, sum(moved[client]), atol=5e-7)
+    if lost == "late":
+        assert any(len(arrived[client]) < len(sent[client]) for client in moved)
 
 
 def test_a_late_client_has_sent_all_the_same(cache, tmp_path):

@@ -36,8 +36,9 @@ def test_every_hyperparameter_is_declared_with_a_meaning(declared):
         assert parameter.kind in ("float", "int", "bool", "str", "patterns"), parameter
         if parameter.kind in ("float", "int"):
             assert parameter.low is not None, parameter.name
-            assert parameter.low <= parameter.default, parameter.name
-            assert parameter.high is None or parameter.default <= parameter.high, parameter.name
+            if parameter.default is not None:
+                assert parameter.low <= parameter.default, parameter.name
+                assert parameter.high is None or parameter.default <= parameter.high, parameter.name
         if parameter.kind == "str":
             assert parameter.default in parameter.choices, parameter.name
         if parameter.search is not None and parameter.choices is None:

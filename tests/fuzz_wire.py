@@ -51,6 +51,7 @@ class Case:
     data: bytes
     shape: Shape
     held: np.ndarray | None
+    known: np.ndarray | None
     runs: list[int]  # cut positions before each one that is kept
 
 
@@ -69,15 +70,19 @@ def make_case(rng: np.random.Generator) -> Case:
     support = rng.random(prunable) < rng.choice([0.0, 0.001, 0.01, 0.1, 0.5, 1.0])
     held = [None, support.copy(), support | (rng.random(prunable) < 0.1), rng.random(prunable) < 0.3]
     kept_by = held[int(rng.integers(0, 4))]
+    values = rng.standard_normal(size).astype(np.float32)
+    other = rng.standard_normal(trained).astype(np.float32)
+    known = [None, None, values[:trained].copy(), other][int(rng.integers(0, 4))]
     data = encode(
-        rng.standard_normal(size).astype(np.float32),
+        values,
         support,
         shape,
         held=kept_by,
+        known=known,
         value_format=FORMATS[int(rng.integers(0, 4))],
     )
     runs = (np.diff(np.flatnonzero(support), prepend=-1) - 1).tolist()
-    return Case(data, shape, kept_by, runs)
+    return Case(data, shape, kept_by, known, runs)
 
 
 # ------------------------------------------------------------------------------------------------ mutations
@@ -229,11 +234,11 @@ class Receiver:
 
     def take(self, data: bytes) -> str:
         """What became of a message: "refused", "not folded" or "folded"."""
-        shape, held = self.case.shape, self.case.held
+        shape, held, known = self.case.shape, self.case.held, self.case.known
         message: Message | None
         tracemalloc.start()
         try:
-            message = decode(data, shape, held=held)
+            message = decode(data, shape, held=held, known=known)
         except WireError:
             message = None
         finally:
@@ -241,7 +246,7 @@ class Receiver:
             tracemalloc.stop()
         if asked > 40 * shape.size + 4 * len(data) + SPARE:
             raise Violation(f"reading {len(data)} bytes for {shape.size} floats took {asked} bytes")
-        expected = read_naively(data, shape, held)
+        expected = read_naively(data, shape, held, known)
         if (message is None) != (expected is None):
             raise Violation(
                 f"the product {'refuses' if message is None else 'takes'} it, the naive reader does not"

@@ -15,7 +15,7 @@ FORMATS, ITEM = ("float32", "float16", "bfloat16", "int8"), (4, 2, 2, 1)
 
 
 def read_naively(
-    data: bytes, shape: Shape, held: np.ndarray | None
+    data: bytes, shape: Shape, held: np.ndarray | None, known: np.ndarray | None
 ) -> tuple[np.ndarray, list[int] | None] | None:
     """Values and kept positions (None for all) as the format's description has them; None for no message."""
     if len(data) < HEADER:
@@ -25,7 +25,7 @@ def read_naively(
         version,
         layout,
         form,
-        reserved,
+        told,
         kept,
         prunable,
         size,
@@ -35,7 +35,9 @@ def read_naively(
         length,
         digest,
     ) = struct.unpack("<4s4B6IQI", data[:HEADER])
-    if (magic, version, reserved, length) != (b"SpFd", 2, 0, len(data)) or layout > 5 or form > 3:
+    if (magic, version, length) != (b"SpFd", 2, len(data)) or layout > 5 or form > 3 or told > 1:
+        return None
+    if told and (known is None or form):
         return None
     if checksum(data[:40] + data[HEADER:]) != digest:
         return None
@@ -44,7 +46,9 @@ def read_naively(
     where, content = data[HEADER:][:support_bytes], data[HEADER:][support_bytes:]
     if len(where) != support_bytes:
         return None
-    if leans != (checksum(_pack(held.tolist())) if layout in (1, 2) and held is not None else 0):
+    needed = _pack(held.tolist()) if layout in (1, 2) and held is not None else b""
+    needed += struct.pack(f"<{len(known)}f", *known.tolist()) if told else b""
+    if leans != (checksum(needed) if told or (layout in (1, 2) and held is not None) else 0):
         return None
     positions = _positions(LAYOUTS[layout], where, kept, prunable, held)
     if positions == "wrong":
@@ -52,6 +56,8 @@ def read_naively(
     sent = [*(range(prunable) if positions is None else positions), *range(prunable, shape.trained)]
     if len(sent) - (shape.trained - prunable) != kept:
         return None
+    if told:
+        content = b"".join(struct.pack("<f", known[place]) for place in sent) + content
     values = _values(content, form, sent, shape)
     return None if values is None else (values, positions)
 

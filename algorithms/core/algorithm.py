@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from algorithms.core.aggregation import Grid, Total
 from algorithms.core.client import Client, Instructions
-from algorithms.core.masks import cut_to_top_k
+from algorithms.core.masks import cut_to_top_k, nonzero_mask
 from algorithms.core.parameters import Carried, ParameterLayout
 from algorithms.core.server_optimizers import ServerOptimizer
 
@@ -218,6 +218,24 @@ class Algorithm:
     def keeps(self, layout: ParameterLayout) -> Mapping[str, int]:
         """Floats that a client keeps between its visits, by name and number: ``visit.kept``."""
         return {}
+
+    def known(self, weights: Tensor, layout: ParameterLayout) -> Tensor | None:
+        """Values that the receiver of an update can work out from w_t, float32[trained]; None for none.
+
+        A message whose trained values equal them where it has any is its support alone: none travel.
+
+        Args:
+            weights: w_t as the client received it, float32[size].
+            layout: The model's layout.
+        """
+        return None
+
+    def nonzeros(self, weights: Tensor, layout: ParameterLayout) -> Tensor:
+        """The prunable weights that the plain module has, bool[prunable]: what mask metrics compare.
+
+        Override it where ``weights``, float32[trained] at least, are not 0 where the module's are.
+        """
+        return nonzero_mask(weights[: layout.prunable_size])
 
     def problems(self, config: Any) -> Iterator[str]:
         """Settings that the method refuses: a sentence each, which names key and value.

@@ -26,6 +26,7 @@ from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
 from cluster.transport.uplink import Uplink
 from cluster.workload.datasets import Split, open_dataset
+from cluster.workload.inputs import from_read_only
 from cluster.workload.objectives import Sums
 
 _logger = logging.getLogger("sparsyfed.client")
@@ -86,6 +87,7 @@ class ClientHost:
         self._total: Total | None = None
         self._round = -1
         self._broadcast: Broadcast | None = None
+        self._known: np.ndarray | None = None  # what updates of it need not hold
 
     def play(self, broadcast: Broadcast, assignments: Sequence[Assignment]) -> list[ClientReport]:
         """Play each client and fold its decoded update into this host's partial total of the round.
@@ -187,6 +189,8 @@ class ClientHost:
             self._round = broadcast.instructions.round
         if self._broadcast is None or not _same(self._broadcast, broadcast):
             self._broadcast = broadcast
+            known = self._method.known(from_read_only(broadcast.weights), self._trainer.layout)
+            self._known = None if known is None else known.numpy()
         return self._broadcast
 
     def _rows(self, client: int, period: int) -> np.ndarray:
@@ -217,10 +221,11 @@ class ClientHost:
         stage = "encode"
         try:
             marks = [time.perf_counter()]
-            posted = self._uplink.encode(trained.values, trained.support, broadcast.mask)
+            known = self._known
+            posted = self._uplink.encode(trained.values, trained.support, broadcast.mask, known)
             marks.append(time.perf_counter())
             stage = "decode"
-            received = self._uplink.decode(posted.message, broadcast.mask)
+            received = self._uplink.decode(posted.message, broadcast.mask, known)
             marks.append(time.perf_counter())
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.

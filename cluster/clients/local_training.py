@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from algorithms import Algorithm, Client, ParameterLayout, Visit
 from algorithms.core.layers import pruned_layers
-from algorithms.core.masks import count_beyond, nonzero_mask
+from algorithms.core.masks import count_beyond
 from cluster import seeding
 from cluster.clients.augmentation import Augmentation
 from cluster.clients.billing import Bill
@@ -145,7 +145,9 @@ class Trainer:
         client_half.begin()
         # Clients of a smaller budget begin with a cut of what they received.
         cut = client_half.cuts_received
-        received = layer_density(nonzero_mask(visit.prunable), self.layout) if cut else self._density_received
+        received = self._density_received
+        if cut:
+            received = layer_density(self.method.nonzeros(visit.weights, self.layout), self.layout)
         loss = client_half.train(steps.batches(visit))
         return self._update(client_half, bill, received, float(loss))
 
@@ -211,13 +213,13 @@ class Trainer:
         """
         visit, layout, method = client_half.visit, self.layout, self.method
         self._check_least_passes(visit, bill)
-        before_cut = nonzero_mask(visit.prunable)
+        before_cut = method.nonzeros(visit.weights, layout)
         density_trained = layer_density(before_cut, layout)
         support = client_half.finish()
-        result = visit.prunable
+        result = visit.weights
         if method.uploads_differences:
-            result = result + self._global[: layout.prunable_size]
-        after_cut = nonzero_mask(result)
+            result = result + self._global[: layout.trained_size]
+        after_cut = method.nonzeros(result, layout)
         values = self._model
         if method.reparameterised:
             # The upload is w, not theta; the float buffers are already in place.
@@ -300,7 +302,7 @@ class Trainer:
             if broadcast.mask is not None:
                 self._mask = torch.empty(len(broadcast.mask), dtype=torch.bool, device=self.device)
                 self._staging.send(broadcast.mask, self._mask)
-            self._received = nonzero_mask(self._global[: self.layout.prunable_size])
+            self._received = self.method.nonzeros(self._global, self.layout)
             self._density_received = layer_density(self._received, self.layout)
             # Not kept alive: its arrays are views into the object store.
             self._loaded = weakref.ref(broadcast)

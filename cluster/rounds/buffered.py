@@ -310,8 +310,9 @@ class Buffered(Schedule):
             late, refused = self._too_old(flight), report.refused
             if not late and report.message is not None:
                 base = self._parcels[flight.version]
+                known = self.known(base.decoded)
                 refused = self.uplink.take(
-                    total, report.client, report.message, weight, base.decoded, base.mask
+                    total, report.client, report.message, weight, base.decoded, base.mask, known
                 )
                 if refused is None and not self.method.uploads_differences:
                     moved = self._moved_since(base.state.weights)

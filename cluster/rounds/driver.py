@@ -147,8 +147,9 @@ class Driver:
         """Enter the last round's line, and checkpoint where that is due."""
         state, outcome, started = self.state, result.outcome, time.perf_counter()
         line: Line = {"round": state.round, "timestamp": time.time()}
-        line |= round_metrics(self.layout, before, state, outcome, result.downlink)
-        line |= self._supports.overlap(state, self.layout)
+        old, new = (self.method.nonzeros(one.weights, self.layout).numpy() for one in (before, state))
+        line |= round_metrics(self.layout, old, new, outcome, result.downlink)
+        line |= self._supports.overlap(state.round, new)
         measures = self.method.layer_measures(state, self.layout)
         line |= {f"{name}/layers": values for name, values in measures.items()}
         if self.config.sparsity_schedule.name != "constant":

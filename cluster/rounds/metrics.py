@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import ParameterLayout, ServerState
+from algorithms import ParameterLayout
 from algorithms.core.masks import consensus, intersection_over_union
 from cluster.exchange import Evaluated
 from cluster.measured import cohort_metrics
@@ -38,19 +38,18 @@ class Downlink:
 
 
 def round_metrics(
-    layout: ParameterLayout, before: ServerState, after: ServerState, outcome: Outcome, downlink: Downlink
+    layout: ParameterLayout, old: np.ndarray, new: np.ndarray, outcome: Outcome, downlink: Downlink
 ) -> dict[str, Any]:
     """Masks, bytes and FLOPs of one round.
 
     Args:
         layout: The model's layout.
-        before: The server's state before it.
-        after: The state after it.
+        old: Which prunable weights the model had before it, bool[prunable].
+        new: Which it has after it.
         outcome: What the round's work came to.
         downlink: What the cohort was sent.
     """
     prunable, total, reports = layout.prunable_size, outcome.total, outcome.reports
-    old, new = (state.weights[:prunable].numpy() != 0 for state in (before, after))
     nonzeros = int(np.count_nonzero(new))
     regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
     accepted = [report for report in reports if report.accepted]
@@ -114,13 +113,17 @@ class Supports:
     def __init__(self) -> None:
         self.by_round: dict[int, Tensor] = {}
 
-    def overlap(self, state: ServerState, layout: ParameterLayout) -> dict[str, float | None]:
-        """IoU of the two supports, every ten rounds from 20 on."""
-        if state.round < 1 or state.round % OVERLAP_ROUNDS:
+    def overlap(self, number: int, support: np.ndarray) -> dict[str, float | None]:
+        """IoU of the two supports, every ten rounds from 20 on.
+
+        Args:
+            number: The round.
+            support: Which prunable weights the model has after it, bool[prunable].
+        """
+        if number < 1 or number % OVERLAP_ROUNDS:
             return {}
-        support = state.weights[: layout.prunable_size].numpy() != 0
-        before = self.by_round.get(state.round - OVERLAP_ROUNDS)
-        self.by_round = {state.round: torch.from_numpy(np.packbits(support))}
+        before = self.by_round.get(number - OVERLAP_ROUNDS)
+        self.by_round = {number: torch.from_numpy(np.packbits(support))}
         if before is None:
             return {}
         earlier = np.unpackbits(before.numpy(), count=len(support)).astype(bool)

@@ -28,6 +28,7 @@ from cluster.simulation.shift import period_of
 from cluster.transport import wire
 from cluster.transport.downlink import Holders, Parcel, Sender
 from cluster.transport.uplink import Uplink
+from cluster.workload.inputs import from_read_only
 
 #: Simulated seconds after which the server asks again when nobody answers and there is no deadline.
 IDLE_S = 60.0
@@ -203,6 +204,11 @@ class Schedule(ABC):
             sparsity, kept = self.devices.sparsity(client, default, instructions.round), self.kept.of(client)
             assignments.append(Assignment(client, sparsity, device, size, kept=kept))
         return assignments, np.array(bounds)
+
+    def known(self, received: np.ndarray) -> np.ndarray | None:
+        """What a message need not hold of an update of ``received``, float32[trained], or None."""
+        known = self.method.known(from_read_only(received), self.federation.layout)
+        return None if known is None else known.numpy()
 
     def downlink(self, sent: Iterable[Assignment], parcel: Parcel) -> Downlink:
         """What clients were sent, beside the paper's accounting and dense models."""

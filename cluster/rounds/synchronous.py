@@ -88,6 +88,7 @@ class Synchronous(Schedule):
                     self.config.weight(report.samples),
                     broadcast.base,
                     broadcast.mask,
+                    self.known(broadcast.weights),
                 )
                 report = replace(report, refused=refused, message=None)
             outcome.reports[place] = report

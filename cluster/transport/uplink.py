@@ -52,23 +52,32 @@ class Uplink:
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
         self._decoded = np.empty(self.shape.size, np.float32)
 
-    def encode(self, values: np.ndarray, support: np.ndarray | None, held: np.ndarray | None) -> Posted:
+    def encode(
+        self,
+        values: np.ndarray,
+        support: np.ndarray | None,
+        held: np.ndarray | None,
+        known: np.ndarray | None = None,
+    ) -> Posted:
         """An update as bytes.
 
         Args:
             values: float32[size] of the layout, +0.0 outside the support; what travels down alone stays.
             support: bool[prunable], or None for all of it.
             held: The mask that both sides hold, bool[prunable], or None.
+            known: Values that both sides work out, float32[trained], or None.
         """
         values = values[: self.shape.size]
-        message = wire.encode(values, support, self.shape, held=held, value_format=self._format)
+        message = wire.encode(values, support, self.shape, held=held, known=known, value_format=self._format)
         prunable = self.shape.prunable
         sent = prunable if support is None else int(np.count_nonzero(support))
         return Posted(message, wire.nonzero_bytes(values, self.shape), sent / prunable)
 
-    def decode(self, message: bytes, held: np.ndarray | None) -> wire.Message:
+    def decode(
+        self, message: bytes, held: np.ndarray | None, known: np.ndarray | None = None
+    ) -> wire.Message:
         """An update as the server reads it; its values last until the next one is decoded."""
-        return wire.decode(message, self.shape, held=held, out=self._decoded)
+        return wire.decode(message, self.shape, held=held, known=known, out=self._decoded)
 
     @np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
     def fold(
@@ -106,6 +115,7 @@ class Uplink:
         samples: int,
         base: np.ndarray | None,
         held: np.ndarray | None,
+        known: np.ndarray | None = None,
     ) -> str | None:
         """Decode and fold a message; see :meth:`fold`."""
-        return self.fold(total, client, self.decode(message, held), samples, base)
+        return self.fold(total, client, self.decode(message, held, known), samples, base)

@@ -14,6 +14,9 @@ The runs of a random mask are geometric, hence memoryless: the bytes of ``runs``
 and so are the planes; the Huffman stage of zstandard then comes close to the mask's entropy |P| H2(d). What
 it loses near density 0.001 (one code word is over half of the bytes of ``runs``) ``planes`` wins back.
 
+Where the receiver can work out all trained values that would travel (``known``), none do: the message is its
+support and the float buffers, whatever the value format.
+
 Every bit of the header and the support is read: a decoder refuses padding that is not zero, a run that does
 not end, a frame of nothing or with anything behind it, and run lengths in wider planes than they need.
 """
@@ -25,9 +28,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import zstandard
 
+from cluster.transport.wire_runs import compress, decompress, escape, join_planes, unescape, unpack_bits
 from cluster.transport.wire_values import (
     VALUE_FORMATS,
     Floats,
@@ -46,11 +48,6 @@ from cluster.transport.wire_values import (
 _LAYOUTS = ("dense", "shared", "relative", "bitmap", "runs", "planes")
 _LEANING = ("shared", "relative")  # readable only with the support they were written against
 _MAGIC, _VERSION = b"SpFd", 2
-# Level 1 gives fewer bytes than level 3, and faster: these data do not repeat, so a short match that a longer
-# search finds is a coincidence dearer than the Huffman codes it replaces; hence also the long minimum match.
-_ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
-# Of a frame's descriptor, its fifth byte: unused and reserved bit, checksum, dictionary id (RFC 8878).
-_FRAME_EXTRAS = 0b11111
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,12 @@ class _Header(NamedTuple):
     version: int
     layout: int
     value_format: int
-    reserved: int  # 0
+    told: int  # 1 where the trained values are those that the receiver knows, else 0
     kept: int
     prunable: int
     size: int
     shape_checksum: int
-    held_checksum: int  # of the support that the layout leans on, else 0
+    leaning_checksum: int  # of the support that the layout leans on and of values that are known, else 0
     support_bytes: int
     message_bytes: int
 
@@ -105,6 +102,7 @@ def encode(
     shape: Shape,
     *,
     held: Mask | None = None,
+    known: Floats | None = None,
     value_format: ValueFormat = "float32",
 ) -> bytes:
     """Write a message in the cheapest layout; the same arguments always give the same bytes.
@@ -115,6 +113,8 @@ def encode(
         shape: The spans of the vector.
         held: bool[prunable] support the receiver already holds, or None; where it equals the support, only
             values are sent.
+        known: float32[trained] that the receiver can work out, or None; where all trained values that would
+            travel equal it, none do.
         value_format: How trained parameters are written; float buffers are always float32. float32 is exact;
             float16 and bfloat16 round to nearest even and saturate instead of overflowing; int8 rounds to
             multiples of the layer's max|value| / 127. What is not finite stays so (int8: as a NaN layer).
@@ -126,6 +126,8 @@ def encode(
     for name, mask in (("support", support), ("held", held)):
         if mask is not None:
             _check_array(name, mask, np.bool_, shape.prunable)
+    if known is not None:
+        _check_array("known", known, np.float32, shape.trained)
     if value_format not in VALUE_FORMATS:
         raise ValueError(f"value_format is {value_format!r}, must be one of {', '.join(VALUE_FORMATS)}")
     if support is not None and support.all():
@@ -133,24 +135,28 @@ def encode(
 
     if support is None:
         positions, layout, where = None, "dense", b""
-        trained = values[: shape.trained]
     else:
         positions = np.flatnonzero(support)
         layout, where = _write_support(support, positions, held)
-        trained = np.concatenate([values[positions], values[shape.prunable : shape.trained]])
-    pieces: list[bytes | memoryview] = [where, *write_values(trained, value_format, positions, shape)]
+    trained = _sent(values, positions, shape)
+    pieces: list[bytes | memoryview] = [where]
+    told = known is not None and _same_bits(trained, _sent(known, positions, shape))
+    if told:
+        value_format = "float32"
+    else:
+        pieces += write_values(trained, value_format, positions, shape)
     pieces.append(to_bytes(values[shape.trained :], "<f4"))
     header = _HEADER.pack(
         _MAGIC,
         _VERSION,
         _LAYOUTS.index(layout),
         VALUE_FORMATS.index(value_format),
-        0,
+        told,
         shape.prunable if positions is None else positions.size,
         shape.prunable,
         shape.size,
         shape.checksum,
-        _held_checksum(held) if held is not None and layout in _LEANING else 0,
+        _leaning_checksum(held if layout in _LEANING else None, known if told else None),
         len(where),
         _PAYLOAD + sum(map(len, pieces)),
     )
@@ -158,21 +164,32 @@ def encode(
 
 
 @np.errstate(invalid="ignore")  # a signalling NaN is read like any other, the fold refuses it
-def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats | None = None) -> Message:
+def decode(
+    data: bytes,
+    shape: Shape,
+    *,
+    held: Mask | None = None,
+    known: Floats | None = None,
+    out: Floats | None = None,
+) -> Message:
     """Read a message; nothing is written to ``out`` before the whole message has been found valid.
 
     Args:
         data: The bytes of one message.
         shape: The spans of the vector, as the sender knew them.
         held: bool[prunable] support this receiver holds, or None.
+        known: float32[trained] values that it works out, or None.
         out: Contiguous float32[size] to fill and return as the values; a new array when None.
 
     Raises:
-        WireError: Truncated, damaged or trailing bytes, a vector of another shape, or another ``held``.
-        ValueError: ``held`` or ``out`` of wrong shape or type.
+        WireError: Truncated, damaged or trailing bytes, a vector of another shape, or another
+            ``held`` or ``known``.
+        ValueError: ``held``, ``known`` or ``out`` of wrong shape or type.
     """
     if held is not None:
         _check_array("held", held, np.bool_, shape.prunable)
+    if known is not None:
+        _check_array("known", known, np.float32, shape.trained)
     if out is None:
         out = np.empty(shape.size, np.float32)
     _check_array("out", out, np.float32, shape.size)
@@ -183,10 +200,15 @@ def decode(data: bytes, shape: Shape, *, held: Mask | None = None, out: Floats |
             f"{shape.size} and {shape.prunable}, or splits them differently into layers and buffers"
         )
     where, content = payload[: header.support_bytes], payload[header.support_bytes :]
+    _check_leaning(header, held, known)
     positions = _read_support(header, where, shape, held)
-    trained_size = shape.trained if positions is None else positions.size + shape.trained - shape.prunable
-    value_format = VALUE_FORMATS[header.value_format]
-    trained = read_values(content, value_format, trained_size, positions, shape)
+    if header.told:
+        assert known is not None
+        read_values(content, "float32", 0, positions, shape)
+        trained: np.ndarray = _sent(known, positions, shape)
+    else:
+        count = shape.trained if positions is None else positions.size + shape.trained - shape.prunable
+        trained = read_values(content, VALUE_FORMATS[header.value_format], count, positions, shape)
     buffers = content[len(content) - 4 * (shape.size - shape.trained) :]
 
     support = None
@@ -212,6 +234,7 @@ def describe(data: bytes) -> dict[str, Any]:
     return {
         "layout": _LAYOUTS[header.layout],
         "value_format": VALUE_FORMATS[header.value_format],
+        "told": bool(header.told),
         "kept": header.kept,
         "prunable": header.prunable,
         "size": header.size,
@@ -228,8 +251,36 @@ def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
         raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
 
 
-def _held_checksum(held: Mask) -> int:
-    return checksum(np.packbits(held).data)
+def _sent(values: Floats, positions: Positions | None, shape: Shape) -> Floats:
+    """The trained values that travel."""
+    if positions is None:
+        return values[: shape.trained]
+    return np.concatenate([values[positions], values[shape.prunable : shape.trained]])
+
+
+def _same_bits(first: Floats, second: Floats) -> bool:
+    return np.array_equal(first.view(np.uint32), second.view(np.uint32))
+
+
+def _leaning_checksum(held: Mask | None, known: Floats | None) -> int:
+    pieces = [] if held is None else [np.packbits(held).data]
+    pieces += [] if known is None else [to_bytes(known, "<f4")]
+    return checksum(*pieces) if pieces else 0
+
+
+def _check_leaning(header: _Header, held: Mask | None, known: Floats | None) -> None:
+    """That the receiver has what the message leans on."""
+    layout, needs_held = _LAYOUTS[header.layout], _LAYOUTS[header.layout] in _LEANING
+    if header.leaning_checksum and not (needs_held or header.told):
+        raise WireError(f"a message of layout {layout} leans on no support, and names one")
+    if needs_held and held is None:
+        raise WireError("the message leans on a support that this receiver does not hold")
+    if header.told and known is None:
+        raise WireError("the message has no values, and this receiver knows of none")
+    if header.leaning_checksum != _leaning_checksum(
+        held if needs_held else None, known if header.told else None
+    ):
+        raise WireError("the message leans on another support or other values than this receiver holds")
 
 
 def _open(data: bytes) -> tuple[_Header, memoryview]:
@@ -247,8 +298,10 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
     payload = view[_PAYLOAD:]
     if checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
-    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS) or header.reserved:
+    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS) or header.told > 1:
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")
+    if header.told and header.value_format:
+        raise WireError("the message has no values, and a format of values")
     if header.support_bytes > len(payload):
         raise WireError(f"a support of {header.support_bytes} bytes in a payload of {len(payload)}")
     return header, payload
@@ -264,11 +317,11 @@ def _write_support(support: Mask, positions: Positions, held: Mask | None) -> tu
         layout, bit_count = "bitmap", support.size
     bits_size = (bit_count + 7) // 8
     runs = np.diff(positions, prepend=-1) - 1
-    frames = {"runs": _compress(_escape(runs))}
+    frames = {"runs": compress(escape(runs))}
     # Without an escape the first plane alone is all that ``runs`` holds, so planes cannot be smaller.
     if runs.size and (longest := runs.max()) >= 255:
         wide = runs.astype("<u2" if longest < 2**16 else "<u4")
-        frames["planes"] = _compress(*np.ascontiguousarray(wide.view(np.uint8).reshape(runs.size, -1).T))
+        frames["planes"] = compress(*np.ascontiguousarray(wide.view(np.uint8).reshape(runs.size, -1).T))
     smallest = min(frames, key=lambda name: len(frames[name]))
     if len(frames[smallest]) < bits_size:
         return smallest, frames[smallest]
@@ -279,101 +332,28 @@ def _write_support(support: Mask, positions: Positions, held: Mask | None) -> tu
 def _read_support(header: _Header, where: memoryview, shape: Shape, held: Mask | None) -> Positions | None:
     """Sorted distinct positions, as many as the header announces; None for all."""
     layout, kept = _LAYOUTS[header.layout], header.kept
-    if header.held_checksum and layout not in _LEANING:
-        raise WireError(f"a message of layout {layout} leans on no support, and names one")
     if layout == "dense":
         if where or kept != shape.prunable:
             raise WireError(f"a dense message keeps {kept} of {shape.prunable} positions")
         return None
     if kept >= shape.prunable:
         raise WireError(f"a message of layout {layout} keeps {kept} of {shape.prunable} positions")
-    if layout in _LEANING:
-        if held is None:
-            raise WireError("the message leans on a support that this receiver does not hold")
-        if header.held_checksum != _held_checksum(held):
-            raise WireError("the message leans on another support than the one this receiver holds")
     if layout in ("runs", "planes"):
         # Known before anything is unpacked, so a small message cannot ask for a large allocation.
         limit = kept + shape.prunable // 255 if layout == "runs" else 4 * kept
-        content = _decompress(where, limit)
-        positions = _unescape(content) if layout == "runs" else _join_planes(content, kept)
+        content = decompress(where, limit)
+        positions = unescape(content) if layout == "runs" else join_planes(content, kept)
     elif layout == "bitmap" or held is None:
-        positions = np.flatnonzero(_unpack_bits(where, shape.prunable))
+        positions = np.flatnonzero(unpack_bits(where, shape.prunable))
     else:
         positions = np.flatnonzero(held)
         if layout == "relative":
-            positions = positions[_unpack_bits(where, positions.size)]
+            positions = positions[unpack_bits(where, positions.size)]
         elif where:
             raise WireError(f"{len(where)} bytes of support in a message that needs none")
     if positions.size != kept or (kept and positions[-1] >= shape.prunable):
         raise WireError(f"the support does not have {kept} positions below {shape.prunable}")
     return positions
-
-
-def _unpack_bits(packed: memoryview, count: int) -> Mask:
-    if len(packed) != (count + 7) // 8:
-        raise WireError(f"{len(packed)} bytes cannot be {count} bits")
-    if packed and packed[-1] & (255 >> ((count - 1) % 8 + 1)):
-        raise WireError(f"there are bits behind the {count} of the support")
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).view(np.bool_)
-
-
-def _escape(runs: Positions) -> npt.NDArray[np.uint8]:
-    """Lengths as bytes below 255, each behind one 255 for every 255 it exceeds them by."""
-    small = runs.astype(np.uint8)
-    long = np.flatnonzero(runs >= 255)
-    if not long.size:
-        return small
-    small[long] = runs[long] % 255
-    return np.insert(small, np.repeat(long, runs[long] // 255), 255)
-
-
-def _unescape(content: npt.NDArray[np.uint8]) -> Positions:
-    if content.size and content[-1] == 255:
-        raise WireError("the last run of the support does not end")
-    last = content != 255  # these bytes end a run, and the kept position behind it counts one more
-    steps = np.add(content, last, dtype=np.intp)
-    return np.cumsum(steps, out=steps)[last] - 1
-
-
-def _join_planes(content: npt.NDArray[np.uint8], kept: int) -> Positions:
-    width = content.size // kept if kept else 0
-    if width not in (2, 4) or width * kept != content.size:
-        raise WireError(f"{content.size} bytes cannot be 2 or 4 planes of {kept} run lengths")
-    runs = np.ascontiguousarray(content.reshape(width, kept).T).view(f"<u{width}")[:, 0]
-    if runs.max() < (255 if width == 2 else 2**16):
-        raise WireError(f"{width} planes of run lengths, the longest of which is {runs.max()}")
-    steps = runs.astype(np.intp) + 1
-    return np.cumsum(steps, out=steps) - 1
-
-
-def _compress(*planes: npt.NDArray[np.uint8]) -> bytes:
-    """One zstandard frame, each plane in blocks of its own (their statistics differ); b"" for no bytes."""
-    total = sum(plane.size for plane in planes)
-    if not total:
-        return b""
-    # A context for each call costs 10 microseconds; one that is kept is not safe among threads.
-    stream = zstandard.ZstdCompressor(compression_params=_ZSTD).compressobj(size=total)
-    pieces = []
-    for plane in planes[:-1]:
-        pieces += [stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
-    return b"".join([*pieces, stream.compress(planes[-1].data), stream.flush()])
-
-
-def _decompress(frame: memoryview, limit: int) -> npt.NDArray[np.uint8]:
-    if not frame:
-        return np.empty(0, np.uint8)
-    try:
-        size = zstandard.frame_content_size(frame)
-        # A frame of 0 bytes would be taken with anything behind it; -1 is a frame that does not tell.
-        if not 0 < size <= limit:
-            raise WireError(f"the support would unpack to {size} bytes, 1 to {limit} are possible")
-        if frame[4] & _FRAME_EXTRAS:
-            raise WireError("the zstandard frame has a dictionary, a checksum or reserved bits")
-        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise WireError(f"the support is not a zstandard frame: {error}") from error
-    return np.frombuffer(content, np.uint8)
 
 
 __all__ = [

@@ -5,10 +5,9 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
-from algorithms import Grid, ParameterLayout, ServerState, Total
+from algorithms import Grid, ParameterLayout, Total
 from cluster.exchange import ClientReport, EvaluationChunk
 from cluster.measured import Measured
 from cluster.rounds.engine import Outcome
@@ -54,8 +53,8 @@ def total(*supports):
 
 
 def measure(reports, totals, before=(1, 1, 0, 0, 1, 0), after=(1, 0, 1, 1, 0, 0)):
-    states = [ServerState(0, torch.tensor([*weights, 9.0, 9.0, 9.0])) for weights in (before, after)]
-    return round_metrics(LAYOUT, *states, Outcome(totals, reports), Downlink(50, 30, 72))
+    supports = [np.array(weights) != 0 for weights in (before, after)]
+    return round_metrics(LAYOUT, *supports, Outcome(totals, reports), Downlink(50, 30, 72))
 
 
 def test_masks_by_hand():
@@ -149,10 +148,8 @@ def test_a_methods_own_numbers_are_weighted_means_over_the_accepted_clients():
         report(2, own={"norm": (900.0, 1.0), "other": (1.0, 1.0)}, refused="non-finite values"),
         report(3, own={"empty": (0.0, 0.0), "wild": (math.inf, 1.0)}),
     ]
-    weights = np.zeros(9, np.float32)
-    state = ServerState(round=1, weights=torch.from_numpy(weights))
-    outcome = Outcome(None, reports)
-    line = round_metrics(LAYOUT, state, state, outcome, Downlink(0, 0, 0))
+    nothing, outcome = np.zeros(6, bool), Outcome(None, reports)
+    line = round_metrics(LAYOUT, nothing, nothing, outcome, Downlink(0, 0, 0))
     own = {key: value for key, value in line.items() if key.startswith("method/")}
     # (6 + 1) / (2 + 1); nothing of the refused client; what is no number is null.
     assert own == {"method/norm": 7 / 3, "method/once": 1.0, "method/empty": None, "method/wild": None}

@@ -39,6 +39,7 @@ def test_bitmap_message_worked_by_hand() -> None:
     assert describe(data) == {
         "layout": "bitmap",
         "value_format": "float32",
+        "told": False,
         "kept": 2,
         "prunable": 8,
         "size": 12,
@@ -69,6 +70,30 @@ def test_shared_message_is_values_alone() -> None:
     data = encode(ramp(12), support, SMALL, held=support)
     assert data[HEADER:] == np.array([2, 8, 9, 10, 11, 12], np.float32).tobytes()
     assert np.array_equal(decode(data, SMALL, held=support).support, support)
+
+
+def test_what_the_receiver_knows_does_not_travel() -> None:
+    shape, support, known = flat(8), mask("10110000"), np.float32([1, -1] * 4)
+    data = encode(np.where(support, known, np.float32(0)), support, shape, known=known)
+    assert data[HEADER:] == b"\xb0"
+    parts = describe(data)
+    assert (parts["support_bytes"], parts["value_bytes"], parts["told"]) == (1, 0, True)
+    assert bits(decode(data, shape, known=known).values) == bits([1, 0, 1, -1, 0, 0, 0, 0])
+    # Whatever the format of values: there are none. Float buffers travel, and biases are known too.
+    assert encode(known, support, shape, known=known, value_format="int8") == data
+    assert encode(ramp(12), None, SMALL, known=ramp(10))[HEADER:] == np.float32([11, 12]).tobytes()
+
+
+@pytest.mark.parametrize("other", [2.5, -0.0, np.nan])
+def test_values_that_differ_in_one_bit_from_what_is_known_travel(other: float) -> None:
+    values, known, support = ramp(12), ramp(10), mask("10110000")
+    outside, within, bias = known.copy(), known.copy(), known.copy()
+    outside[1], within[2], bias[9] = other, other, other
+    assert describe(encode(values, support, SMALL, known=outside))["value_bytes"] == 4 * 2
+    for differs in (within, bias):
+        data = encode(values, support, SMALL, known=differs)
+        assert describe(data)["value_bytes"] == 4 * (3 + 4)
+        assert decode(data, SMALL, known=differs).values.tolist() == [1, 0, 3, 4, 0, 0, 0, 0, 9, 10, 11, 12]
 
 
 def test_runs_message_worked_by_hand() -> None:

@@ -19,54 +19,57 @@ def sealed(data: bytes) -> bytes:
     return data[: HEADER - 4] + checksum[::-1] + data[HEADER:]
 
 
-def small_messages() -> list[tuple[bytes, Shape, np.ndarray | None]]:
+def small_messages() -> list[tuple[bytes, Shape, dict[str, np.ndarray]]]:
     shape, support = flat(600), np.zeros(600, bool)
     support[[5, 299]] = True
     held = mask("01100001")
     far, distant = flat(40_000), np.zeros(40_000, bool)
     distant[np.random.default_rng(0).integers(0, 40_000, 10)] = True
-    messages = [
-        (encode(ramp(12), None, SMALL), SMALL, None),
-        (encode(ramp(12), mask("01000001"), SMALL, value_format="int8"), SMALL, None),
-        (encode(ramp(12), mask("01000001"), SMALL, held=held), SMALL, held),
-        (encode(ramp(12), held, SMALL, held=held, value_format="float16"), SMALL, held),
-        (encode(ramp(600), support, shape), shape, None),
-        (encode(ramp(40_000), distant, far, value_format="int8"), far, None),
+    known = ramp(10)
+    messages: list[tuple[bytes, Shape, dict[str, np.ndarray]]] = [
+        (encode(ramp(12), None, SMALL), SMALL, {}),
+        (encode(ramp(12), mask("01000001"), SMALL, value_format="int8"), SMALL, {}),
+        (encode(ramp(12), mask("01000001"), SMALL, held=held), SMALL, {"held": held}),
+        (encode(ramp(12), held, SMALL, held=held, value_format="float16"), SMALL, {"held": held}),
+        (encode(ramp(600), support, shape), shape, {}),
+        (encode(ramp(40_000), distant, far, value_format="int8"), far, {}),
+        (encode(ramp(12), held, SMALL, held=held, known=known), SMALL, {"held": held, "known": known}),
+        (encode(ramp(600), support, shape, known=ramp(600)), shape, {"known": ramp(600)}),
     ]
     layouts = [describe(data)["layout"] for data, _, _ in messages]
-    assert layouts == ["dense", "bitmap", "relative", "shared", "runs", "planes"]
+    assert layouts == ["dense", "bitmap", "relative", "shared", "runs", "planes", "shared", "runs"]
     return messages
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_every_flipped_byte_truncation_and_trailing_byte_is_refused(index: int) -> None:
-    data, shape, held = small_messages()[index]
-    decode(data, shape, held=held)
+    data, shape, has = small_messages()[index]
+    decode(data, shape, **has)
     out = np.full(shape.size, 7, np.float32)
     for place in range(len(data)):
         for flip in (1, 128, 255):
             broken = bytearray(data)
             broken[place] ^= flip
             with pytest.raises(WireError):
-                decode(bytes(broken), shape, held=held, out=out)
+                decode(bytes(broken), shape, **has, out=out)
         with pytest.raises(WireError):
-            decode(data[:place], shape, held=held, out=out)
+            decode(data[:place], shape, **has, out=out)
         with pytest.raises(WireError):
             describe(data[:place])
     with pytest.raises(WireError):
-        decode(data + b"\0", shape, held=held, out=out)
+        decode(data + b"\0", shape, **has, out=out)
     assert (out == 7).all()  # a refused message leaves the receiver's array as it was
 
 
 @settings(max_examples=400, deadline=None)
 @given(index=st.integers(0, 5), data=st.data())
 def test_forged_messages_with_a_right_checksum_raise_nothing_else(index: int, data: st.DataObject) -> None:
-    message, shape, held = small_messages()[index]
+    message, shape, has = small_messages()[index]
     forged = bytearray(message)
     for _ in range(data.draw(st.integers(1, 4))):
         forged[data.draw(st.integers(4, min(len(forged), HEADER + 40) - 1))] = data.draw(st.integers(0, 255))
     try:
-        decoded = decode(sealed(bytes(forged)), shape, held=held)
+        decoded = decode(sealed(bytes(forged)), shape, **has)
     except WireError:
         return
     assert decoded.values.shape == (shape.size,)
@@ -128,3 +131,17 @@ def test_wrong_arguments_are_the_callers_error() -> None:
         decode(encode(ramp(12), None, SMALL), SMALL, out=np.zeros(11, np.float32))
     with pytest.raises(ValueError, match="layers must cover"):
         Shape(8, 10, 12, ((0, 4), (5, 10)))
+
+
+def test_a_message_without_values_needs_the_values_that_it_leans_on() -> None:
+    known, support = ramp(10), mask("10110000")
+    data = encode(ramp(12), support, SMALL, known=known)
+    with pytest.raises(WireError, match="has no values, and this receiver knows of none"):
+        decode(data, SMALL)
+    for place in (1, 2, 9):  # outside the support, within it, a bias
+        other = known.copy()
+        other[place] += 1
+        with pytest.raises(WireError, match="leans on another support or other values"):
+            decode(data, SMALL, known=other)
+    with pytest.raises(ValueError, match=r"known must be contiguous float32\[10\]"):
+        decode(data, SMALL, known=ramp(12))

@@ -57,6 +57,7 @@ _ADDED = {
     "model.weights": None,
     "objective.name": "classification",
     "partition.min_samples": 1,
+    "partition.order": "clients",
     "sparsity_schedule.name": "constant",
 }
 

@@ -23,6 +23,7 @@ One of your own says who gets each sample; ``partition.name=my_module:ByParity``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,13 @@ class Lda(Partitioner):
     alpha: float = hyperparameter(
         1.0, "concentration: 1000 is nearly uniform, 0.1 strongly skewed", above=0.0
     )
+    order: str = hyperparameter(
+        "clients",
+        "who draws next: a client until it is full, so that the last ones meet empty classes, or in turns of "
+        "all clients that are shuffled (`shuffled`), so that the last draws of each do",
+        choices=("clients", "shuffled"),
+        source="Hsu et al.; the runs of SSFL",
+    )
 
     def owners(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
@@ -160,6 +168,10 @@ class Lda(Partitioner):
         stock = np.array([members.size for members in pools])
         owner = np.full(labels.size, -1)
         mixtures = rng.dirichlet(np.full(present.size, self.alpha), size=clients)
+        if self.order == "shuffled":
+            for who, which in _in_turns(mixtures, stock, labels.size // clients, rng):
+                owner[pools[which][stock[which]]] = who
+            return owner
         for client, mixture in enumerate(mixtures):
             probabilities = _renormalise(mixture, stock)
             needed = labels.size // clients
@@ -176,6 +188,28 @@ class Lda(Partitioner):
                 if needed:
                     probabilities = _renormalise(probabilities, stock)
         return owner
+
+
+def _in_turns(
+    mixtures: np.ndarray, stock: np.ndarray, each: int, rng: np.random.Generator
+) -> Iterator[tuple[int, int]]:
+    """Clients in turns, and the class that each draws by its mixture of what is in stock; that loses one."""
+    turns = rng.permutation(np.repeat(np.arange(len(mixtures)), each))
+    bounds = _bounds(mixtures, stock)
+    for client, drawn in zip(turns.tolist(), rng.random(turns.size), strict=True):
+        code = int(np.searchsorted(bounds[client], drawn, side="right"))
+        stock[code] -= 1
+        yield client, code
+        if stock[code] == 0 and stock.any():
+            bounds = _bounds(mixtures, stock)
+
+
+def _bounds(mixtures: np.ndarray, stock: np.ndarray) -> np.ndarray:
+    """Where each class in stock ends in [0, 1), by each client's mixture, float64[clients, classes]."""
+    ends = np.cumsum([_renormalise(mixture, stock) for mixture in mixtures], axis=1)
+    last = int(np.flatnonzero(stock)[-1])
+    ends[:, last:] = 1.0  # rounding must not lead beyond the last class in stock
+    return ends
 
 
 def _renormalise(probabilities: np.ndarray, stock: np.ndarray) -> np.ndarray:

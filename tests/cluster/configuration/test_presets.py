@@ -20,7 +20,7 @@ STAND_INS = {
 }
 NARROW = {
     "linear": [],
-    "resnet18": ["model.width=4"],
+    "resnet18": ["model.width=4", "model.groups=2"],
     "transformer": ["model.width=16", "model.layers=1"],
     "small_cnn": ["model.channels=[4,6]", "model.hidden=16", "model.groups=2"],
 }
@@ -83,7 +83,7 @@ def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
         tree["data"]["path"] = str(folders(tree["data"]["name"]))
     result = run(resolve(tree), tmp_path / "run")
     lines = result.rounds
-    assert lines.index.tolist() == [1, 2]
+    assert lines.index.tolist() == list(range(resolve(tree).method.first_round, 3))
     assert np.isfinite(lines["train/loss"]).all()
     if tree["objective"]["name"] == "language_model":
         assert 1 < lines["test/perplexity"].iloc[-1] < 1000
@@ -112,6 +112,19 @@ def test_the_published_setting():
         assert (local.epochs, local.batch_size, local.weight_decay) == (1, 16, 1e-3)
         assert config.model.name == "resnet18"
         assert config.method.min_activation_density == 0.01
+
+
+def test_the_published_runs_of_ssfl():
+    ten, hundred = resolve("paper-ssfl"), resolve("paper-ssfl-cifar100")
+    # From round 1 on .998 a round; .0135 at the end.
+    for number in (1, 2, 500, 999):
+        assert ten.learning_rate(number) == pytest.approx(0.1 * 0.998**number, rel=1e-12)
+    assert (ten.method.sparsity, ten.cohort, ten.partition.clients, ten.seed) == (0.5, 10, 100, 550)
+    assert (ten.local.clip_norm, ten.local.augment.crop, ten.local.augment.flip) == (10, 4, True)
+    assert {hundred.learning_rate(number) for number in (1, 999)} == {0.1}
+    assert (hundred.local.epochs, hundred.local.batch_size) == (10, 128)
+    assert hundred.local.optimizer.options["momentum"] == 0.9
+    assert hundred.partition == ten.partition
 
 
 def test_the_published_learning_rates():

@@ -170,6 +170,55 @@ def test_lda_in_batches_is_distributed_as_one_by_one():
         assert (np.abs(one.mean(axis=0) - other.mean(axis=0)) / error).max() < 4
 
 
+def in_turns(labels, clients, alpha, generator):
+    """The same with turns of all clients shuffled, as it is told: a class out of stock is drawn anew."""
+    classes = labels.max() + 1
+    stock = np.bincount(labels)
+    histogram = np.zeros((clients, classes), dtype=np.int64)
+    mixtures = generator.dirichlet(np.full(classes, alpha), size=clients)
+    left = np.full(clients, labels.size // clients)
+    while left.any():
+        client = generator.choice(clients, p=left / left.sum())  # one of the turns that are left
+        while stock[drawn := generator.choice(classes, p=mixtures[client])] == 0:
+            if mixtures[client][stock > 0].sum() < 1e-3:
+                drawn = generator.choice(np.flatnonzero(stock))
+                break
+        stock[drawn] -= 1
+        left[client] -= 1
+        histogram[client, drawn] += 1
+    return histogram
+
+
+def test_lda_in_turns_is_distributed_as_it_is_told():
+    labels = np.repeat(np.arange(4), [9, 6, 6, 3])
+    trials = 300
+    ours, plain = np.zeros((2, trials, 2, 4))
+    for seed in range(trials):
+        parts = partition("lda", labels, clients=2, seed=seed, alpha=1.0, order="shuffled")
+        ours[seed] = parts.class_histogram(labels, 4)
+        plain[seed] = in_turns(labels, 2, 1.0, np.random.default_rng(10_000 + seed))
+    for moment in (1, 2):
+        one, other = ours**moment, plain**moment
+        error = np.sqrt((one.var(axis=0) + other.var(axis=0)) / trials)
+        assert (np.abs(one.mean(axis=0) - other.mean(axis=0)) / error).max() < 4
+
+
+def test_in_turns_no_client_is_last():
+    """At alpha 0.1 the last client takes what is left; in turns all meet empty classes alike."""
+    largest = {}
+    for order in ("clients", "shuffled"):
+        found = [
+            partition("lda", balanced(), clients=20, seed=seed, alpha=0.1, order=order).class_histogram(
+                balanced(), 10
+            )
+            for seed in range(20)
+        ]
+        shares = np.array(found).max(axis=2) / 250
+        largest[order] = shares[:, :5].mean() - shares[:, -2:].mean()
+    assert largest["clients"] > 0.1
+    assert abs(largest["shuffled"]) < 0.1
+
+
 def test_renormalisation_by_hand():
     # Class 1 is exhausted. 0.2 and 0.0 get 1e-5 each: 0.20001 and 0.00001 of a sum of 0.20002.
     found = module._renormalise(np.array([0.2, 0.8, 0.0]), np.array([5, 0, 1]))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from algorithms.core.products import StrayProducts
+
 PRUNABLE_LAYERS = (_ConvNd, nn.Linear)
 
 
@@ -118,7 +120,7 @@ class ParameterLayout:
 
         Raises:
             ValueError: A parameter or float buffer is not float32, no layer is prunable and trained, or the
-                dry forward misses a prunable layer.
+                dry forward misses a prunable layer or meets one in a form that cannot be pruned.
         """
         layers = prunable_layers(model)
         weights = {id(layer.weight) for layer in layers.values()}
@@ -131,7 +133,7 @@ class ParameterLayout:
             if tensor.dtype != torch.float32:
                 raise ValueError(f"{name} is {tensor.dtype}; the flat layout holds float32 only")
         if example is not None:
-            _check_every_layer_is_used(model, layers, example)
+            _check_layers(model, layers, example)
         prunable = _place([(n, p) for n, p in parameters if id(p) in weights], 0)
         other = _place(
             [(n, p) for n, p in parameters if id(p) not in weights], prunable[-1].stop if prunable else 0
@@ -206,14 +208,16 @@ def _place(tensors: list[tuple[str, Tensor]], start: int) -> tuple[Entry, ...]:
 def prunable_layers(model: nn.Module) -> dict[str, Any]:
     """The convolutions and linear layers of ``model`` by name, in order of definition.
 
-    The output projection of ``nn.MultiheadAttention`` is none of them: torch uses its weight without calling
-    the layer, so that no method could hook into it. Like the input projection it is trained dense.
+    A layer whose weight is a table of embeddings too is none of them: embeddings are trained dense. Nor is
+    the output projection of ``nn.MultiheadAttention``: torch uses its weight without calling the layer, so
+    that no method could hook into it.
     """
     uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, PRUNABLE_LAYERS) and id(layer) not in uncalled
+        if isinstance(layer, PRUNABLE_LAYERS) and id(layer) not in uncalled and id(layer.weight) not in tables
     }
 
 
@@ -243,12 +247,19 @@ def dry_forward(
             handle.remove()
 
 
-def _check_every_layer_is_used(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> None:
+def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> None:
     used: set[nn.Module] = set()
-    dry_forward(model, example, layers.values(), lambda module, _inputs, _output: used.add(module))
+    with StrayProducts(model, layers.values()) as stray:
+        dry_forward(model, example, layers.values(), lambda module, _inputs, _output: used.add(module))
     missed = [name for name, layer in layers.items() if layer not in used]
     if missed:
         raise ValueError(
             f"a forward pass never calls {', '.join(missed)}: a layer that is not used cannot be trained, "
             "and one whose weight is used without calling the layer cannot be pruned"
+        )
+    if stray.found:
+        raise ValueError(
+            f"{', '.join(stray.found)}: a trained matrix that is multiplied with outside of any convolution "
+            "or linear layer, which no method would prune; make it an nn.Linear (in place of "
+            "nn.MultiheadAttention: one for queries, keys and values each, and one behind them), or freeze it"
         )

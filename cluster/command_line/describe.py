@@ -119,6 +119,8 @@ def _model(console: Console, federation: Federation) -> None:
         f"not pruned  {layout.trained_size - prunable:,} other parameters (biases, norms, embeddings), "
         f"{layout.size - layout.trained_size:,} buffer values"
     )
+    if tables := [f"{entry.name} ({entry.size:,})" for entry in layout.other if len(entry.shape) > 1]:
+        console.print(f"            among them {', '.join(tables)}")
     console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
 
 

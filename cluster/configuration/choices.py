@@ -124,6 +124,7 @@ KINDS: dict[str, Kind] = {
             "mlp": f"{_NETWORKS}:MLP",
             "linear": f"{_NETWORKS}:Linear",
             "transformer": "cluster.workload.transformer:Transformer",
+            "vit": "cluster.workload.transformer:VisionTransformer",
         },
         "small_cnn",
         ("weights",),

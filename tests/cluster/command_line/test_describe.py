@@ -93,6 +93,17 @@ def test_quickstart_is_described_with_model_partition_bytes_and_memory(
     assert os.listdir() == []
 
 
+def test_what_is_prunable_and_what_is_not_is_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("model.name=vit", "model.width=8", "model.patch=2", "model.layers=1")
+    shown = described(capsys, "quickstart", *small)
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("blocks.0.")] == [
+        *(f"blocks.0.attention.{name}" for name in ("query", "key", "value", "output")),
+        "blocks.0.feed1",
+        "blocks.0.feed2",
+    ]
+    assert "among them places.weight (136)" in shown  # a class token and 16 patches, 8 wide
+
+
 def test_the_bytes_are_those_of_the_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model.name=mlp", "algorithm.name=fedavg", "wire.downlink=float16"]
     text = described(capsys, *words, "--picture", "new/here.svg")

@@ -26,6 +26,7 @@ class FedDynClient(Client):
 
     def begin(self) -> None:
         """Take h_i from the last visit; 0 at first."""
+        super().begin()
         visit = self.visit
         self.linear = visit.kept.get("h", torch.zeros_like(visit.gradient))
 
@@ -34,13 +35,14 @@ class FedDynClient(Client):
         visit, alpha = self.visit, self.method.alpha
         visit.gradient.sub_(self.linear).add_(visit.weights, alpha=alpha)
         visit.gradient.sub_(visit.global_weights[: visit.layout.trained_size], alpha=alpha)
+        super().after_backward()
 
     def finish(self) -> Tensor | None:
-        """h_i - alpha (w_i - w_t); all weights travel."""
+        """h_i - alpha (w_i - w_t)."""
         visit = self.visit
         moved = visit.weights - visit.global_weights[: visit.layout.trained_size]
         visit.kept["h"] = self.linear - self.method.alpha * moved
-        return None
+        return super().finish()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class FedDyn(Algorithm):
         self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator
     ) -> ServerState:
         """The server's h is 0."""
-        return ServerState(round=0, weights=weights, arrays={"h": torch.zeros(layout.trained_size)})
+        state = super().initial_state(weights, layout, rng)
+        return replace(state, arrays={"h": torch.zeros(layout.trained_size)})
 
     def advance(
         self,

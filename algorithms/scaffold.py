@@ -27,6 +27,7 @@ class ScaffoldClient(Client):
 
     def begin(self) -> None:
         """Take c from the server and c_i from the last visit; both are 0 at first."""
+        super().begin()
         visit = self.visit
         self.server = visit.carried["c"].clone()
         self.own = visit.kept.get("c", torch.zeros_like(self.server))
@@ -36,6 +37,7 @@ class ScaffoldClient(Client):
     def after_backward(self) -> None:
         """g - c_i + c."""
         self.visit.gradient.add_(self.correction)
+        super().after_backward()
 
     def finish(self) -> Tensor | None:
         """c_i+: the gradient at w_t (I), or c_i - c + (w_t - w_i) / (sum of learning rates) (II)."""
@@ -46,7 +48,7 @@ class ScaffoldClient(Client):
             new = moved / visit.lr_sum - self.correction
         visit.carried["c"].copy_(new - self.own)
         visit.kept["c"] = new
-        return None
+        return super().finish()
 
     def _local_gradient(self) -> Tensor:
         """Gradient of the client's whole loss at w_t, float32[trained]: a pass over its data."""

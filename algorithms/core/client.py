@@ -56,11 +56,23 @@ class Instructions:
         return whole * samples + rest * batch_size
 
 
+#: A training loss of (outputs, targets, the objective's own loss of both), as ``Algorithm.loss`` is one.
+Loss = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
+
+
 class Workbench(Protocol):
     """What a visit computes with; the trainer's, which bills whatever is done on it."""
 
-    def compute(self, visit: Visit) -> Tensor:
+    def batch(self, visit: Visit) -> Tensor:
+        """See :attr:`Visit.batch`."""
+        ...
+
+    def compute(self, visit: Visit, loss: Loss | None) -> Tensor:
         """See :meth:`Visit.compute`."""
+        ...
+
+    def forward(self, visit: Visit, vector: Tensor, inputs: Tensor) -> Tensor:
+        """See :meth:`Visit.forward`."""
         ...
 
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -166,12 +178,31 @@ class Visit:
         """K, the number of prunable weights at the client's target sparsity."""
         return target_count(self.layout.prunable_size, self.sparsity)
 
-    def compute(self) -> Tensor:
+    @property
+    def batch(self) -> Tensor:
+        """Inputs of the batch in hand as its pass meets them, augmented or not, [batch, ...]."""
+        return self.workbench.batch(self)
+
+    def compute(self, loss: Loss | None = None) -> Tensor:
         """One pass over the batch in hand: its loss; ``gradient`` is filled at what ``model`` holds.
 
         The scalar returned may be overwritten by the next pass.
+
+        Args:
+            loss: A loss that depends on the visit, instead of the method's; such a pass is never recorded.
         """
-        return self.workbench.compute(self)
+        return self.workbench.compute(self, loss)
+
+    def forward(self, vector: Tensor, inputs: Tensor) -> Tensor:
+        """What the module returns with other weights, in evaluation mode and without gradients.
+
+        ``model``, ``gradient`` and running statistics stay as they are.
+
+        Args:
+            vector: What the modules shall compute with, float32[at least model_size].
+            inputs: Model inputs, [n, ...].
+        """
+        return self.workbench.forward(self, vector, inputs)
 
     def gradient_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The same on other data than a batch: fills ``gradient``, returns the loss, calls no hook.

@@ -110,6 +110,13 @@ class ParameterLayout:
         """Every trained tensor, in flat order."""
         return self.prunable + self.other
 
+    @property
+    def head(self) -> tuple[Entry, ...]:
+        """The prunable layer that was defined last, which makes the outputs: its weight and its bias."""
+        weight = self.prunable[-1]
+        bias = weight.name.removesuffix("weight") + "bias"
+        return (weight, *(entry for entry in self.other if entry.name == bias))
+
     @classmethod
     def of(cls, model: nn.Module, example: Tensor | None = None) -> ParameterLayout:
         """Lay out ``model``; with ``example`` a dry forward checks that every prunable layer is used.

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import LocalOptimizer, ParameterLayout, Visit
+from algorithms.core.client import Loss
 from algorithms.core.local_optimizers import Sgd
 from algorithms.core.masks import layer_counts, layer_sizes, nonzero_mask
 from cluster.clients.billing import Bill
 from cluster.clients.meter import Meter
-from cluster.clients.passes import Compute, Passes, Precision
+from cluster.clients.passes import Passes, Precision, arithmetic
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LocalSteps:
     Args:
         settings: Local hyperparameters.
         passes: Runs the pass of a step.
-        compute: Runs any other pass.
+        compute: Runs any other pass over inputs and targets, with a loss of its own where one is given.
         module: The model.
         meter: Bills what a method runs through the model by itself.
         order: The client's stream of batches.
@@ -61,7 +62,7 @@ class LocalSteps:
         self,
         settings: LocalSettings,
         passes: Passes,
-        compute: Compute,
+        compute: Callable[..., Tensor],
         module: nn.Module,
         meter: Meter,
         order: np.random.Generator,
@@ -90,14 +91,34 @@ class LocalSteps:
         shuffled = self._order.permutation(len(visit.targets))
         return torch.from_numpy(shuffled[: visit.batch_size]).to(visit.weights.device)
 
-    def compute(self, visit: Visit) -> Tensor:
+    def batch(self, visit: Visit) -> Tensor:
+        """See :class:`Visit`; changes are drawn anew and are the same."""
+        inputs, change = visit.inputs[visit.chosen], self._change_of(visit)
+        return inputs if change is None else change(inputs)
+
+    def _change_of(self, visit: Visit) -> Callable[[Tensor], Tensor] | None:
+        return None if self._change is None else partial(self._change, step=visit.step)
+
+    def compute(self, visit: Visit, loss: Loss | None) -> Tensor:
         """See :class:`Visit`."""
-        self._bill.step(len(visit.chosen))
+        chosen = visit.chosen
+        self._bill.step(len(chosen))
         self._meter.paused = True
-        change = None if self._change is None else partial(self._change, step=visit.step)
-        loss = self._passes.run(visit.inputs, visit.targets, visit.chosen, change)
+        if loss is None:
+            found = self._passes.run(visit.inputs, visit.targets, chosen, self._change_of(visit))
+        else:
+            found = self._compute(self.batch(visit), visit.targets[chosen], loss)
         self._meter.paused = False
-        return loss
+        return found
+
+    def forward(self, visit: Visit, vector: Tensor, inputs: Tensor) -> Tensor:
+        """See :class:`Visit`; billed as it is called, a third of a training pass."""
+        module, was_training = self.lend(), self._module.training
+        module.eval()
+        with torch.no_grad(), arithmetic(self._settings.precision, vector.device):
+            outputs: Tensor = torch.func.functional_call(module, visit.layout.split(vector), (inputs,))
+        module.train(was_training)
+        return outputs
 
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
         """See :class:`Visit`."""

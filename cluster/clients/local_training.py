@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import Algorithm, Client, ParameterLayout, Visit
+from algorithms.core.client import Loss
 from algorithms.core.layers import pruned_layers
 from algorithms.core.masks import count_beyond
 from cluster import seeding
@@ -324,9 +325,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _compute(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _compute(self, inputs: Tensor, targets: Tensor, own: Loss | None = None) -> Tensor:
         with arithmetic(self.settings.precision, self.device):
-            loss = self.method.loss(self.module(inputs), targets, self.objective.loss)
+            loss = (own or self.method.loss)(self.module(inputs), targets, self.objective.loss)
         gradients = torch.autograd.grad(loss, self._parameters)
         torch._foreach_copy_(self._gradient_views, gradients)
         return loss.detach()

@@ -54,9 +54,9 @@ class Meter:
         self._handles, self._reached, self.paused = [], {}, False
 
     def _called(self, place: int, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.paused:
-            return
         given, weight = inputs[0], layer.weight
+        if self.paused and isinstance(weight, nn.Parameter):
+            return  # but for other weights, which torch.func.functional_call puts there
         flops = call_flops(layer, given, output)
         sparse = flops * int(torch.count_nonzero(weight)) / weight.numel()
         self._bill.own(place, flops, sparse)
@@ -80,7 +80,7 @@ class Meter:
         if given.requires_grad:
             given.register_hook(input_gradient)
         if weight.requires_grad and not isinstance(weight, nn.Parameter):
-            # Other weights in the layer's place, as torch.func.functional_call puts them there.
+            # Other weights in the layer's place.
             weight.register_hook(partial(self._weight_gradient, place, id(weight)))
 
     def _weight_gradient(self, place: int, weight: int, gradient: Tensor) -> None:

@@ -49,6 +49,9 @@ class SmallCNN(Architecture):
     hidden: int = hyperparameter(256, "width of the hidden linear layer", low=1)
     norm: str = hyperparameter("group", "normalisation behind a convolution", choices=_NORMS)
     groups: int = hyperparameter(8, "groups of GroupNorm; must divide the channels", low=1)
+    projection: int = hyperparameter(
+        0, "width of MOON's projection, two linear layers before the last one; 0: none", low=0
+    )
 
     def __post_init__(self) -> None:
         if len(self.channels) != 2:
@@ -73,10 +76,12 @@ class SmallCNN(Architecture):
             ]
         if kept != (height // 4, width // 4):
             layers.append(nn.AdaptiveAvgPool2d(kept))
-        flat = second * kept[0] * kept[1]
-        return nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(flat, self.hidden), nn.ReLU(), nn.Linear(self.hidden, classes)
-        )
+        layers += [nn.Flatten(), nn.Linear(second * kept[0] * kept[1], self.hidden), nn.ReLU()]
+        width = self.hidden
+        if self.projection:
+            layers += [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.projection)]
+            width = self.projection
+        return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
 class BasicBlock(nn.Module):

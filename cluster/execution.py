@@ -28,6 +28,7 @@ from cluster.records.resuming import check_ground, forget_later_rounds, standing
 from cluster.records.run_folder import RunFolder, RunFolderError, check_free
 from cluster.records.shared_storage import SharedStorage, is_uri
 from cluster.references import installed
+from cluster.rounds.callbacks import Callbacks
 from cluster.rounds.conduct import Progress, RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.engine import InlineEngine
 from cluster.workload.datasets import open_dataset
@@ -53,9 +54,10 @@ class Result:
 
     @property
     def ended(self) -> bool:
-        """Whether the run came to its planned end or ``stop_after``, and was not stopped before."""
+        """Whether the run came to its planned end, ``stop_after`` or what ``stop`` waits for."""
         config = RunFolder(self.folder).config(inert=True)
-        return bool(self.summary["rounds"] >= (config.stop_after or config.rounds))
+        last = config.stop_after or config.rounds
+        return bool(self.summary["complete"] or self.summary["rounds"] >= last)
 
     @property
     def rounds(self) -> pandas.DataFrame:
@@ -251,6 +253,7 @@ def _preflight(config: Config, begun: Config | None = None) -> Federation:
         config: The experiment.
         begun: As which it began, where it is resumed: a tracking store that is away now does not stop it.
     """
+    Callbacks(config.callbacks)
     if config.execution == "ray" and not installed("ray"):
         raise ConfigError(
             "execution: ray, and Ray is not installed here; install it (pip install 'ray[default]'), or set "

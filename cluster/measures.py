@@ -49,6 +49,11 @@ class Measure:
         return -value if self.better == "lower" else value
 
     @property
+    def grows(self) -> bool:
+        """Whether it adds up since the run began, so that to reach a value is to have spent it."""
+        return self.key.endswith("_total") or self.key == "time/simulated_s"
+
+    @property
     def scale(self) -> float:
         """What a stored value is multiplied by to be shown."""
         return SHOWN.get(self.unit, (1.0, ""))[0]
@@ -195,7 +200,8 @@ RESULTS: tuple[Measure, ...] = (
     Measure("method", "method", "", "algorithm.name."),
     Measure("seed", "seed", "", "The run's seed."),
     Measure("rounds", "rounds", "rounds", "Rounds computed."),
-    Measure("complete", "complete", "", "Whether all planned rounds are."),
+    Measure("complete", "complete", "", "Whether all planned rounds are, or ``stop`` has ended the run."),
+    Measure("stopped_by", "stopped by", "", "What ``stop`` ended the run for; null where it did not."),
     Measure("best_round", "best round", "", "The first round with the best value of what selects."),
     Measure("selected_by", "selected by", "",
             "What the best round is chosen by, as in a line: on validation data where some is held out."),

@@ -329,6 +329,8 @@ def _check_base(base: Config, section: StudySection) -> None:
         )
     if base.stop_after is not None:
         problems.append("stop_after: every trial of a study runs its planned rounds; set rounds instead")
+    if base.stop.asked:
+        problems.append("stop: every trial of a study runs its planned rounds; leave it out")
     if base.execution == "inline" and (section.trials_at_once or 1) > 1:
         problems.append(
             f"study.trials_at_once: execution=inline computes one trial at a time, found "

@@ -266,6 +266,8 @@ def conclude(console: Console, result: Result) -> None:
         Text(selects.text(final), "bold green")
         + Text(f" final, {selects.text(summary[f'best_{selects.key}'])} best{best}", "not bold default"),
     )
+    if summary.get("stopped_by"):
+        grid.add_row("ended by", str(summary.get("stopped_by")))
     grid.add_row("sparsity", percent(summary["sparsity"]))
     grid.add_row("simulated", f"{duration(summary['simulated_s'])} on the devices' clock")
     console.print(grid)
@@ -336,7 +338,10 @@ def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:
             steps.append(
                 ("MLflow", f"has not everything yet; deliver it: sparsyfed sync {shown(result.folder)}")
             )
-    if not result.summary["complete"]:
+    if result.summary.get("stopped_by"):
+        rule = "target" if config.stop.target is not None else "patience"
+        steps.append(("go on", f"sparsyfed resume {shown(result.folder)} stop.{rule}=null"))
+    elif not result.summary["complete"]:
         ended = config.stop_after is not None and result.summary["rounds"] >= config.stop_after
         on = " stop_after=null" if ended else ""
         steps.append(("go on", f"sparsyfed resume {shown(result.folder)}{on}"))

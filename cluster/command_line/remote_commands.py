@@ -107,4 +107,5 @@ def attach(console: Console, address: str, wanted: str | None) -> int:
         conclude(console, Result(folder, summary))
     else:
         console.print(f"{final_text(summary)}, folder {progress['host']}:{shown(folder)}")
-    return 130 if summary["rounds"] < (config.stop_after or config.rounds) else 0
+    ended = summary["complete"] or summary["rounds"] >= (config.stop_after or config.rounds)
+    return 0 if ended else 130

@@ -102,7 +102,7 @@ def _does_not_count(run: Run, after: int | None) -> str:
     wanted = after if after is not None else run.planned
     if not run.series:
         return run.status if run.status.startswith("cannot") else f"{run.status} without a round".strip()
-    if wanted is not None and run.reached < wanted:
+    if wanted is not None and run.reached < wanted and not (run.stopped and after is None):
         ended = f" ({run.status})" if run.status else ""
         return f"ended after round {run.reached} of {wanted}{ended}"
     return ""
@@ -124,7 +124,7 @@ def _identity(run: Run, after: int | None) -> dict[str, str]:
         if key != "seed" and changes_results(key) and not stays_out(key, value)
     }
     if after is None and run.planned is not None:
-        own[_LENGTH] = str(run.planned)
+        own[_LENGTH] = run.length
     return own
 
 
@@ -134,7 +134,7 @@ def _group(
     runs = unmixed([seeds[seed] for seed in sorted(seeds, key=_sortable)])
     params = runs[0].params
     task = tuple(f"{key}={value}" for key, value in sorted(params.items()) if key.startswith(_TASK))
-    length = str(after if after is not None else runs[0].planned)
+    length = runs[0].length if after is None else str(after)
     contest = (params.get("algorithm.sparsity", "dense"), length, *task)
     own = {key: value for key, value in values.items() if value is not None and key != _LENGTH}
     return Group(*names, params.get("algorithm.name", names[0]), own, contest, runs)

@@ -87,6 +87,7 @@ class Run:
         clients: What selects, of the final model on each client, float64[clients].
         reached: Last round computed; 0 where there is none.
         status: How it ended in the words of its source, where that knows; else "".
+        stopped: Whether a rule of its own (``stop``) ended it.
         started: Orders runs by age, seconds.
         measures: Version of the rule by which each family of metrics was measured, 1 where it names none;
             None where the run does not say yet. See :mod:`cluster.compare.versions`.
@@ -101,6 +102,7 @@ class Run:
     clients: np.ndarray = field(default_factory=lambda: np.empty(0))
     reached: int = 0
     status: str = ""
+    stopped: bool = False
     started: float = 0.0
     measures: Mapping[str, int] | None = field(default_factory=dict)
     metrics: tuple[Measure, ...] = Classification.measures
@@ -117,9 +119,16 @@ class Run:
 
     @property
     def planned(self) -> int | None:
-        """The round it was to end after."""
+        """The round it was to end after, unless ``stop`` ended it before."""
         text = self.params.get("stop_after") or self.params.get("rounds")
         return int(text) if text else None
+
+    @property
+    def length(self) -> str:
+        """How long it was to be: the planned round, and the rule that may end it before."""
+        rule = [f"{key}={own}" for key, own in sorted(self.params.items()) if key.startswith("stop.")]
+        ruled = {"stop.target", "stop.patience"} & self.params.keys()
+        return " or ".join([str(self.planned), *([" ".join(rule)] if ruled else [])])
 
     def until(self, last: int) -> Run:
         """The run as it was after round ``last``, without what is known of its end alone."""
@@ -186,6 +195,7 @@ def read_folder(path: Path, metrics: Sequence[Measure] = ()) -> Run:
             dict(zip(names, layers, strict=False)),
             values_of_clients(path / CLIENTS_FILE, metrics),
             reached=max((line["round"] for line in lines), default=0),
+            stopped=bool((result or {}).get("stopped_by")),
             started=lines[0].get("timestamp", 0.0) if lines else 0.0,
             measures=None if result is None else result.get("measures", {}),
             metrics=metrics,
@@ -327,6 +337,7 @@ def _read_stored(
         values_of_clients(clients, metrics) if clients else np.empty(0),
         reached=max((int(own.rounds[-1]) for own in series.values()), default=0),
         status=run.info.status.lower(),
+        stopped=bool(run.data.metrics.get("stopped_by_rule")),
         started=run.info.start_time / 1000,
         measures=json.loads(run.data.tags.get("measures", "{}")),
         metrics=metrics,

@@ -26,7 +26,13 @@ from cluster.configuration.choices import (
     fields,
     values_of,
 )
-from cluster.configuration.fitting import class_problems, device_problems, shift_problems, sparsity_problems
+from cluster.configuration.fitting import (
+    class_problems,
+    device_problems,
+    shift_problems,
+    sparsity_problems,
+    stop_problems,
+)
 from cluster.configuration.foreign import references_in
 from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
@@ -49,6 +55,7 @@ from cluster.configuration.sections import (
     ServerChoice,
     ShiftSection,
     SparsityScheduleChoice,
+    StopSection,
     TrackingSection,
     WireSection,
 )
@@ -73,6 +80,7 @@ class Config(Section):
 
     rounds: int = Field(100, ge=1, description="planned rounds; schedules refer to it")
     stop_after: int | None = Field(None, ge=1, description="end the run after this round")
+    stop: StopSection = StopSection()
     seed: int = Field(0, ge=0, description="seed of initialisation, cohorts and batch order")
     cohort: int = Field(10, ge=1, description="clients a round")
     evaluate_every: int = Field(1, ge=1, description="rounds between central evaluations")
@@ -104,6 +112,9 @@ class Config(Section):
         "float32", description="arithmetic of training; tf32 on GPUs only"
     )
     cuda_graphs: bool = Field(True, description="replay training passes as CUDA graphs (GPUs only)")
+    callbacks: tuple[str, ...] = Field(
+        (), description="classes of your own, module:Class, that are told of every round"
+    )
     algorithm: AlgorithmChoice = AlgorithmChoice()
     model: ModelChoice = ModelChoice()
     data: DataSection = DataSection()
@@ -165,6 +176,8 @@ class Config(Section):
             problems += shift_problems(self)
             if not problems and not any(map(self.left_alone, ("objective", "partition"))):
                 problems += class_problems(self)
+            if not self.left_alone("objective"):
+                problems += stop_problems(self)
             if not self.left_alone("algorithm"):
                 problems += [*device_problems(self), *sparsity_problems(self)]
                 problems += self.method.problems(self)

@@ -6,12 +6,15 @@ Each function takes a whole ``Config``, whose choices can be built.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from algorithms import registry
 from cluster.configuration.choices import ChoiceError, build_choice
+from cluster.measures import MEASURES, Measure, declared, of_objective
+from cluster.references import did_you_mean
 
 
 def sparsity_problems(config: Any) -> Iterator[str]:
@@ -90,3 +93,34 @@ def class_problems(config: Any) -> Iterator[str]:
         yield f"shift.classes: {have}; leave it out"
     if config.evaluate_clients.every:
         yield f"evaluate_clients.every: {have}, by which clients are judged; leave it out"
+
+
+def stop_problems(config: Any) -> Iterator[str]:
+    """A rule that ends nothing, or that watches what is not measured."""
+    stop, key = config.stop, config.stop.metric
+    if not stop.asked:
+        given = [name for name in ("metric", "after") if getattr(stop, name)]
+        yield from (f"stop.{name}: ends nothing without stop.target or stop.patience" for name in given)
+        return
+    if stop.target is not None and stop.patience is not None:
+        yield f"stop.target: {stop.target:g} beside stop.patience={stop.patience}; leave one of them out"
+    metrics = config.build_objective().measures
+    measure = metrics[0] if key is None else declared(key, metrics)
+    if measure is None or (key is not None and key.endswith(("/layers", "_list"))):
+        known = [each.key for each in (*of_objective(metrics), *MEASURES)]
+        hint = did_you_mean(key, known) or "; docs/measures.md has all"
+        yield f"stop.metric: {key!r} is no number of a round{hint}"
+        return
+    if stop.patience is not None and (measure.better is None or measure.grows):
+        yield f"stop.patience: neither more nor less of {key} is better; watch another stop.metric"
+    if key is not None and key.startswith("test/") and config.evaluate_on == "validation":
+        yield f"stop.metric: {key} is not measured with evaluate_on=validation"
+    if key is not None and key.startswith("val/") and not config.data.validation:
+        yield f"stop.metric: {key} is not measured without data held out; set data.validation=0.1"
+
+
+def stop_measure(config: Any, key: str) -> Measure:
+    """The measure of a round that ``stop`` watches, under its own key."""
+    found = declared(key, config.build_objective().measures)
+    assert found is not None  # stop_problems refuses it
+    return replace(found, key=key)

@@ -42,6 +42,8 @@ def _is_name(path: list[str]) -> bool:
     # A grid lists names under ``algorithm``, ``algorithm.name`` or a label; a study's entries stand alone.
     if path[:1] == ["tracking"]:  # a tag may be called as it likes
         return False
+    if path == ["callbacks"]:
+        return True
     if path[-2:] == ["study", "methods"] or path[-3:] == ["study", "methods", "name"]:
         return True
     return path[-1] in KINDS or (path[-1] == "name" and len(path) > 1 and path[-2] in KINDS)

@@ -14,11 +14,13 @@ import xxhash
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
     {
+        "stop",
         "stop_after",
         "execution",
         "address",
         "detached",
         "actors",
+        "callbacks",
         "cpus_per_actor",
         "label",
         "client_timeout_s",

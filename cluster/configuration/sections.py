@@ -299,6 +299,22 @@ class ShiftSection(Section):
     )
 
 
+class StopSection(Section):
+    """What ends a run before its planned rounds: a target or budget that is reached, or a plateau."""
+
+    metric: str | None = Field(None, description="measure of a round that is watched; default what selects")
+    target: float | None = Field(
+        None, description="end once it is as good as this, in its stored unit; of a total: once it is spent"
+    )
+    patience: int | None = Field(None, ge=1, description="end after so many measurements without a new best")
+    after: int = Field(0, ge=0, description="never end before this round")
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything ends a run."""
+        return self.target is not None or self.patience is not None
+
+
 class AggregationSection(Section):
     """How the server adds updates up."""
 

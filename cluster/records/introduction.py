@@ -77,6 +77,8 @@ def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         "gflop": summary["flops_sparse"] / 1e9,
         "seconds": summary["seconds"],
     }
+    if summary.get("stopped_by"):
+        scalars["stopped_by_rule"] = 1.0
     for name in ("regrowth_share", "client_regrowth_share", "consensus"):
         # Round 1 starts from a dense model: what masks do is measured from round 2 on.
         key = f"masks/{name}"

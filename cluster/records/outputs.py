@@ -34,9 +34,23 @@ _logger = logging.getLogger("sparsyfed.outputs")
 
 
 def summary_of(
-    folder: RunFolder, config: Config, federation: Federation, last: dict[str, Any], seconds: float
+    folder: RunFolder,
+    config: Config,
+    federation: Federation,
+    last: dict[str, Any],
+    seconds: float,
+    stopped_by: str | None = None,
 ) -> dict[str, Any]:
-    """What ``result.json`` holds; ``last`` is the last round's line with its evaluation."""
+    """What ``result.json`` holds.
+
+    Args:
+        folder: The run's folder.
+        config: Its configuration.
+        federation: Data and model.
+        last: The last round's line with its evaluation.
+        seconds: What it took.
+        stopped_by: What ``stop`` ended it for, in words.
+    """
     lines = [*folder.rounds()[:-1], last]
     metric, selects = federation.selection_metric, federation.objective.selects
     measured = [line for line in lines if line.get(metric) is not None]
@@ -46,7 +60,8 @@ def summary_of(
         "method": config.algorithm.name,
         "seed": config.seed,
         "rounds": last["round"],
-        "complete": last["round"] >= config.rounds,
+        "complete": last["round"] >= config.rounds or stopped_by is not None,
+        "stopped_by": stopped_by,
         key: last.get(test),  # None where test data is not evaluated
         f"best_{key}": best.get(test),
         f"val_{key}": last.get(f"val/{key}"),

@@ -25,6 +25,7 @@ from cluster.records.outputs import (
 )
 from cluster.records.run_folder import RunFolder
 from cluster.records.shared_storage import SharedStorage
+from cluster.rounds.callbacks import Callbacks
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import Engine
 from cluster.rounds.ledger import Line
@@ -63,12 +64,14 @@ def _conduct(
     federation = Federation.of(config)
     engine = make_engine(config, federation)
     try:
-        tracker = make_tracker(folder, config, federation)
+        tracker, callbacks = make_tracker(folder, config, federation), Callbacks(config.callbacks)
 
         def stored(line: Line) -> None:
             if tracker is not None:
                 tracker.round_written()
             on_line(line)
+            if config.callbacks:
+                callbacks.round(line, driver.state_after(line["round"]))
 
         storage = SharedStorage.of_run(config.checkpoint_uri, folder.path) if config.checkpoint_uri else None
 
@@ -84,8 +87,10 @@ def _conduct(
         started = time.perf_counter()
         try:
             last = driver.run()
-            summary = summary_of(folder, config, federation, last, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            summary = summary_of(folder, config, federation, last, seconds, driver.stopped_by)
             folder.write_result(summary)
+            callbacks.end(summary)
             with naming(folder.path):
                 artifacts = write_artifacts(folder, federation)
         except BaseException as error:

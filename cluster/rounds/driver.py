@@ -31,6 +31,7 @@ from cluster.rounds.ledger import Ledger, Line
 from cluster.rounds.metrics import Supports, added_up, evaluation_metrics, round_metrics, time_metrics
 from cluster.rounds.schedule import Round, Schedule, Snapshot
 from cluster.rounds.setbacks import Setbacks
+from cluster.rounds.stopping import StopRule
 from cluster.transport.downlink import Holders
 
 #: Rows of one evaluation chunk.
@@ -50,6 +51,7 @@ class Driver:
 
     Attributes:
         state: The server's state after the rounds so far.
+        stopped_by: What ``stop`` ended the run for, in words; None where it did not.
     """
 
     def __init__(
@@ -75,16 +77,19 @@ class Driver:
         self._stands_on = stands_on(federation)
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._final: Line = {}
+        self._stop = StopRule.of(config, federation.selection_metric)
+        self.stopped_by: str | None = None
         self._ending = False  # what is measured now is the run's last round
         found = standing(folder, config)
         take_up(folder, found)
         self._ledger = Ledger(folder, config, found.lines, on_line, federation.objective.selects)
         self.state = self._initial_state() if found.checkpoint is None else self._restore(found.checkpoint)
+        self._before = self.state  # that of the round before, whose line may still wait
 
     # ------------------------------------------------------------------------------------- the run
 
     def run(self) -> Line:
-        """Compute rounds until the planned end, ``stop_after`` or a stop request.
+        """Compute rounds until the planned end, ``stop_after``, what ``stop`` waits for or a stop request.
 
         Returns:
             The last round's line.
@@ -94,7 +99,10 @@ class Driver:
             ClientError: Every client of three rounds in a row failed and was skipped.
         """
         while self.state.round < self._last and not self._setbacks.too_many:
-            if self._should_stop() and self.state.round >= self.method.first_round:
+            if self._stop is not None:
+                self._settle()
+                self.stopped_by = self._stop.reason(self._ledger.lines)
+            if self.stopped_by or (self._should_stop() and self.state.round >= self.method.first_round):
                 break
             self._round()
         self._finish()
@@ -103,6 +111,10 @@ class Driver:
         self._setbacks.check(line, self.config.learning_rate(self.state.round))
         return line | self._final
 
+    def state_after(self, round_number: int) -> ServerState:
+        """The server's state after a round whose line is being stored."""
+        return self.state if self.state.round == round_number else self._before
+
     def _round(self) -> None:
         """Collect a round's updates and step; what there is to tell of it is told while the next one runs."""
         started, before = time.perf_counter(), self.state
@@ -110,7 +122,7 @@ class Driver:
         if not result.outcome.evaluating:
             self._complete_line(result.outcome, before.round)
         worked = time.perf_counter()
-        self.state = self._advance(before, result.outcome)
+        self._before, self.state = before, self._advance(before, result.outcome)
         stepped = time.perf_counter()
         times = {
             "time/round_s": stepped - started,
@@ -165,13 +177,23 @@ class Driver:
             self.checkpoint(snapshot)
         self._ledger.spent(log=measured - started, checkpoint=time.perf_counter() - measured)
 
+    def _settle(self) -> None:
+        """Measure and evaluate the last round at once, as what it says decides whether there is another."""
+        self._book_keeping()
+        if self._ledger.waiting is not None:
+            chunks = self._chunks + self._clients.chunks(self.state.round, last=False)
+            outcome = self._schedule.evaluate(self.state, chunks, lambda: None)
+            self._complete_line(outcome, self.state.round)
+
     def _finish(self) -> None:
         """Measure and evaluate the last round, with no next round to overlap it with."""
         self._ending = True
         self._book_keeping()
         state = self.state
         evaluated = self._ledger.value(state.round, self.federation.selection_metric) is not None
-        if self._ledger.waiting is not None or not evaluated:
+        # Clients are judged in the last round too, whatever was measured to find that it is the last one.
+        unjudged = bool(self.stopped_by) and not self._clients.due(state.round)
+        if self._ledger.waiting is not None or not evaluated or unjudged:
             chunks = self._chunks + self._clients.chunks(state.round, last=True)
             outcome = self._schedule.evaluate(state, chunks, lambda: None)
             # A run that was stopped elsewhere may have stored this round's line without an evaluation.
@@ -189,7 +211,8 @@ class Driver:
     def _due_chunks(self) -> list[EvaluationChunk]:
         """Chunks on which this round's broadcast, the last round's result, is evaluated."""
         last = self.state.round
-        if last < self.method.first_round or not self._evaluation_due(last):
+        settled = self._after is None and self._ledger.waiting is None
+        if last < self.method.first_round or settled or not self._evaluation_due(last):
             return []
         return self._chunks + self._clients.chunks(last, last=False)
 

@@ -34,6 +34,7 @@ class Ledger:
         selects: What rounds are selected by.
 
     Attributes:
+        lines: The stored lines by round.
         waiting: The last round's line, until its evaluation is in.
     """
 
@@ -46,18 +47,18 @@ class Ledger:
         selects: Measure,
     ) -> None:
         self._folder, self._config, self._on_line, self._selects = folder, config, on_line, selects
-        self._lines = {line["round"]: line for line in lines}
+        self.lines = {line["round"]: line for line in lines}
         self._totals: dict[str, float] = {}
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self.waiting: Line | None = None
 
     def line(self, round_number: int) -> Line:
         """The stored line of a round."""
-        return self._lines[round_number]
+        return self.lines[round_number]
 
     def value(self, round_number: int, metric: str) -> Any:
         """What the stored line of a round says of a metric; None where there is none."""
-        return self._lines.get(round_number, {}).get(metric)
+        return self.lines.get(round_number, {}).get(metric)
 
     def enter(self, line: Line, *, evaluated: bool) -> None:
         """Add totals and times of the book-keeping to a round's line; store it, or let it wait.
@@ -103,14 +104,14 @@ class Ledger:
         self._totals, self.waiting = dict(stored["totals"]), stored["waiting"]
 
     def _store(self, line: Line) -> None:
-        line |= shift_metrics(self._config, self._lines, line, self._selects)
+        line |= shift_metrics(self._config, self.lines, line, self._selects)
         number = line["round"]
-        if number not in self._lines:
+        if number not in self.lines:
             self._folder.append_round(line)
-            self._lines[number] = line
+            self.lines[number] = line
             self._on_line(line)
             return
-        old, new = comparable(self._lines[number]), comparable(line)
+        old, new = comparable(self.lines[number]), comparable(line)
         differing = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
         if differing:
             raise ReplayError(

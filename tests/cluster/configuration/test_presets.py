@@ -82,8 +82,8 @@ def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
     if tree["data"]["name"] in STAND_INS:
         tree["data"]["path"] = str(folders(tree["data"]["name"]))
     result = run(resolve(tree), tmp_path / "run")
-    lines = result.rounds
-    assert lines.index.tolist() == list(range(resolve(tree).method.first_round, 3))
+    lines, method = result.rounds, resolve(tree).method
+    assert lines.index.tolist() == list(range(method.first_round, 3))
     assert np.isfinite(lines["train/loss"]).all()
     if tree["objective"]["name"] == "language_model":
         assert 1 < lines["test/perplexity"].iloc[-1] < 1000
@@ -91,7 +91,6 @@ def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
         assert lines["test/rmse"].iloc[-1] < 20
     else:
         assert 0 <= lines["test/accuracy"].iloc[-1] <= 1
-    method = resolve(tree).method
     more = ("zerofl", "fedht")  # they send more than 1 - s
     if method.sparsity and not tree["devices"]["tiers"] and method.name not in more:
         assert lines["sparsity/upload"].iloc[-1] == pytest.approx(method.sparsity, abs=1e-3)

@@ -89,7 +89,12 @@ def test_a_stopped_run_goes_on_knowingly_to_the_same_bits(older, name):
     result = cluster.resume(older / name, ["stop_after=null"], anyway=True)
     assert result.ended
     after = (older / name / "rounds.jsonl").read_text().splitlines()
-    assert after[: len(before)] == before
+    assert after[: len(before) - 1] == before[:-1]
+    # The checkpoint's own round is evaluated anew, on a machine of another kind to other last bits.
+    stored, again = json.loads(before[-1]), json.loads(after[len(before) - 1])
+    differing = {key for key in stored if stored[key] != again[key]}
+    assert differing <= (set() if machine() == MADE_ON else {"test/loss"})
+    assert again["test/loss"] == pytest.approx(stored["test/loss"], rel=1e-5)
     assert [json.loads(line)["round"] for line in after] == [1, 2, 3, 4, 5, 6]
     assert_as_0_1_would(older, name)
 

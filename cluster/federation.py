@@ -244,7 +244,7 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
 
 def prepare_arguments(config: Config) -> dict[str, Any]:
     """What ``prepare`` needs to decode the data set on a node."""
-    data = config.data
+    data, objective = config.data, config.build_objective()
     cache = Path(data.cache) if data.cache else default_cache()
     return {
         "name": data.name,
@@ -253,6 +253,7 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "label_column": data.label_column,
         "text_column": data.text_column,
         "group_column": data.group_column,
+        "columns": data.columns,
         "image_size": data.image_size,
         # A path stands instead of the hub, also where a preset names a revision of it.
         "revision": None if data.path else data.revision,
@@ -261,7 +262,8 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "test_split": data.test_split,
         "features": data.features,
         "exclude_classes": data.exclude_classes,
-        "takes_text": config.build_objective().takes_text,
+        "takes_text": objective.takes_text,
+        "targets": objective.targets,
         "tokenizer": data.tokenizer,
         "length": data.length,
         "cache_dir": cache,
@@ -280,6 +282,7 @@ def build_model(config: Config, dataset: Dataset, *, filled: bool = True) -> nn.
         config.model.name,
         input_shape=dataset.input_shape,
         classes=config.build_objective().count(dataset),
+        tokens=len(dataset.vocabulary),
         seed=seeding.integer(config.seed, "initialisation"),
         **config.model.options,
     )

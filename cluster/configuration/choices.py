@@ -80,6 +80,8 @@ KINDS: dict[str, Kind] = {
         f"{_OBJECTIVES}:Objective",
         {
             "classification": f"{_OBJECTIVES}:Classification",
+            "sequence_classification": "cluster.workload.sequence_classification:SequenceClassification",
+            "multilabel": "cluster.workload.multilabel:Multilabel",
             "regression": f"{_OBJECTIVES}:Regression",
             "language_model": "cluster.workload.language_model:LanguageModel",
         },
@@ -124,6 +126,7 @@ KINDS: dict[str, Kind] = {
             "mlp": f"{_NETWORKS}:MLP",
             "linear": f"{_NETWORKS}:Linear",
             "transformer": "cluster.workload.transformer:Transformer",
+            "transformer_classifier": "cluster.workload.transformer:TransformerClassifier",
             "vit": "cluster.workload.transformer:VisionTransformer",
         },
         "small_cnn",

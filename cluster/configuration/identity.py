@@ -45,6 +45,7 @@ _ADDED = {
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",
     "algorithm.spectral_mean": "entries",
+    "data.columns": None,
     "data.image_size": None,
     "data.length": None,
     "data.text_column": None,

@@ -107,7 +107,10 @@ class DataSection(Section):
     )
     path: str | None = Field(None, description="local folder of parquet files instead of the hub")
     image_column: str | None = Field(None, description="column of the images or clips; inferred when unset")
-    label_column: str | None = Field(None, description="column of the labels; inferred when unset")
+    label_column: str | None = Field(None, description="column of the targets; inferred when unset")
+    columns: tuple[str, ...] | None = Field(
+        None, description="columns of numbers and categories; default all others where there are no images"
+    )
     text_column: str | None = Field(None, description="column of the texts; inferred when unset")
     tokenizer: Literal["bytes", "characters"] | None = Field(
         None, description="what a text's tokens are; default bytes"

@@ -36,6 +36,10 @@ class Architecture(ABC):
         """Whether ``cluster.workload.models.initialise`` draws its weights; else they stay as built."""
         return False
 
+    def built(self, input_shape: tuple[int, ...], classes: int, vocabulary: int) -> Any:
+        """What :meth:`build` makes; of a text it is told ``vocabulary``, how many tokens there are."""
+        return self.build(input_shape, classes, **_told(self.build, vocabulary))
+
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """The network, on the CPU.
@@ -74,7 +78,13 @@ class _Built(Architecture):
     builder: Callable[..., Any]
     options: Mapping[str, Any]
 
-    def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
         """See :class:`Architecture`."""
-        made: nn.Module = self.builder(input_shape=input_shape, classes=classes, **self.options)
+        options = {**_told(self.builder, vocabulary), **self.options}
+        made: nn.Module = self.builder(input_shape=input_shape, classes=classes, **options)
         return made
+
+
+def _told(builder: Callable[..., Any], vocabulary: int) -> dict[str, int]:
+    taken = vocabulary and "vocabulary" in inspect.signature(builder).parameters
+    return {"vocabulary": vocabulary} if taken else {}

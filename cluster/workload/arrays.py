@@ -41,26 +41,6 @@ class Arrays:
     groups: tuple[np.ndarray, list[str]] | None
 
     @classmethod
-    def returned_by(cls, reference: str) -> Arrays:
-        """What a user's function ``module:attribute`` returns.
-
-        Raises:
-            DataError: It is no function without arguments, or returns something else than
-                :func:`cluster.workload.datasets.prepare` describes.
-        """
-        function = load_reference("data.name", reference, DataError)
-        found = f"data.name = {reference!r} is {_a(function)}; allowed is a function without arguments"
-        if not callable(function):
-            raise DataError(found)
-        try:
-            inspect.signature(function).bind()
-        except TypeError as error:
-            raise DataError(f"{found} ({error})") from error
-        except ValueError:  # a function in C that does not tell
-            pass
-        return cls.of(function(), reference)
-
-    @classmethod
     def of(cls, arrays: Any, name: str) -> Arrays:
         """Check a dictionary of arrays; see :func:`cluster.workload.datasets.prepare`."""
         keys = list(map(str, arrays)) if isinstance(arrays, Mapping) else []
@@ -69,7 +49,8 @@ class Arrays:
             hint = did_you_mean(unknown[0], set(_REQUIRED + _OPTIONAL) - set(keys)) if unknown else ""
             raise DataError(
                 f"data.name = {name!r} must return a dictionary with {sorted(_REQUIRED)} and optionally "
-                f"'classes', 'train_groups'; found {sorted(keys) if keys else _a(arrays)}{hint}"
+                f"'classes', 'train_groups', or tables 'train' and 'test'; found "
+                f"{sorted(keys) if keys else _a(arrays)}{hint}"
             )
         images: dict[str, np.ndarray] = {}
         labels: dict[str, np.ndarray] = {}
@@ -143,6 +124,25 @@ class Arrays:
         if self.groups is not None:
             cache.save(folder / "train-groups.npy", self.groups[0])
         return {"classes": self.classes, "group_names": None if self.groups is None else self.groups[1]}
+
+
+def returned_by(reference: str) -> Any:
+    """What a user's function ``module:attribute`` returns.
+
+    Raises:
+        DataError: It is no function without arguments.
+    """
+    function = load_reference("data.name", reference, DataError)
+    found = f"data.name = {reference!r} is {_a(function)}; allowed is a function without arguments"
+    if not callable(function):
+        raise DataError(found)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise DataError(f"{found} ({error})") from error
+    except ValueError:  # a function in C that does not tell
+        pass
+    return function()
 
 
 def refuse_not_finite(images: np.ndarray, place: str, first: int = 0) -> None:

@@ -1,10 +1,11 @@
 """Decoding a data set into the arrays that `cluster.workload.datasets` maps; runs once per node.
 
-Two sources, one result: `<split>-images.npy`, `<split>-labels.npy` and, with groups, `train-groups.npy` in a
-folder. Every function here returns the names (`classes`, `group_names`) that belong beside them in
-`meta.json`. What is arrays already, `arrays.py` writes in the same form. Tables are decoded one image or clip
-after the other into a memory map: a data set never has to fit in memory, and threads only lose (PIL's small
-images hold the interpreter lock: two threads take 1.5 to 1.8 times as long as one).
+Tables of any origin, one result: `<split>-images.npy`, `<split>-labels.npy` and, with groups,
+`train-groups.npy` in a folder. Every function here returns the names (`classes`, `group_names`) that belong
+beside them in `meta.json`. What is arrays already, `arrays.py` writes in the same form; texts are read by
+`text.py`, numbers and categories by `columns.py`. Images and clips are decoded one after the other into a
+memory map: a data set of them never has to fit in memory, and threads only lose (PIL's small images hold the
+interpreter lock: two threads take 1.5 to 1.8 times as long as one).
 """
 
 import io
@@ -19,7 +20,8 @@ import numpy as np
 from cluster.references import DataError, did_you_mean
 from cluster.workload import audio, cache
 from cluster.workload.arrays import refuse_not_finite
-from cluster.workload.labels import LabelCodes, group_codes
+from cluster.workload.columns import write_columns
+from cluster.workload.labels import group_codes
 from cluster.workload.tables import (
     Table,
     choose_column,
@@ -28,7 +30,8 @@ from cluster.workload.tables import (
     label_candidates,
     parquet_table,
 )
-from cluster.workload.text import TextForm, write_tables
+from cluster.workload.targets import read_targets
+from cluster.workload.text import TextForm, write_sequences, write_tables
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -54,6 +57,8 @@ class Wanted:
 
     Attributes:
         columns: `image_column`, `label_column` and `group_column`; None to infer, or for no groups.
+        inputs: Columns of numbers and categories; None to infer whether they are what there is.
+        targets: What the column of labels is, see `cluster.workload.targets`; `tokens`: there is none.
         features: What clips become, a key of `audio.FEATURES`; None for `logmel`.
         exclude_classes: Classes whose rows are left out.
         text: What the texts become, where text is what is asked for.
@@ -61,6 +66,8 @@ class Wanted:
     """
 
     columns: Mapping[str, str | None]
+    inputs: Sequence[str] | None = None
+    targets: str = "classes"
     features: str | None = None
     exclude_classes: Sequence[str] = ()
     text: TextForm | None = None
@@ -69,7 +76,7 @@ class Wanted:
 
 def decode_parquet(folder: Path, wanted: Wanted, *, files: list[list[Path]]) -> dict[str, Any]:
     """Parquet files of the train and of the test split."""
-    return _decode_tables(folder, wanted, *map(parquet_table, files))
+    return decode_tables(folder, wanted, *map(parquet_table, files))
 
 
 @dataclass(frozen=True)
@@ -108,68 +115,86 @@ def decode_hub(folder: Path, wanted: Wanted, hub: Hub) -> dict[str, Any]:
                 f"data.{key} = {split!r} is no split of {name!r}{at}; allowed are {sorted(loaded)}"
                 f"{did_you_mean(split, loaded)}"
             )
-    return _decode_tables(folder, wanted, *(hub_table(name, split, loaded[split]) for split in hub.splits))
+    return decode_tables(folder, wanted, *(hub_table(name, split, loaded[split]) for split in hub.splits))
 
 
-def _decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> dict[str, Any]:
-    columns = wanted.columns
-    if wanted.text is not None:
-        return write_tables(folder, wanted.text, columns["group_column"], train, test)
-    image_column = choose_column(
-        train, "image_column", columns["image_column"], image_candidates(train), USUAL_IMAGE_COLUMNS
-    )
+def decode_tables(folder: Path, wanted: Wanted, train: Table, test: Table) -> dict[str, Any]:
+    """The train and the test split, wherever they are from."""
+    columns, text = wanted.columns, wanted.text
+    if text is not None and wanted.targets == "tokens":
+        return write_tables(folder, text, columns["group_column"], train, test)
+    image_column = None
+    if text is None and not _has_columns(wanted, train):
+        image_column = choose_column(
+            train, "image_column", columns["image_column"], image_candidates(train), USUAL_IMAGE_COLUMNS
+        )
     label_column = choose_column(
         train, "label_column", columns["label_column"], label_candidates(train), USUAL_LABEL_COLUMNS
     )
     for key, column in (("image_column", image_column), ("label_column", label_column)):
-        choose_column(test, key, column, [], ())
-    tables, labels = {"train": train, "test": test}, {}
-    meaning: LabelCodes | None = None
-    for split, table in tables.items():
-        if table.rows == 0:
-            raise DataError(f"{table.place} has no rows")
-        place = f"labels in column {label_column!r} of {table.place}"
-        stored, declared = table.labels(label_column)
-        meaning = meaning or LabelCodes.of(stored, declared, place)
-        labels[split] = meaning.encode(stored, place)
-    assert meaning is not None, "the training split decides the classes"
-    classes = meaning.classes
+        if column is not None:
+            choose_column(test, key, column, [], ())
+    tables = {"train": train, "test": test}
+    targets, classes = read_targets(wanted.targets, label_column, tables)
     if wanted.exclude_classes:
         codes = _excluded(wanted.exclude_classes, classes, train.place)
         for split, table in tables.items():
-            kept = ~np.isin(labels[split], codes)
+            kept = ~np.isin(targets[split], codes)
             if not kept.any():
                 raise DataError(f"data.exclude_classes leaves no row of {table.place}")
             tables[split] = table.only(kept)
-            labels[split] = labels[split][kept] - np.searchsorted(codes, labels[split][kept])
+            targets[split] = targets[split][kept] - np.searchsorted(codes, targets[split][kept])
         classes = [name for code, name in enumerate(classes) if code not in codes]
     for split in tables:
-        cache.save(folder / f"{split}-labels.npy", labels[split])
-    group_names: list[str] | None = None
-    if columns["group_column"] is not None:
-        group_column = choose_column(train, "group_column", columns["group_column"], [], ())
+        cache.save(folder / f"{split}-labels.npy", targets[split])
+    group_column, group_names = columns["group_column"], None
+    if group_column is not None:
+        choose_column(train, "group_column", group_column, [], ())
         groups = list(tables["train"].column(group_column))
         values, group_names = group_codes(groups, f"{train.place}, {group_column!r}")
         cache.save(folder / "train-groups.npy", values)
     names: dict[str, Any] = {"classes": classes, "group_names": group_names, "outside": {}}
-    first = next(tables["train"].column(image_column))
+    if text is not None:
+        return names | write_sequences(folder, text, (label_column, group_column), tables)
+    if image_column is not None:
+        return names | _decode_images_or_clips(folder, wanted, tables, image_column, names["outside"])
+    for key, value in (("features", wanted.features), ("image_size", wanted.image_size)):
+        if value is not None:
+            raise DataError(
+                f"data.{key} = {value!r} has no meaning for the columns of {train.place}: leave it out"
+            )
+    others = {"label_column": label_column, "group_column": group_column}
+    return names | write_columns(folder, wanted.inputs, others, tables)
+
+
+def _has_columns(wanted: Wanted, train: Table) -> bool:
+    """Whether columns of numbers and categories are what is asked for, or all that there is."""
+    if wanted.inputs is not None or wanted.columns["image_column"] is not None:
+        return wanted.inputs is not None
+    return not (image_candidates(train) or set(USUAL_IMAGE_COLUMNS) & set(train.schema.names))
+
+
+def _decode_images_or_clips(
+    folder: Path, wanted: Wanted, tables: Mapping[str, Table], column: str, outside: Outside
+) -> dict[str, Any]:
+    train = tables["train"]
+    first = next(train.column(column))
     content = first.get("bytes") if isinstance(first, dict) else first
-    kind = train.features.get(image_column, {}).get("_type")
+    kind = train.features.get(column, {}).get("_type")
     if kind == "Audio" or (isinstance(content, bytes) and audio.is_wav(content)):
         if wanted.image_size is not None:
             raise DataError(
-                f"data.image_size = {wanted.image_size} has no meaning for the clips in column "
-                f"{image_column!r} of {train.place}: leave it out"
+                f"data.image_size = {wanted.image_size} has no meaning for the clips in column {column!r} of "
+                f"{train.place}: leave it out"
             )
-        outside = names["outside"]
-        return names | _decode_clips(folder, tables, image_column, wanted.features or "logmel", outside)
+        return _decode_clips(folder, tables, column, wanted.features or "logmel", outside)
     if wanted.features is not None:
         raise DataError(
-            f"data.features = {wanted.features!r} has no meaning for the images in column {image_column!r} "
+            f"data.features = {wanted.features!r} has no meaning for the images in column {column!r} "
             f"of {train.place}: leave it out"
         )
-    _decode_pictures(folder, tables, image_column, wanted.image_size, names["outside"])
-    return names
+    _decode_pictures(folder, tables, column, wanted.image_size, outside)
+    return {}
 
 
 def _excluded(wanted: Sequence[str], classes: list[str], place: str) -> np.ndarray:

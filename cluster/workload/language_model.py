@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cluster.measures import Measure
 from cluster.references import DataError
 from cluster.workload.datasets import Dataset
-from cluster.workload.objectives import Objective, Sums
+from cluster.workload.objectives import Objective, Sums, Targets
 from cluster.workload.text import PADDING
 
 _LARGEST = math.log(1e300)  # the exponential of more is no float
@@ -36,6 +36,7 @@ class LanguageModel(Objective):
                 "logit.", "higher"),
     )  # fmt: skip
     takes_text: ClassVar[bool] = True
+    targets: ClassVar[Targets] = "tokens"
     outputs_are: ClassVar[str] = "logits at each place, one for each of the {count} tokens of the vocabulary"
 
     def count(self, dataset: Dataset) -> int:

@@ -30,7 +30,9 @@ class ModelError(UserError):
     """An impossible model; the message names the model or option, what was found and what is allowed."""
 
 
-def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, **options: Any) -> nn.Module:
+def build(
+    name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, tokens: int = 0, **options: Any
+) -> nn.Module:
     """Build a model on the CPU whose weights depend on the arguments alone.
 
     Args:
@@ -38,6 +40,7 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
             others get `initialise`.
         input_shape: Shape of one sample: (channels, height, width) of an image.
         classes: Number of outputs, of classes one logit each.
+        tokens: How many tokens there are, where the inputs are a text's: `vocabulary` of what takes it.
         seed: Seed of the weights. torch's global generator is left as it was found.
         options: Fields of the architecture, or keyword arguments of a user's function.
 
@@ -50,7 +53,7 @@ def build(name: str, *, input_shape: tuple[int, ...], classes: int, seed: int, *
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            model = architecture.build(tuple(input_shape), classes)
+            model = architecture.built(tuple(input_shape), classes, tokens)
         except ModelError:
             raise
         except (TypeError, ValueError) as error:

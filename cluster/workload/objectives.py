@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,9 @@ from cluster.configuration.config import Config
 from cluster.measures import Measure, from_values
 from cluster.references import DataError
 from cluster.workload.datasets import Dataset
+
+#: What targets are read as, see :attr:`Objective.targets`.
+Targets = Literal["classes", "numbers", "label_sets", "tokens"]
 
 #: What was counted or added up over some samples, by name: numbers and arrays, of which ``+`` makes those of
 #: more samples.
@@ -38,6 +41,8 @@ class Objective:
     by_class: ClassVar[bool] = False
     #: Whether samples are tokens of a text: `data` is then read as one, see :mod:`cluster.workload.text`.
     takes_text: ClassVar[bool] = False
+    #: What the targets are read as, see :mod:`cluster.workload.targets`; ``tokens``: those of the text.
+    targets: ClassVar[Targets] = "classes"
     #: What a model's outputs are, for messages; ``{count}`` is how many there are of each.
     outputs_are: ClassVar[str] = "outputs"
 
@@ -115,7 +120,7 @@ class Classification(Objective):
         """See :class:`Objective`: a logit for each class."""
         if not dataset.classes:
             found = "tokens" if dataset.vocabulary else "numbers"
-            fitting = "language_model" if dataset.vocabulary else "regression"
+            fitting = "language_model or sequence_classification" if dataset.vocabulary else "regression"
             raise DataError(
                 f"objective.name: classification, but the targets of data.name = {dataset.name!r} are "
                 f"{found}; set objective.name={fitting}"
@@ -161,6 +166,7 @@ class Regression(Objective):
         Measure("mae", "MAE", "", "Mean absolute error, in the targets' unit.", "lower"),
         Measure("r2", "R2", "", "1 less the squared error over that of the targets' own mean.", "higher"),
     )
+    targets: ClassVar[Targets] = "numbers"
     outputs_are: ClassVar[str] = "{count} for each sample, one for each of its numbers"
 
     def count(self, dataset: Dataset) -> int:

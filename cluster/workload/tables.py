@@ -1,4 +1,4 @@
-"""Tables of encoded images and clips in Arrow's form: hub repositories and parquet files, read alike."""
+"""Tables in Arrow's form: hub repositories, parquet files and what a function returns, read alike."""
 
 import itertools
 import json
@@ -33,15 +33,17 @@ class Part:
         return {name: feature if isinstance(feature, dict) else {} for name, feature in features.items()}
 
     def names(self, column: str) -> list[str] | None:
-        """Names of the classes whose codes a column holds; None where it holds texts or plain integers."""
+        """Names of the classes whose codes a column holds, alone or in lists; None of plain values."""
         feature = self.features.get(column, {})
+        if isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
         names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
         return None if names is None else [str(name) for name in names]
 
 
 @dataclass(frozen=True)
 class Table:
-    """One split in Arrow's form: its parts, and which of all rows are kept (bool; None keeps every row)."""
+    """One split: its parts, and which of all rows are kept (bool; None keeps every row)."""
 
     parts: Sequence[Part]
     kept: np.ndarray | None = None
@@ -112,6 +114,42 @@ def parquet_table(files: list[Path]) -> Table:
     return Table([_parquet_part(file, files[0]) for file in files])
 
 
+def given_table(place: str, columns: Any) -> Table:
+    """A table in memory: Arrow's, pandas', or a dictionary of columns.
+
+    Raises:
+        DataError: It is none.
+    """
+    import pyarrow
+
+    try:
+        table = pyarrow.table(columns).combine_chunks()
+    except (pyarrow.ArrowException, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{place} is no table ({reason}); allowed are dictionaries of columns of one length, and tables "
+            "of Arrow or pandas"
+        ) from error
+    return Table([Part(place, table.schema, table.num_rows, lambda name: iter([table.column(name)]))])
+
+
+def digest(table: Table) -> str:
+    """Hash of a table in memory: its names, types and values."""
+    import pyarrow
+    import xxhash
+
+    hashed = xxhash.xxh3_128(repr(table.schema).encode())
+    for name in table.schema.names:
+        for part in table.parts:
+            for values in part.batches(name):
+                sink = pyarrow.BufferOutputStream()
+                one = pyarrow.table({name: values})
+                with pyarrow.ipc.new_stream(sink, one.schema) as stream:
+                    stream.write_table(one)
+                hashed.update(sink.getvalue())
+    return hashed.hexdigest()
+
+
 def _parquet_part(file: Path, first: Path) -> Part:
     import pyarrow
     import pyarrow.parquet
@@ -131,6 +169,52 @@ def _parquet_part(file: Path, first: Path) -> Part:
             raise DataError(f"{file}: column {column!r} cannot be read: {error}") from error
 
     return Part(str(file), content.schema_arrow, content.metadata.num_rows, batches)
+
+
+def is_numeric(kind: Any) -> bool:
+    """Whether an Arrow type is of numbers, truth values (0 and 1) included."""
+    import pyarrow.types as types
+
+    return any(is_(kind) for is_ in (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean))
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is of texts, stored one by one or as codes of a dictionary."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def numbers(table: Table, column: str, place: str) -> np.ndarray:
+    """The numbers of a column, float64 [rows], all of them finite.
+
+    Args:
+        table: The split.
+        column: Its name.
+        place: What it is, for messages.
+
+    Raises:
+        DataError: It holds something else, naming the row.
+    """
+    import pyarrow
+
+    parts: list[np.ndarray] = []
+    for part in table.parts:
+        for batch in part.batches(column):
+            if len(batch) and not is_numeric(batch.type):
+                row = sum(len(values) for values in parts)
+                raise DataError(f"{place}: row {row} holds {batch[0].as_py()!r}; allowed are numbers")
+            if len(batch):
+                values = batch.cast(pyarrow.float64(), safe=False)
+                parts.append(values.to_numpy(zero_copy_only=False))
+    found = np.concatenate(parts)
+    found = found if table.kept is None else found[table.kept]
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found))[0])
+        value = "no value" if np.isnan(found[row]) else f"the value {found[row]}"
+        raise DataError(f"{place}: row {row} has {value}; allowed are finite numbers")
+    return found
 
 
 def image_candidates(table: Table) -> list[str]:

@@ -1,20 +1,24 @@
 """Text as samples of a fixed number of tokens.
 
-Each row of a table is a document of its own, never joined with another one, so that samples can be given to
-the clients of their rows' groups. Its tokens t1 ... tm follow a boundary token B and are cut into pieces, in
-which every token is a target exactly once; what is missing in the last piece is B in the inputs and
-``PADDING`` in the targets::
+To be foretold: each row of a table is a document of its own, never joined with another one, so that samples
+can be given to the clients of their rows' groups. Its tokens t1 ... tm follow a boundary token B and are cut
+into pieces, in which every token is a target exactly once; what is missing in the last piece is B in the
+inputs and ``PADDING`` in the targets::
 
     inputs    B  t1 t2 | t3 t4 B         int16 or int32 [N, length]
     targets   t1 t2 t3 | t4 t5 -100      int64 [N, length]
 
 A row without any text has nothing to foretell and is left out.
+
+With a target of its own, each row is one sample: its first tokens, then B, which no text holds::
+
+    inputs    t1 t2 B | t1 t2 t3           of rows t1 t2 and t1 t2 t3 t4
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,11 +168,9 @@ def write_text(
 def _write_samples(
     folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer, length: int, samples: int
 ) -> None:
-    boundary = len(tokenizer.vocabulary) - 1
-    kind = np.int16 if boundary < 2**15 else np.int32
-    inputs = cache.new_array(folder / f"{split}-images.npy", kind, (samples, length))
+    boundary, inputs = _inputs(folder, split, tokenizer, (samples, length))
     targets = cache.new_array(folder / f"{split}-labels.npy", np.int64, (samples, length))
-    inputs[...], targets[...] = boundary, PADDING
+    targets[...] = PADDING
     row = 0
     for text in texts:
         codes = tokenizer.encode(text)
@@ -182,6 +184,50 @@ def _write_samples(
     targets.flush()
 
 
+def _inputs(folder: Path, split: str, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple[int, np.memmap]:
+    """The code of the boundary, and a new array of it that is to be filled with samples."""
+    boundary = len(tokenizer.vocabulary) - 1
+    kind = np.int16 if boundary < 2**15 else np.int32
+    inputs = cache.new_array(folder / f"{split}-images.npy", kind, shape)
+    inputs[...] = boundary
+    return boundary, inputs
+
+
+def write_sequences(
+    folder: Path, form: TextForm, others: Sequence[str | None], tables: Mapping[str, Table]
+) -> dict[str, Any]:
+    """Write the texts of tables, one sample a row; returns what belongs beside them in meta.json.
+
+    Args:
+        folder: Where to write.
+        form: Column, tokenizer and length.
+        others: Columns that are no texts to read.
+        tables: Splits, ``train`` first.
+
+    Raises:
+        DataError: There is no such column, or a cell is no text or an empty one.
+    """
+    train = tables["train"]
+    candidates = [name for name in text_candidates(train) if name not in others]
+    column = choose_column(train, "text_column", form.column, candidates, USUAL_TEXT_COLUMNS)
+    if column in others:
+        raise DataError(f"data.text_column = {column!r} is the column of the labels or groups too")
+    choose_column(tables["test"], "text_column", column, [], ())
+    splits = {split: _column(column, table) for split, table in tables.items()}
+    tokenizer = TOKENIZERS[form.tokenizer].of(splits["train"].texts())
+    for split, documents in splits.items():
+        _, inputs = _inputs(folder, split, tokenizer, (tables[split].rows, form.length))
+        for row, text in enumerate(documents.texts()):
+            codes = tokenizer.encode(text)[: form.length]
+            if not len(codes):
+                raise DataError(
+                    f"{documents.place}: row {row} is empty; every text needs a token to be classified by"
+                )
+            inputs[row, : len(codes)] = codes
+        inputs.flush()
+    return {"vocabulary": tokenizer.vocabulary}
+
+
 def write_tables(
     folder: Path, form: TextForm, group_column: str | None, train: Table, test: Table
 ) -> dict[str, Any]:
@@ -193,11 +239,12 @@ def write_tables(
     candidates = [name for name in text_candidates(train) if name != group_column]
     column = choose_column(train, "text_column", form.column, candidates, USUAL_TEXT_COLUMNS)
     choose_column(test, "text_column", column, [], ())
-    splits = {
-        split: Documents(f"column {column!r} of {table.place}", lambda table=table: table.column(column))  # type: ignore[misc]
-        for split, table in (("train", train), ("test", test))
-    }
+    splits = {split: _column(column, table) for split, table in (("train", train), ("test", test))}
     return write_text(folder, form, splits, groups)
+
+
+def _column(name: str, table: Table) -> Documents:
+    return Documents(f"column {name!r} of {table.place}", lambda: table.column(name))
 
 
 def _rows(count: int) -> str:

@@ -27,7 +27,7 @@ _OPENINGS = ("today", "at night", "again", "once more", "every year")
 
 
 def texts() -> dict[str, list[str]]:
-    """``train_texts`` and ``test_texts``, and the speaker of each training text, ``train_groups``."""
+    """``train_texts`` and ``test_texts``, and who speaks, ``train_groups`` and ``test_groups``."""
     drawn = random.Random(SEED)  # its `random` gives the same numbers in every version
 
     def one_of(words: tuple[str, ...]) -> str:
@@ -44,10 +44,11 @@ def texts() -> dict[str, list[str]]:
             sentences.append(f"{opening}{thing(speaker)} {one_of(_VERBS)} {thing(speaker)}.")
         return " ".join(sentences)
 
-    made: dict[str, list[str]] = {"train_texts": [], "train_groups": [], "test_texts": []}
+    made: dict[str, list[str]] = {"train_texts": [], "train_groups": [], "test_texts": [], "test_groups": []}
     for speaker, name in enumerate(SPEAKERS):
         for _ in range(12 * (speaker + 1)):
             made["train_texts"].append(text(speaker))
             made["train_groups"].append(name)
         made["test_texts"] += [text(speaker) for _ in range(12)]
+        made["test_groups"] += [name] * 12
     return made

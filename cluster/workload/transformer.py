@@ -54,31 +54,56 @@ class Block(nn.Module):
         return x + self.feed2(F.gelu(self.feed1(self.norm2(x))))
 
 
-class Decoder(nn.Module):
-    """See :class:`Transformer`."""
+class Trunk(nn.Module):
+    """Tokens and places embedded, and all blocks."""
 
     def __init__(
-        self, vocabulary: int, length: int, layers: int, width: int, heads: int, hidden: int, tied: bool
+        self, vocabulary: int, length: int, layers: int, width: int, heads: int, hidden: int
     ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads, hidden, causal=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] to what is known at each place, [B, T, width]."""
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        return self.norm(self.blocks(x))
+
+
+class Decoder(Trunk):
+    """See :class:`Transformer`."""
+
+    def __init__(self, vocabulary: int, *form: int, tied: bool) -> None:
+        super().__init__(vocabulary, *form)
+        self.head = None if tied else nn.Linear(self.norm.weight.numel(), vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] to the next ones' logits [B, T, vocabulary]."""
-        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
-        x = self.norm(self.blocks(x))
+        x = self.features(tokens)
         return x @ self.tokens.weight.t() if self.head is None else self.head(x)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transformer(Architecture):
-    """A decoder of tokens, pre-norm, with learned places; as long as the samples are (`data.length`).
+class Reader(Trunk):
+    """See :class:`TransformerClassifier`."""
 
-    Of a vocabulary of 257 bytes and 64 places it has 471,000 weights, 426,000 of them prunable.
-    """
+    def __init__(self, vocabulary: int, *form: int, outputs: int, pooling: str) -> None:
+        super().__init__(vocabulary, *form)
+        self.padding, self.pooling = vocabulary - 1, pooling
+        self.head = nn.Linear(self.norm.weight.numel(), outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T], padding last, to the texts' outputs [B, outputs]."""
+        read = tokens != self.padding
+        if self.pooling == "last":
+            read = read & ~F.pad(read[:, 1:], (0, 1))
+        x = (self.features(tokens) * read.unsqueeze(2)).sum(1)
+        return self.head(x / read.sum(1, keepdim=True).clamp(min=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfTokens(Architecture):
+    """What both have."""
 
     initialised_here = True
 
@@ -88,20 +113,58 @@ class Transformer(Architecture):
     hidden: int | None = hyperparameter(
         None, "width of the feed-forward layer; null: four times the width", low=1
     )
-    tied: bool = hyperparameter(
-        False, "logits by the tokens' embeddings, which are not prunable, instead of a layer of their own"
-    )
 
     def __post_init__(self) -> None:
         _check_heads(self.heads, self.width)
 
-    def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """See :class:`Architecture`."""
+    def _form(self, input_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+        """Length, layers, width, heads and hidden width."""
         if len(input_shape) != 1:
-            shape = list(input_shape)
-            raise ModelError(f"model.name = 'transformer' takes tokens [T], samples have shape {shape}")
-        hidden = self.hidden or 4 * self.width
-        return Decoder(classes, input_shape[0], self.layers, self.width, self.heads, hidden, self.tied)
+            raise ModelError(
+                f"model.name: a transformer takes tokens [T], samples have shape {list(input_shape)}"
+            )
+        return input_shape[0], self.layers, self.width, self.heads, self.hidden or 4 * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer(_OfTokens):
+    """A decoder of tokens, pre-norm, with learned places; as long as the samples are (`data.length`).
+
+    Of a vocabulary of 257 bytes and 64 places it has 471,000 weights, 426,000 of them prunable.
+    """
+
+    tied: bool = hyperparameter(
+        False, "logits by the tokens' embeddings, which are not prunable, instead of a layer of their own"
+    )
+
+    def build(self, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
+        """See :class:`Architecture`."""
+        if vocabulary not in (0, classes):
+            raise ModelError(
+                "model.name = 'transformer' foretells the next token; one answer for a text is given by "
+                "model.name=transformer_classifier"
+            )
+        return Decoder(classes, *self._form(input_shape), tied=self.tied)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerClassifier(_OfTokens):
+    """The same decoder with one answer for a whole text: a linear layer on its last token, or on the mean.
+
+    As of GPT (Radford et al. 2018): attention is causal, so that the last token has seen the whole text, and
+    padding, which follows it, is seen by none of its tokens and enters neither pooling.
+    """
+
+    pooling: str = hyperparameter(
+        "last", "what the answer is read from: the last token, or the mean of all", choices=("last", "mean")
+    )
+
+    def build(self, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
+        """See :class:`Architecture`."""
+        form = self._form(input_shape)
+        if not vocabulary:
+            raise ModelError("model.name = 'transformer_classifier' takes a text's tokens; these are of none")
+        return Reader(vocabulary, *form, outputs=classes, pooling=self.pooling)
 
 
 class ViT(nn.Module):

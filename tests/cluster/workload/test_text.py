@@ -29,7 +29,7 @@ def stored(folder, train, test=("xyz",), column="text", **others):
 
 
 def prepared(folder, cache, **options):
-    options = {"takes_text": True, "length": 3} | options
+    options = {"takes_text": True, "targets": "tokens", "length": 3} | options
     return open_dataset(prepare(name="mine", path=str(folder), cache_dir=cache, **options))
 
 

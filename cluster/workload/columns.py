@@ -78,7 +78,8 @@ def _standardised(name: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.
     train = values["train"]
     if train.min() == train.max():
         raise _constant(name, tables["train"], f"{train[0]:g}")
-    mean, deviation = float(train.mean()), float(train.std())
+    with np.errstate(over="ignore"):  # told below
+        mean, deviation = float(train.mean()), float(train.std())
     if not 0.0 < deviation < np.inf:
         raise DataError(
             f"{_place(name, tables['train'])}: numbers from {train.min():g} to {train.max():g} have the "

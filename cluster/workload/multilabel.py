@@ -19,7 +19,7 @@ from cluster.workload.objectives import Objective, Sums, Targets
 class Multilabel(Objective):
     """Any number of labels for each sample, by binary cross-entropy of a logit for each label.
 
-    A label is found where its logit is above 0, a probability above one half. All measures follow from
+    A label is found where its logit is above 0, a probability above one half. All measures come of
     counts that add up over samples; mean average precision, which ranks all of them, does not.
     """
 
@@ -27,8 +27,8 @@ class Multilabel(Objective):
     measures: ClassVar[tuple[Measure, ...]] = (
         Measure("micro_f1", "micro F1", "share", "2 TP / (2 TP + FP + FN) of all labels together; 0 where "
                 "there is none and none is found.", "higher"),
-        Measure("macro_f1", "macro F1", "share", "Mean of the labels' own F1; 0 of a label that no sample has "
-                "and that is never found.", "higher"),
+        Measure("macro_f1", "macro F1", "share", "Mean of the labels' own F1; 0 of a label that no sample "
+                "has and that is never found.", "higher"),
         Measure("exact_match", "exact match", "share", "Share of the samples whose labels are all found, and "
                 "no other.", "higher"),
         Measure("loss", "loss", "nats", "Mean binary cross-entropy of a sample and label, in float64.",

@@ -78,6 +78,19 @@ def test_one_actor_a_client(local_ray, tmp_path):
     assert_same_run(tmp_path / "four", tmp_path / "inline")
 
 
+def test_a_table_and_classes_of_texts_give_the_bits_of_inline(local_ray, tmp_path):
+    few = ["rounds=2", "cohort=3", "partition.clients=6", "local.epochs=1", "tracking.enabled=false"]
+    table = ["data.name=tests.cluster.workload.test_columns:tables", "data.label_column=likes"]
+    table += ["objective.name=multilabel", "partition.name=iid", "model.name=mlp", "model.hidden=[8]"]
+    text = ["objective.name=sequence_classification", "data.name=tiny_text", "data.length=16"]
+    text += ["model.name=transformer_classifier", "model.layers=1", "model.width=16", "model.heads=2"]
+    for kind, sections in {"table": table, "text": text}.items():
+        overrides = [*sections, *few]
+        for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+            cluster.run(cluster.resolve("quickstart", [*overrides, *more]), tmp_path / kind / name)
+        assert_same_run(tmp_path / kind / "ray", tmp_path / kind / "inline")
+
+
 def test_a_language_model_gives_the_bits_of_inline(local_ray, tmp_path):
     text = ["objective.name=language_model", "data.name=tiny_text", "data.length=16", "cohort=3"]
     text += [

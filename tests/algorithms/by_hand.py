@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from algorithms import Algorithm, Grid, Instructions, ServerOptimizer, ServerState, Total
+from algorithms import Algorithm, Grid, Instructions, LocalOptimizer, ServerOptimizer, ServerState, Total
+from algorithms.core.local_optimizers import Sgd
 from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
@@ -23,6 +24,7 @@ def one_round(
     epochs: int = 1,
     batch_size: int = 16,
     server: ServerOptimizer | None = None,
+    optimizer: LocalOptimizer | None = None,
 ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
     """One round from ``weights``, [classes][inputs].
 
@@ -32,6 +34,7 @@ def one_round(
         clients: (input, label, number of equal samples) of each client.
         lr, weight_decay, proximal, epochs, batch_size: Local training.
         server: Server optimizer; by default the plain mean.
+        optimizer: Local optimizer; by default plain SGD.
 
     Returns:
         The uploads, and [w_(t+1)].
@@ -40,7 +43,7 @@ def one_round(
     model = nn.Sequential(nn.Flatten(), nn.Linear(start.shape[1], start.shape[0], bias=False))
     images = np.concatenate([np.tile(np.float32(x), (n, 1)) for x, _, n in clients])[:, None, None, :]
     labels = np.concatenate([np.full(n, label) for _, label, n in clients])
-    settings = LocalSettings(0, epochs, batch_size, weight_decay, proximal)
+    settings = LocalSettings(0, epochs, batch_size, weight_decay, proximal, optimizer=optimizer or Sgd())
     trainer = Trainer(model, method, settings, Split(images, labels, None), torch.device("cpu"))
     layout = trainer.layout
     state = ServerState(round=0, weights=start.flatten())

@@ -87,6 +87,7 @@ def _messages(name: str, quick: bool) -> list[Figure]:
     cases = [(density, "float32", "none") for density in (0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0)]
     cases += [(0.05, form, "none") for form in ("float16", "bfloat16", "int8")]
     cases += [(0.05, "float32", "superset"), (0.05, "float32", "shared")]
+    cases += [(density, "float32", "known") for density in (0.05, 0.1, 0.3, 0.5)]
     found = []
     for prunable in (200_000,) if quick else (200_000, 11_000_000):
         generator = np.random.default_rng(0)
@@ -102,14 +103,17 @@ def _messages(name: str, quick: bool) -> list[Figure]:
                 "none": None,
                 "superset": support | (generator.random(prunable) < 0.02),
                 "shared": support,
+                "known": None,
             }[held_kind]
-            options: dict[str, Any] = {"held": held, "value_format": value_format}
+            known = values[: shape.trained].copy() if held_kind == "known" else None
+            options: dict[str, Any] = {"held": held, "known": known, "value_format": value_format}
             repeats = 3 if prunable > 1_000_000 else 20
             data = encode(values, support, shape, **options)
             write_one = partial(encode, values, support, shape, **options)
-            read_one = partial(decode, data, shape, held=held, out=out)
+            read_one = partial(decode, data, shape, held=held, known=known, out=out)
             about = describe(data)
-            kind = value_format + ("" if held is None else f", {held_kind} held")
+            kind = "values known" if known is not None else value_format
+            kind += "" if held is None else f", {held_kind} held"
             case, title = f"{prunable:,} at {density:g} {kind}: {about['layout']}", f"{name}: messages"
             found += [
                 Figure(title, case, "encode ms", _fastest(write_one, repeats)),

@@ -106,6 +106,24 @@ def test_a_language_model_gives_the_bits_of_inline(local_ray, tmp_path):
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
+def test_masks_alone_give_the_bits_of_inline(local_ray, tmp_path):
+    """The values that do not travel are worked out by each host by itself, and by the driver."""
+    tiers = "devices.tiers={slow: {share: 0.5, compute: 1e9}, fast: {share: 0.5, compute: 2e9}}"
+    small = ["model.channels=[4,8]", "model.hidden=16", "model.groups=2"]
+    decided_late = [tiers, "devices.flops=sparse", "schedule.over_selection=2.0"]
+    overrides = [
+        *small,
+        *decided_late,
+        "algorithm.name=fedpm",
+        "rounds=2",
+        "local.epochs=1",
+        "tracking.enabled=false",
+    ]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(cluster.resolve("quickstart", [*overrides, *more]), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with room for 60 kB, and a function that gives it more."""

@@ -49,6 +49,8 @@ VARIANTS = {
         "model": {"name": "tests.tiny_experiment:tiny_model"},
         "data": {"validation": 0.2},
     },
+    "fedpm": {"algorithm": {"name": "fedpm", "prior_reset": 3}, "local": {"weight_decay": 0.0}},
+    "fedpm_reg": {"algorithm": {"name": "fedpm_reg"}, "local": {"weight_decay": 0.0}},
     "of one's own": {"algorithm": {"name": "tests.example_method:RandomK", "sparsity": 0.8}},
 }
 CASES = {name: {"algorithm": {"name": name}} for name in registry()} | VARIANTS

@@ -96,7 +96,7 @@ def test_quickstart_is_described_with_model_partition_bytes_and_memory(
 def test_what_is_prunable_and_what_is_not_is_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("model.name=vit", "model.width=8", "model.patch=2", "model.layers=1")
     shown = described(capsys, "quickstart", *small)
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("blocks.0.")] == [
+    assert [line.split()[0] for line in shown.splitlines() if line.strip().startswith("blocks.0.")] == [
         *(f"blocks.0.attention.{name}" for name in ("query", "key", "value", "output")),
         "blocks.0.feed1",
         "blocks.0.feed2",

@@ -25,7 +25,8 @@ class Hyperparameter:
         search: ``(low, high)`` or the choices that a study searches; None when it is not tuned.
         meaning: One sentence.
         source: Paper and section.
-        kind: ``float``, ``int``, ``bool``, ``str``, ``patterns`` (a tuple of name patterns) or ``ints``.
+        kind: ``float``, ``int``, ``bool``, ``str``, ``patterns`` (a tuple of name patterns), ``ints`` or
+            ``Mapping`` (keys and values, or the name of a file of them).
         optional: Whether None is valid too.
     """
 
@@ -86,7 +87,7 @@ def _described(declared: Field[Any]) -> Hyperparameter:
     else:
         kind = type(default).__name__
     if default is None:
-        kind = next((word for word in words if word in ("float", "int", "bool", "str")), "")
+        kind = next((word for word in words if word in ("float", "int", "bool", "str", "Mapping")), "")
     if default is MISSING or "meaning" not in declared.metadata or not kind:
         raise TypeError(f"declare {declared.name} with hyperparameter(default, meaning, ...)")
     optional = default is None or "None" in words or "Optional" in words

@@ -282,7 +282,8 @@ class Trainer:
             stop: Row after the last.
         """
         self._staging.send(effective, self._model)
-        self.module.eval()
+        # In evaluation some modules keep what they made of their weights (timm's TinyViT), until they train.
+        self.module.train().eval()
         batch = EVALUATION_BATCH[self.device.type]
         sums: Sums | None = None
         with torch.no_grad():

@@ -194,7 +194,12 @@ def _allowed(parameter: Hyperparameter) -> str:
     if parameter.above is not None:
         return f"above {_value(parameter.above)}{null}"
     if parameter.low is None and parameter.high is None:
-        words = {"patterns": "name patterns", "str": "text", "ints": "whole numbers"}
+        words = {
+            "patterns": "name patterns",
+            "str": "text",
+            "ints": "whole numbers",
+            "Mapping": "keys and values, or a file",
+        }
         return words.get(parameter.kind, f"any {parameter.kind}") + null
     low = "" if parameter.low is None else _value(parameter.low)
     high = "" if parameter.high is None else _value(parameter.high)

@@ -128,6 +128,8 @@ KINDS: dict[str, Kind] = {
             "transformer": "cluster.workload.transformer:Transformer",
             "transformer_classifier": "cluster.workload.transformer:TransformerClassifier",
             "vit": "cluster.workload.transformer:VisionTransformer",
+            "timm": "cluster.workload.libraries:Timm",
+            "transformers": "cluster.workload.libraries:Transformers",
         },
         "small_cnn",
         ("weights",),
@@ -341,6 +343,10 @@ def checked(parameter: Hyperparameter, value: Any) -> Any:
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise ChoiceError(f"expected a list of name patterns, found {value!r}")
         return tuple(items)
+    if parameter.kind == "Mapping":
+        if not isinstance(value, (str, Mapping)):
+            raise ChoiceError(f"expected keys and values, or a file of them, found {value!r}")
+        return value
     if parameter.kind == "ints":
         if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
             raise ChoiceError(f"expected a list of whole numbers, found {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,13 +71,20 @@ def digest_of(flat: Mapping[str, Any]) -> str:
     relevant = {
         key: value for key, value in flat.items() if changes_results(key) and not stays_out(key, value)
     }
-    if "model.weights" in relevant:  # wherever they lie
-        relevant["model.weights"] = content_of(relevant["model.weights"])
+    files = {"model.weights"}
+    if relevant.get("model.name") in ("timm", "transformers"):
+        files |= {"model.folder", "model.config"}
+    for key in files & relevant.keys():  # wherever they lie
+        relevant[key] = content_of(relevant[key])
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 
 def content_of(path: str) -> str:
-    """Hash of a file's content; its path where there is none."""
+    """Hash of the content of a file, or of the model in a folder; the path where there is none."""
+    if os.path.isdir(path):
+        parts = [file for file in sorted(os.listdir(path)) if file.endswith(("config.json", ".safetensors"))]
+        whole = [[part, content_of(os.path.join(path, part))] for part in parts]
+        return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -360,6 +360,14 @@ class ModelChoice(Choice):
 
     _absolute = field_validator("weights")(_from_anywhere)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_paths_from_anywhere(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("name") not in ("timm", "transformers"):
+            return value
+        paths = {key: value[key] for key in ("folder", "config") if isinstance(value.get(key), str)}
+        return {**value, **{key: _from_anywhere(as_text(path)) for key, path in paths.items()}}
+
 
 class ObjectiveChoice(Choice):
     """What is learned; other keys are options of an objective of your own."""

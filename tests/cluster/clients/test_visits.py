@@ -7,10 +7,12 @@ import torch
 
 import algorithms
 from algorithms import Client, Visit
+from algorithms.fedavg import FedAvg
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
+from tests.cluster.clients.tiny_visits import trainer_of
 from tests.tiny_experiment import tiny_federation
 
 
@@ -62,3 +64,30 @@ def test_nor_of_one_that_failed(tmp_path, monkeypatch, request):
 
 def fail(client):
     raise ValueError("no update today")
+
+
+class Keeping(torch.nn.Module):
+    """Keeps in evaluation what it made of its weight, until it trains, as timm's TinyViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = torch.nn.Linear(64, 3, bias=False), None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, images):
+        product = self.layer(images.flatten(1))
+        if self.training:
+            return product
+        self.kept = self.layer.weight * 1.0 if self.kept is None else self.kept
+        return torch.nn.functional.linear(images.flatten(1), self.kept)
+
+
+def test_an_evaluation_is_of_the_weights_at_hand():
+    trainer = trainer_of(FedAvg(), model=Keeping())
+    split, weights = trainer._data._split, [torch.randn(trainer.layout.size).numpy() for _ in range(2)]
+    first, second, again = (trainer.evaluate(weights[which], split, 0, 60)["loss"] for which in (0, 1, 0))
+    assert first != second
+    assert first == again

@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 
 from algorithms.core.aggregation import Grid, Total
 from algorithms.core.algorithm import Algorithm, ServerState, registry
+from algorithms.core.attacks import Attack, Pixels
 from algorithms.core.client import Client, Instructions, Visit
 from algorithms.core.hyperparameters import Hyperparameter, hyperparameter, hyperparameters
 from algorithms.core.layers import ActivationPruning, Powerpropagation, prune_inputs, pruned_layers
@@ -36,6 +37,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "ActivationPruning",
     "Algorithm",
+    "Attack",
     "Carried",
     "Client",
     "Entry",
@@ -44,6 +46,7 @@ __all__ = [
     "Instructions",
     "LocalOptimizer",
     "ParameterLayout",
+    "Pixels",
     "Powerpropagation",
     "ServerOptimizer",
     "ServerState",

@@ -28,6 +28,7 @@ class HostSetup:
         partition: Who holds which rows of the training split.
         validation: Rows held out of the training split.
         shifted: Who owns which rows after the first, second ... shift of the data.
+        attacked: Rows of each split that the model is attacked on.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class HostSetup:
     partition: Partition
     validation: np.ndarray
     shifted: tuple[Partition, ...] = ()
+    attacked: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,12 @@ class ClientReport:
 class EvaluationChunk:
     """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
 
-    split: str  # "test" or "val"
+    split: str  # "test" or "val"; under attack "train" too
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
     client: int | None = None  # evaluate the model after this client's local training, as it would be sent
+    attacked: bool = False  # evaluate under attack; the rows are places among those of HostSetup.attacked
     seconds: float = 0.0  # that the evaluation took
 
 

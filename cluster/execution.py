@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cluster.actors.ray_session import connected
+from cluster.configuration.attacks import weak_attack
 from cluster.configuration.config import Config, validate
 from cluster.configuration.foreign import refuse_foreign_code, whose
 from cluster.configuration.identity import RESULT_FREE, changes_results
@@ -269,6 +270,8 @@ def _preflight(config: Config, begun: Config | None = None) -> Federation:
     federation = Federation.of(config)
     if (missing := missing_packages(config)) is not None:
         _logger.warning(missing)
+    if (weak := weak_attack(config)) is not None:
+        _logger.warning(weak)
     if config.cuda_graphs and config.gpus_per_actor and not config.method.recordable:
         _logger.warning(
             "%s trains by passes of its own: they are launched op by op, cuda_graphs=true is for methods "

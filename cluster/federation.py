@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms import ParameterLayout
+from algorithms.core.attacks import Fgsm
 from cluster import seeding
 from cluster.configuration.choices import build_choice
 from cluster.configuration.config import Config
@@ -23,7 +25,7 @@ from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.workload import models
 from cluster.workload.datasets import Dataset, open_dataset, stratified_split
-from cluster.workload.inputs import to_input
+from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.models import ModelError, check_model
 from cluster.workload.objectives import Objective
 from cluster.workload.partition import Partition
@@ -63,6 +65,7 @@ class Federation:
         """
         federation = cls.divided(config)
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        federation.check_attacks()
         federation.check_memory(_half_of_memory())
         Devices(config).check(federation.training_bytes)
         return federation
@@ -167,6 +170,54 @@ class Federation:
                 f"MB, and {room}; lower cohort"
             )
 
+    @cached_property
+    def attacked_rows(self) -> dict[str, np.ndarray]:
+        """Rows of each split that the model is attacked on, int64, sorted: the same ones all the time.
+
+        Those of train belong to clients; where test data is not to be read, none of it is.
+        """
+        section, splits = self.config.evaluate_attack, {c.split for c in self.evaluation_chunks(2**30)}
+        if not section.every:
+            return {}
+        rng = seeding.generator(self.config.seed, "robustness")
+        clients = rng.permutation(self.partition.clients)[: section.rows]
+        held = np.unique(np.concatenate([self.partition.client(int(client)) for client in clients]))
+        rows = {
+            "test": np.arange(len(self.dataset.test.targets) if "test" in splits else 0),
+            "val": np.arange(len(self.validation)),
+            "train": held,
+        }
+        return {
+            split: own if len(own) <= section.rows else np.sort(rng.choice(own, section.rows, replace=False))
+            for split, own in rows.items()
+            if len(own)
+        }
+
+    def check_attacks(self) -> None:
+        """Refuse an attack on inputs that have no neighbourhood, or farther than their whole range.
+
+        Raises:
+            DataError: Naming the key.
+        """
+        attacks = {"attack": self.config.build_attack()}
+        if self.config.evaluate_attack.every:
+            attacks["evaluate_attack"] = self.config.build_evaluation_attack()
+        stored = self.dataset.train.inputs
+        pixels = pixels_of(stored)
+        for key, attack in attacks.items():
+            if attack.active and pixels is None:
+                raise DataError(
+                    f"{key}.name: {getattr(self.config, key).name} moves images, clips or tables by small "
+                    f"amounts, and the inputs of data.name = {self.dataset.name!r} are codes, such as "
+                    f"tokens ({stored.dtype}); leave the section out"
+                )
+            bounded = pixels is not None and pixels.high < math.inf
+            if bounded and isinstance(attack, Fgsm) and attack.norm == "linf" and attack.epsilon > 1.0:
+                raise DataError(
+                    f"{key}.epsilon: {attack.epsilon:g}, but a pixel ranges over 1; allowed are 0 to "
+                    f"1, {attack.epsilon:g} of 255 steps are {attack.epsilon / 255:.4f}"
+                )
+
     @property
     def _example(self) -> Tensor:
         return to_input(self.dataset.train.inputs[:2], torch.device("cpu"))
@@ -211,6 +262,7 @@ class Federation:
             partition=self.partition,
             validation=self.validation,
             shifted=self.shifted,
+            attacked=self.attacked_rows,
         )
 
 

@@ -60,6 +60,10 @@ class LayerFlops:
         """Dense-equivalent FLOPs of training on ``samples`` samples."""
         return float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum())
 
+    def attack(self, samples: int, weight_density: np.ndarray) -> np.ndarray:
+        """FLOPs of a forward pass and the gradient of the inputs, float64[layers]; see ``sparse``."""
+        return samples * 2.0 * self.forward * weight_density
+
     def sparse(
         self,
         samples: int,

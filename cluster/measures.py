@@ -238,6 +238,14 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
         for metric in metrics:
             yield replace(metric, key=f"{split}/{metric.key}", title=f"{title} {metric.title}",
                           meaning=f"On {title} data: {lowered(metric.meaning)}", when=when)  # fmt: skip
+    for split, title in (("test", "test"), ("val", "validation"), ("train", "training")):
+        for metric in metrics:
+            yield replace(metric, key=f"{split}/robust_{metric.key}", title=f"robust {title} {metric.title}",
+                          meaning=f"Under attack, on {title} data: {lowered(metric.meaning)}",
+                          when="evaluate_attack.every")  # fmt: skip
+    yield replace(metrics[0], key="robust_gap", title=f"robust gap in {metrics[0].title}", better="lower",
+                  meaning="Under attack: by how much it is better on training than on test data (validation "
+                  "data where none is tested).", when="evaluate_attack.every")  # fmt: skip
     selects = metrics[0]
     key, title, spread = selects.key, selects.title, replace(selects, better=None)
     yield replace(selects, key=f"tiers/<tier>/{key}", title=f"{title} of a tier",

@@ -23,6 +23,8 @@ Purpose = Literal[
     "evaluation",
     "sampler",
     "augmentation",
+    "attack",
+    "robustness",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

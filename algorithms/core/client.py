@@ -30,6 +30,7 @@ class Instructions:
             from the global model (``max_update_norm``) says nothing.
         cohort: Number of clients, or None for the configured cohort.
         value: A number of the method's own, such as an annealed fraction.
+        attack: Whether batches are attacked, where the configuration asks for it.
     """
 
     round: int
@@ -40,6 +41,7 @@ class Instructions:
     value: float = 0.0
     steps: int | None = None
     sends_model: bool = True
+    attack: bool = True
 
     def __post_init__(self) -> None:
         """Steps take the place of epochs."""

@@ -183,7 +183,8 @@ class CostModel:
     def __init__(self) -> None:
         self._factors: dict[int, float] = {}  # client -> cost of one of its samples, in average samples
         self._paces: dict[int, float] = {}  # actor -> seconds of an average sample
-        self._chunks: dict[bool, float] = {}  # trains a client? -> seconds of an evaluation chunk
+        # Whether an evaluation chunk trains a client, and is attacked -> its seconds.
+        self._chunks: dict[tuple[bool, bool], float] = {}
 
     def work(self, client: int, samples: int) -> float:
         """Cost of one visit in average samples, whoever plays it."""
@@ -213,13 +214,13 @@ class CostModel:
 
     def chunk_seconds(self, chunk: EvaluationChunk) -> float:
         """Seconds that a chunk of the evaluation takes; 0 at first."""
-        return self._chunks.get(chunk.client is not None, 0.0)
+        return self._chunks.get((chunk.client is not None, chunk.attacked), 0.0)
 
     def learn_chunks(self, chunks: Iterable[EvaluationChunk]) -> None:
         """Take in what chunks really cost."""
         for chunk in chunks:
-            known = self._chunks.get(chunk.client is not None, chunk.seconds)
-            self._chunks[chunk.client is not None] = (known + chunk.seconds) / 2
+            kind = (chunk.client is not None, chunk.attacked)
+            self._chunks[kind] = (self._chunks.get(kind, chunk.seconds) + chunk.seconds) / 2
 
 
 def longest_first(assignments: Sequence[Assignment], sizes: np.ndarray, costs: CostModel) -> list[Assignment]:

@@ -18,8 +18,10 @@ class Bill:
         flops: FLOPs of the model's layers.
         first: Samples of the first pass, which meets the weights as received.
         samples: Samples of the local steps' passes, the first included.
-        extra: Samples of each further pass, and the share of nonzeros of each layer that it met,
-            float64[layers].
+        first_attacked: Samples of the attack on the first batch, once for each of its runs.
+        attacked: Those of the attacks on all batches, the first included.
+        extra: Samples of each further pass, those of the attack before it, and the share of nonzeros of each
+            layer that both met, float64[layers].
         own_dense: FLOPs that the method caused through the model by itself, float64[layers].
         own_sparse: The ideal sparse ones.
     """
@@ -27,7 +29,9 @@ class Bill:
     flops: LayerFlops
     first: int = 0
     samples: int = 0
-    extra: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    first_attacked: int = 0
+    attacked: int = 0
+    extra: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.own_dense = np.zeros(len(self.flops.forward))
@@ -38,9 +42,15 @@ class Bill:
         self.first = self.first or samples
         self.samples += samples
 
-    def more(self, samples: int, nonzeros: np.ndarray) -> None:
-        """Note a pass beside the steps."""
-        self.extra.append((samples, nonzeros))
+    def attack(self, samples: int) -> None:
+        """Note the attack on the batch of the next step's pass: its samples, once for each of its runs."""
+        if not self.first:
+            self.first_attacked = samples
+        self.attacked += samples
+
+    def more(self, samples: int, nonzeros: np.ndarray, attacked: int = 0) -> None:
+        """Note a pass beside the steps, and the attack before it."""
+        self.extra.append((samples, attacked, nonzeros))
 
     def own(self, layer: int, dense: float, sparse: float) -> None:
         """Note FLOPs of one layer in a pass that the method ran by itself."""
@@ -49,8 +59,10 @@ class Bill:
 
     def dense(self) -> float:
         """Dense-equivalent FLOPs of all passes."""
-        samples = self.samples + sum(samples for samples, _ in self.extra)
-        return self.flops.dense(samples) + float(self.own_dense.sum())
+        samples = self.samples + sum(samples for samples, _, _ in self.extra)
+        attacked = self.attacked + sum(attacked for _, attacked, _ in self.extra)
+        attacks = float(self.flops.attack(attacked, np.ones(len(self.own_dense))).sum())
+        return self.flops.dense(samples) + attacks + float(self.own_dense.sum())
 
     def sparse(
         self, client: Client, received: np.ndarray, trained: np.ndarray, activations: np.ndarray
@@ -68,8 +80,11 @@ class Bill:
         total = self.flops.sparse(self.first, received, activations, first) + self.flops.sparse(
             self.samples - self.first, training, activations, later
         )
-        for samples, nonzeros in self.extra:
+        total = total + self.flops.attack(self.first_attacked, received)
+        total = total + self.flops.attack(self.attacked - self.first_attacked, training)
+        for samples, attacked, nonzeros in self.extra:
             # A weight of the mask costs its FLOPs while its value is 0. All of the gradient is asked for.
             density = np.maximum(client.training_density(nonzeros), nonzeros)
             total = total + self.flops.sparse(samples, density, activations, np.ones(len(density)))
+            total = total + self.flops.attack(attacked, density)
         return total + self.own_sparse

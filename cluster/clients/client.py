@@ -17,6 +17,7 @@ import torch
 
 from algorithms import Grid, Total
 from algorithms.core.masks import target_count
+from cluster import seeding
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
@@ -73,6 +74,7 @@ class ClientHost:
             lr_end=local.lr_final if local.lr_schedule == "cosine_visit" else None,
             crop=local.augment.crop,
             flip=local.augment.flip,
+            attack=config.build_attack(),
         )
         self._trainer = Trainer(
             model, self._method, settings, dataset.train, self._device, config.build_objective()
@@ -142,9 +144,25 @@ class ClientHost:
                 if chunk.tier not in models:
                     models[chunk.tier] = self._at_budget(broadcast, chunk.tier)
                 model = models[chunk.tier]
-            sums = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
+            if chunk.attacked:
+                sums = self._attacked(model, chunk)
+            else:
+                sums = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
             results.append((replace(chunk, seconds=time.perf_counter() - started), sums))
         return results
+
+    def _attacked(self, model: np.ndarray, chunk: EvaluationChunk) -> Sums:
+        """The sums under attack, on the chunk's rows of those of its split that are attacked."""
+        rows = self._setup.attacked[chunk.split][chunk.start : chunk.stop]
+        splits = {"test": self._dataset.test, "val": self._validation, "train": self._dataset.train}
+        whole, place = splits[chunk.split], list(splits).index(chunk.split)
+        return self._trainer.evaluate_attacked(
+            model,
+            Split(whole.inputs[rows], whole.targets[rows], None),
+            self.config.build_evaluation_attack(),
+            self.config.evaluate_attack.restarts,
+            seeding.integer(self.config.seed, "robustness", place + 1, chunk.start),
+        )
 
     def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:
         """Effective weights of the global model, cut to a tier's budget where one is named."""

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms import LocalOptimizer, ParameterLayout, Visit
+from algorithms import Attack, LocalOptimizer, ParameterLayout, Visit
 from algorithms.core.client import Loss
 from algorithms.core.local_optimizers import Sgd
 from algorithms.core.masks import layer_counts, layer_sizes, nonzero_mask
 from cluster.clients.billing import Bill
 from cluster.clients.meter import Meter
-from cluster.clients.passes import Passes, Precision, arithmetic
+from cluster.clients.passes import Change, Passes, Precision, arithmetic
+
+#: Inputs and targets of a batch -> the attacked inputs, and how often the model was run for them.
+Attacking = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class LocalSettings:
     lr_end: float | None = None  # of a cosine inside each visit
     crop: int = 0
     flip: bool = False
+    attack: Attack = field(default_factory=Attack)
 
     def rate(self, lr: float, step: int, steps: int) -> float:
         """Learning rate of a step, from 0, of a visit in a round whose rate is ``lr``."""
@@ -56,6 +60,7 @@ class LocalSteps:
         order: The client's stream of batches.
         bill: Takes note of every pass.
         change: What the inputs of a step's batch are changed to, by the number of the step.
+        attack: Attacks what a gradient is taken of; None leaves it.
     """
 
     def __init__(
@@ -68,11 +73,14 @@ class LocalSteps:
         order: np.random.Generator,
         bill: Bill,
         change: Callable[..., Tensor] | None = None,
+        attack: Attacking | None = None,
     ) -> None:
         self._settings, self._passes, self._compute = settings, passes, compute
         self._module, self._meter = module, meter
         self._order, self._bill = order, bill
-        self._change = change
+        self._change, self._attack = change, attack
+        # The batch that was attacked last: its rows, and what became of them.
+        self._attacked: tuple[Tensor, Tensor] | None = None
 
     def batches(self, visit: Visit) -> Iterator[Tensor]:
         """Rows of each planned batch, int64[batch]: the client's data in a new order every epoch."""
@@ -92,22 +100,38 @@ class LocalSteps:
         return torch.from_numpy(shuffled[: visit.batch_size]).to(visit.weights.device)
 
     def batch(self, visit: Visit) -> Tensor:
-        """See :class:`Visit`; changes are drawn anew and are the same."""
+        """See :class:`Visit`; changes are drawn anew and are the same, an attack is made once."""
         inputs, change = visit.inputs[visit.chosen], self._change_of(visit)
         return inputs if change is None else change(inputs)
 
-    def _change_of(self, visit: Visit) -> Callable[[Tensor], Tensor] | None:
-        return None if self._change is None else partial(self._change, step=visit.step)
+    def _change_of(self, visit: Visit) -> Change | None:
+        change = None if self._change is None else partial(self._change, step=visit.step)
+        if self._attack is None or not visit.instructions.attack:
+            return change
+        return partial(self._attacked_batch, visit, change, self._attack)
+
+    def _attacked_batch(
+        self, visit: Visit, change: Change | None, attack: Attacking, inputs: Tensor
+    ) -> Tensor:
+        """The batch in hand, changed and attacked once: further passes over it are at other weights alone."""
+        chosen, paused = visit.chosen, self._meter.paused
+        if self._attacked is None or self._attacked[0] is not chosen:
+            self._meter.paused = True
+            found, runs = attack(inputs if change is None else change(inputs), visit.targets[chosen])
+            self._meter.paused = paused
+            self._bill.attack(runs * len(chosen))
+            self._attacked = chosen, found
+        return self._attacked[1]
 
     def compute(self, visit: Visit, loss: Loss | None) -> Tensor:
         """See :class:`Visit`."""
         chosen = visit.chosen
-        self._bill.step(len(chosen))
         self._meter.paused = True
         if loss is None:
             found = self._passes.run(visit.inputs, visit.targets, chosen, self._change_of(visit))
         else:
             found = self._compute(self.batch(visit), visit.targets[chosen], loss)
+        self._bill.step(len(chosen))
         self._meter.paused = False
         return found
 
@@ -123,8 +147,11 @@ class LocalSteps:
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
         """See :class:`Visit`."""
         met = nonzero_mask(visit.model[: visit.layout.prunable_size])
-        self._bill.more(len(targets), layer_density(met, visit.layout))
         self._meter.paused = True
+        runs = 0
+        if self._attack is not None and visit.instructions.attack:
+            inputs, runs = self._attack(inputs, targets)
+        self._bill.more(len(targets), layer_density(met, visit.layout), runs * len(targets))
         loss = self._compute(inputs, targets)
         self._meter.paused = False
         return loss

@@ -7,7 +7,7 @@ and leaves the update in a flat buffer. No DataLoader, no optimizer object, no r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms import Algorithm, Client, ParameterLayout, Visit
+from algorithms import Algorithm, Attack, Client, ParameterLayout, Pixels, Visit
 from algorithms.core.client import Loss
 from algorithms.core.layers import pruned_layers
 from algorithms.core.masks import count_beyond
 from cluster import seeding
+from cluster.clients.adversary import Adversary
 from cluster.clients.augmentation import Augmentation
 from cluster.clients.billing import Bill
 from cluster.clients.local_steps import LocalSettings, LocalSteps, layer_density
@@ -30,7 +31,7 @@ from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops
 from cluster.measured import Measured
 from cluster.workload.datasets import Split
-from cluster.workload.inputs import to_input
+from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.objectives import Classification, Objective, Sums, added
 
 #: Samples of one evaluation step by kind of device; not by its size, so that machines of a kind log the same.
@@ -89,6 +90,7 @@ class Trainer:
         method.prepare(self.module)
         self._pruning = pruned_layers(self.module)
         self._meter = Meter(self.module, self.layout)
+        self._adversary = Adversary(self.module, self.objective, pixels_of(train.inputs) or Pixels())
         layout = self.layout
         self._model = layout.flatten(self.module).to(device)
         self._weights = (
@@ -168,12 +170,17 @@ class Trainer:
             self.module.train()
         bill = Bill(self.flops)
         order = seeding.generator(stream[0], "batches", *stream[1:])
-        change = None
+        change = attack = None
         if self._augmentation is not None:
             key = seeding.integer(stream[0], "augmentation", *stream[1:])
             change = partial(self._augmentation.apply, key=key)
+        if settings.attack.active:
+            draws = torch.Generator().manual_seed(seeding.integer(stream[0], "attack", *stream[1:]))
+            attack = partial(
+                self._adversary.attacked, settings.attack, generator=draws, precision=settings.precision
+            )
         steps = LocalSteps(
-            settings, self._passes, self._compute, self.module, self._meter, order, bill, change
+            settings, self._passes, self._compute, self.module, self._meter, order, bill, change, attack
         )
         inputs, targets = self._data.of(rows)
         an_epoch = -(-len(rows) // settings.batch_size)
@@ -281,18 +288,46 @@ class Trainer:
             start: First row.
             stop: Row after the last.
         """
+        with torch.no_grad():
+            return self._sums(effective, split, start, stop, lambda inputs, targets: self.module(inputs))
+
+    def evaluate_attacked(
+        self, effective: np.ndarray, split: Split, attack: Attack, restarts: int, seed: int
+    ) -> Sums:
+        """The same of all of ``split`` under attack, of each sample the worst of ``restarts`` attacks.
+
+        Args:
+            effective: theta and the float buffers, float32[size].
+            split: What to evaluate on.
+            attack: How inputs are attacked.
+            restarts: Number of attacks.
+            seed: Of their randomness, whoever evaluates.
+        """
+        draws = torch.Generator().manual_seed(seed)
+
+        def outputs(inputs: Tensor, targets: Tensor) -> Tensor:
+            return self._adversary.worst_outputs(attack, inputs, targets, restarts, draws)
+
+        return self._sums(effective, split, 0, len(split.targets), outputs)
+
+    def _sums(
+        self,
+        effective: np.ndarray,
+        split: Split,
+        start: int,
+        stop: int,
+        outputs: Callable[[Tensor, Tensor], Tensor],
+    ) -> Sums:
         self._staging.send(effective, self._model)
         # In evaluation some modules keep what they made of their weights (timm's TinyViT), until they train.
         self.module.train().eval()
         batch = EVALUATION_BATCH[self.device.type]
         sums: Sums | None = None
-        with torch.no_grad():
-            for first in range(start, stop, batch):
-                rows = slice(first, min(first + batch, stop))
-                targets = torch.from_numpy(np.asarray(split.targets[rows])).to(self.device)
-                outputs = self.module(to_input(split.inputs[rows], self.device))
-                more = self.objective.sums(outputs, targets)
-                sums = more if sums is None else added(sums, more)
+        for first in range(start, stop, batch):
+            rows = slice(first, min(first + batch, stop))
+            targets = torch.from_numpy(np.asarray(split.targets[rows])).to(self.device)
+            more = self.objective.sums(outputs(to_input(split.inputs[rows], self.device), targets), targets)
+            sums = more if sums is None else added(sums, more)
         assert sums is not None
         return sums
 

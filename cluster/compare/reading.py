@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.compare.histories import histories
-from cluster.configuration.choices import ChoiceError, choice_named, earlier_keys
+from cluster.configuration.choices import ChoiceError, choice_named
 from cluster.configuration.config import validate
+from cluster.configuration.earlier import earlier_keys
 from cluster.configuration.plain_yaml import as_value
 from cluster.configuration.trees import ConfigError, flatten, read_stored
 from cluster.measures import Measure, from_values

@@ -56,6 +56,7 @@ _SCHEDULES = "cluster.rounds.schedules"
 _SPARSITY = "algorithms.core.sparsity_schedules"
 _NETWORKS = "cluster.workload.networks"
 _AVAILABILITY = "cluster.simulation.availability"
+_ATTACKS = "algorithms.core.attacks"
 
 #: Every section that has a ``name``.
 KINDS: dict[str, Kind] = {
@@ -142,6 +143,19 @@ KINDS: dict[str, Kind] = {
         shared=("validation", "cache"),
     ),
     "optimizer": Kind("what a client does with a gradient", "algorithms:LocalOptimizer", {}),
+    "attack": Kind(
+        "how every training batch is attacked before a gradient is taken of it",
+        "algorithms:Attack",
+        {"none": f"{_ATTACKS}:Attack", "fgsm": f"{_ATTACKS}:Fgsm", "pgd": f"{_ATTACKS}:Pgd"},
+        "none",
+    ),
+    "evaluate_attack": Kind(
+        "how the model is attacked where its robustness is measured",
+        "algorithms:Attack",
+        {"fgsm": f"{_ATTACKS}:Fgsm", "pgd": f"{_ATTACKS}:EvaluationPgd"},
+        "pgd",
+        ("every", "restarts", "rows"),
+    ),
     "schedule": Kind(
         "when the server takes updates in",
         f"{_SCHEDULES}:Timing",
@@ -149,22 +163,6 @@ KINDS: dict[str, Kind] = {
         "synchronous",
     ),
 }
-
-#: Keys that up to 0.1 stood in a section whatever was chosen, with their defaults. In older folders they fall
-#: away; they still enter the hash, so that no experiment gets another one.
-EARLIER: dict[str, dict[str, Any]] = {
-    "partition": {"alpha": 1.0, "shards_per_client": 2, "samples_per_client": 50},
-    "availability": {"low": 0.2, "high": 0.8, "phase": 0.0, "slot": 600.0, "path": None},
-    "schedule": {
-        "over_selection": 1.0,
-        "deadline": None,
-        "buffer": None,
-        "concurrency": None,
-        "staleness_exponent": 0.5,
-        "max_staleness": None,
-    },
-}
-
 
 # ------------------------------------------------------------------------------------------- what there is
 
@@ -380,22 +378,3 @@ def _check_range(parameter: Hyperparameter, value: Any) -> None:
 def values_of(built: Any) -> dict[str, Any]:
     """The values of a built choice's declared fields."""
     return {field.name: getattr(built, field.name) for field in hyperparameters(built)}
-
-
-# ------------------------------------------------------------------------------------------- older versions
-
-
-def earlier_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys that up to 0.1 stood beside those of the choices in a configuration, with their defaults.
-
-    Args:
-        flat: Its dotted keys, or the names among them.
-    """
-    found: dict[str, Any] = {}
-    for key, name in flat.items():
-        path, _, last = key.rpartition(".")
-        section = path.rpartition(".")[2]
-        if last == "name" and section in EARLIER and isinstance(name, str) and name in KINDS[section].names:
-            own = fields(section, name)
-            found |= {f"{path}.{k}": default for k, default in EARLIER[section].items() if k not in own}
-    return found

@@ -17,15 +17,10 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule
+from cluster.configuration import attacks
 from cluster.configuration.axes import only_point
-from cluster.configuration.choices import (
-    KINDS,
-    ChoiceError,
-    build_choice,
-    earlier_keys,
-    fields,
-    values_of,
-)
+from cluster.configuration.choices import KINDS, ChoiceError, build_choice, fields, values_of
+from cluster.configuration.earlier import earlier_keys
 from cluster.configuration.fitting import (
     class_problems,
     device_problems,
@@ -121,6 +116,8 @@ class Config(Section):
     partition: PartitionSection = Field(default_factory=PartitionSection)
     objective: ObjectiveChoice = ObjectiveChoice()
     local: LocalSection = Field(default_factory=LocalSection)
+    attack: attacks.AttackChoice = Field(default_factory=attacks.AttackChoice)
+    evaluate_attack: attacks.EvaluationChoice = Field(default_factory=attacks.EvaluationChoice)
     evaluate_clients: ClientEvaluationSection = ClientEvaluationSection()
     server: ServerChoice = ServerChoice()
     devices: DevicesSection = DevicesSection()
@@ -147,7 +144,8 @@ class Config(Section):
                     if key not in _AS_GIVEN and is_dataclass(built):
                         choice.fill(values_of(built))
             except ChoiceError as error:
-                problems.append(str(error))
+                if str(error) not in problems:  # evaluate_attack takes after attack
+                    problems.append(str(error))
             except (ValueError, AssertionError) as error:
                 raise _InOwnCode(error) from error  # pydantic would make it a mistake of the configuration
         problems += self.local.problems()
@@ -178,6 +176,8 @@ class Config(Section):
                 problems += class_problems(self)
             if not self.left_alone("objective"):
                 problems += stop_problems(self)
+            if not any(map(self.left_alone, ("attack", "evaluate_attack"))):
+                problems += attacks.attack_problems(self)
             if not self.left_alone("algorithm"):
                 problems += [*device_problems(self), *sparsity_problems(self)]
                 problems += self.method.problems(self)
@@ -198,6 +198,8 @@ class Config(Section):
         yield "schedule", self.schedule, self.build_schedule
         yield "objective", self.objective, self.build_objective
         yield "optimizer", self.local.optimizer, self.build_local_optimizer
+        yield "attack", self.attack, self.build_attack
+        yield "evaluate_attack", self.evaluate_attack, self.build_evaluation_attack
         for name, tier in self.devices.tiers.items():
             yield "availability", tier.availability, partial(self.build_availability, name)
 
@@ -258,6 +260,14 @@ class Config(Section):
         choice = self.local.optimizer
         optimizer: LocalOptimizer = build_choice("optimizer", choice.name, choice.options, "local.optimizer")
         return optimizer
+
+    def build_attack(self) -> Any:
+        """How training batches are attacked."""
+        return self._build("attack")
+
+    def build_evaluation_attack(self) -> Any:
+        """How the evaluated model is attacked."""
+        return attacks.evaluation_attack(self)
 
     def build_availability(self, tier: str) -> Any:
         """When a tier's devices can be asked to train."""

@@ -12,7 +12,8 @@ import yaml
 
 from algorithms import hyperparameters
 from cluster import __version__
-from cluster.configuration.choices import EARLIER, KINDS, earlier_keys, method_named
+from cluster.configuration.choices import KINDS, method_named
+from cluster.configuration.earlier import EARLIER, earlier_keys
 from cluster.configuration.plain_yaml import YamlError, as_value, parse, parse_word
 from cluster.logins import without_logins
 from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder

@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.ledger import Ledger, Line
 from cluster.rounds.metrics import Supports, added_up, evaluation_metrics, round_metrics, time_metrics
+from cluster.rounds.robust_evaluation import RobustEvaluation
 from cluster.rounds.schedule import Round, Schedule, Snapshot
 from cluster.rounds.setbacks import Setbacks
 from cluster.rounds.stopping import StopRule
@@ -72,7 +74,7 @@ class Driver:
         self._last = config.stop_after or config.rounds
         self._schedule = make_schedule(federation, engine, self.method)
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
-        self._clients = ClientEvaluation(federation)
+        self._clients, self._robust = ClientEvaluation(federation), RobustEvaluation(federation, _CHUNK_ROWS)
         self._setbacks, self._supports = Setbacks(), Supports()
         self._stands_on = stands_on(federation)
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
@@ -192,9 +194,9 @@ class Driver:
         state = self.state
         evaluated = self._ledger.value(state.round, self.federation.selection_metric) is not None
         # Clients are judged in the last round too, whatever was measured to find that it is the last one.
-        unjudged = bool(self.stopped_by) and not self._clients.due(state.round)
-        if self._ledger.waiting is not None or not evaluated or unjudged:
-            chunks = self._chunks + self._clients.chunks(state.round, last=True)
+        judged = all(each.due(state.round) for each in (self._clients, self._robust))
+        if self._ledger.waiting is not None or not evaluated or (self.stopped_by and not judged):
+            chunks = self._chunks_of(state.round, last=True)
             outcome = self._schedule.evaluate(state, chunks, lambda: None)
             # A run that was stopped elsewhere may have stored this round's line without an evaluation.
             self._final = self._evaluation(outcome, state.round, last=True)
@@ -205,8 +207,13 @@ class Driver:
     # ---------------------------------------------------------------------------------- evaluation
 
     def _evaluation_due(self, round_number: int) -> bool:
-        due = round_number % self.config.evaluate_every == 0 or self._clients.due(round_number)
+        others = self._clients.due(round_number) or self._robust.due(round_number)
+        due = round_number % self.config.evaluate_every == 0 or others
         return due or round_number == self._last or self._ending
+
+    def _chunks_of(self, round_number: int, *, last: bool) -> list[EvaluationChunk]:
+        others = (each.chunks(round_number, last=last) for each in (self._clients, self._robust))
+        return [*self._chunks, *chain.from_iterable(others)]
 
     def _due_chunks(self) -> list[EvaluationChunk]:
         """Chunks on which this round's broadcast, the last round's result, is evaluated."""
@@ -214,12 +221,13 @@ class Driver:
         settled = self._after is None and self._ledger.waiting is None
         if last < self.method.first_round or settled or not self._evaluation_due(last):
             return []
-        return self._chunks + self._clients.chunks(last, last=False)
+        return self._chunks_of(last, last=False)
 
     def _evaluation(self, outcome: Outcome, round_number: int, *, last: bool) -> Line:
-        """What was measured of a round's result: by all, and by each client where that is due."""
+        """What was measured of a round's result; of each client and under attack where that was due."""
         parts = added_up(outcome.evaluated())
         measured = self._clients.metrics(self.folder, round_number, parts, last=last)
+        measured |= self._robust.metrics(added_up(outcome.evaluated(), attacked=True))
         return evaluation_metrics(self.federation.objective, parts) | measured
 
     def _complete_line(self, outcome: Outcome, round_number: int) -> None:

@@ -134,10 +134,11 @@ class Supports:
 Part = tuple[str, str | None, int | None]
 
 
-def added_up(evaluated: Evaluated) -> dict[Part, Sums]:
-    """The sums over all chunks of each part, added in the order of their rows."""
+def added_up(evaluated: Evaluated, *, attacked: bool = False) -> dict[Part, Sums]:
+    """The sums over all chunks of each part, under attack or not, added in the order of their rows."""
     parts: dict[Part, Sums] = {}
-    for chunk, sums in sorted(evaluated, key=lambda result: result[0].start):
+    own = [result for result in evaluated if result[0].attacked == attacked]
+    for chunk, sums in sorted(own, key=lambda result: result[0].start):
         part = (chunk.split, chunk.tier, chunk.client)
         parts[part] = added(parts[part], sums) if part in parts else sums
     return parts

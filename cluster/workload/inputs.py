@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algorithms import Pixels
+
 
 def to_input(stored: np.ndarray, device: torch.device) -> Tensor:
     """Model input of what is stored, by its type.
@@ -23,6 +25,16 @@ def normalised(stored: Tensor) -> Tensor:
     if stored.dtype == torch.uint8:
         return stored.float().div_(255.0).sub_(0.5).div_(0.5)
     return stored.float() if stored.is_floating_point() else stored.long()
+
+
+def pixels_of(stored: np.ndarray) -> Pixels | None:
+    """What pixel units are in the model inputs of what is stored; see :func:`to_input`.
+
+    Floats have the units that they are stored in and may become any number; codes have no neighbours: None.
+    """
+    if stored.dtype == np.uint8:
+        return Pixels(unit=2.0, low=-1.0, high=1.0)
+    return Pixels() if stored.dtype.kind == "f" else None
 
 
 def from_read_only(array: np.ndarray) -> Tensor:

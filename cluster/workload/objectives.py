@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,6 +91,13 @@ class Objective:
         """
         raise NotImplementedError
 
+    def errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """An error of each sample, the larger the worse, float[n]: of several attacks the worst one counts.
+
+        By default the loss of the sample alone.
+        """
+        return torch.stack([self.loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(targets))])
+
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Every one of ``measures`` by its key, of the sums over a whole split."""
         raise NotImplementedError
@@ -144,6 +152,12 @@ class Classification(Objective):
             "correct": np.bincount(hits.cpu().numpy(), minlength=logits),
             "loss": float(F.cross_entropy(outputs.double(), targets, reduction="sum")),
         }
+
+    def errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See :class:`Objective`: the largest other logit less that of the class; wrong is above 0."""
+        own = targets[:, None]
+        others = outputs.scatter(1, own, -math.inf)
+        return others.amax(1) - outputs.gather(1, own)[:, 0]
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """See :class:`Objective`."""

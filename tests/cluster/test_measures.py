@@ -42,6 +42,7 @@ RUNS = {
     "tiers": {"algorithm": {"name": "topk", "sparsity": 0.5}, "devices": {"tiers": TIERS}},
     "shift": {"rounds": 4, "shift": {"round": 3}},
     "clients": {"evaluate_clients": {"every": 1, "after": 2}},
+    "attack": {"evaluate_attack": {"every": 2, "steps": 1}, "data": {"validation": 0.2}},
     "flash": {"algorithm": {"name": "flash", "stage1": "sensitivity", "sparsity": 0.5}},
     "kept": {"algorithm": {"name": "feddyn"}},
     "ramp": {"algorithm": {"name": "topk"}, "sparsity_schedule": {"name": "cubic"}},

@@ -14,6 +14,7 @@ from cluster.configuration.config import Config
 from cluster.measured import Measured
 from cluster.references import UserError
 from cluster.simulation.clock import Device
+from cluster.transport.downlink import Part
 from cluster.workload.objectives import Sums
 from cluster.workload.partition import Partition
 
@@ -52,6 +53,7 @@ class Assignment:
         fold_before: Simulated seconds before which its update surely counts, so that it is folded here; a
             later one goes to the driver, which knows when the others arrived.
         kept: What it keeps from its last visit, float32 arrays by name.
+        part: Which of the broadcast's parts it was sent; None for the whole model.
     """
 
     client: int
@@ -61,6 +63,7 @@ class Assignment:
     deadline: float = math.inf
     fold_before: float = math.inf
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class Broadcast:
         samples: Samples of the whole cohort.
         period: Number of shifts of the data so far, which tells who holds what.
         kept: What the clients keep that are evaluated after local training, by client and name.
+        parts: The parts of the model that clients were sent who have no room for all of it.
     """
 
     weights: np.ndarray
@@ -163,8 +167,18 @@ class Broadcast:
     samples: int
     period: int = 0
     kept: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
 
-    @property
-    def base(self) -> np.ndarray | None:
-        """What the distance of an update is measured from: w_t, or None where no model is sent."""
-        return self.weights if self.instructions.sends_model else None
+    def base(self, part: int | None) -> np.ndarray | None:
+        """What the distance of an update is measured from, float32[size]: what was received, of which part.
+
+        None where no model is sent.
+        """
+        if not self.instructions.sends_model:
+            return None
+        return self.weights if part is None else self.parts[part].weights
+
+    def held(self, part: int | None) -> np.ndarray | None:
+        """What both sides know of an update's support: the mask, or the part that the client holds."""
+        own = None if part is None else self.parts[part].held
+        return self.mask if own is None else own

@@ -126,11 +126,11 @@ class Federation:
         check_model(self.model, name, self._example, targets, self.objective, count)
         try:
             layout = ParameterLayout.of(self.model, self._example)
+            if self.config.inert and ":" in self.config.algorithm.name:
+                return layout  # what a method carries beside the model only its code knows
+            return self.config.method.lay_out(layout, self.model, self._example)
         except ValueError as error:
             raise ModelError(f"model.name = {name!r}: {error}") from error
-        if self.config.inert and ":" in self.config.algorithm.name:
-            return layout  # what a method carries beside the model only its code knows
-        return layout.carrying(self.config.method.carries(layout))
 
     @cached_property
     def flops(self) -> LayerFlops:

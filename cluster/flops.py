@@ -56,6 +56,10 @@ class LayerFlops:
             ),
         )
 
+    def of_part(self, shares: np.ndarray) -> LayerFlops:
+        """Those of a model of which a client holds so much of each layer, float64[layers]."""
+        return LayerFlops(self.forward * shares, self.needs_input_gradient)
+
     def dense(self, samples: int) -> float:
         """Dense-equivalent FLOPs of training on ``samples`` samples."""
         return float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum())
@@ -74,6 +78,11 @@ class LayerFlops:
         """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
         backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
         return samples * self.forward * (backward_and_forward + activation_density * gradient_density)
+
+
+def held_shares(held: np.ndarray, layout: ParameterLayout) -> np.ndarray:
+    """Share of each prunable layer in a part of the model, bool[trained]; float64[layers]."""
+    return np.array([np.count_nonzero(held[entry.span]) / entry.size for entry in layout.prunable])
 
 
 def call_flops(layer: Any, inputs: Tensor, output: Tensor) -> float:

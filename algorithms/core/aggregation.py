@@ -83,7 +83,8 @@ class Total:
         low: Fine parts of sum n_i w_i, float64[up_size].
         votes: Number of updates whose support holds a prunable position, int32[prunable].
         layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
-        mask_samples: sum n_i m_i over the prunable span, int64[prunable]; only kept for masked means.
+        mask_samples: sum n_i m_i over the prunable span, int64[prunable], or, where clients hold parts of the
+            model, over the trained span, int64[trained]; only kept for masked means.
         samples: sum n_i.
         clients: Indices of the clients folded in, ascending.
         updates: Every update by client, ascending, float32[up_size], read-only, and its n_i; only kept where
@@ -102,16 +103,31 @@ class Total:
 
     @classmethod
     def zero(
-        cls, grid: Grid, layout: ParameterLayout, *, masked: bool = False, updates: bool = False
+        cls,
+        grid: Grid,
+        layout: ParameterLayout,
+        *,
+        masked: bool = False,
+        updates: bool = False,
+        parts: bool = False,
     ) -> Total:
-        """The total of no update; ``masked`` keeps what a masked mean divides by, ``updates`` each update."""
+        """The total of no update.
+
+        Args:
+            grid: The round's common grid.
+            layout: The model's layout.
+            masked: Keep what a masked mean divides by.
+            updates: Keep each update.
+            parts: Keep what a masked mean over all of the trained span divides by.
+        """
+        counted = layout.trained_size if parts else layout.prunable_size
         return cls(
             grid,
             np.zeros(layout.up_size),
             np.zeros(layout.up_size),
             np.zeros(layout.prunable_size, np.int32),
             np.zeros(len(layout.prunable), np.int64),
-            np.zeros(layout.prunable_size, np.int64) if masked else None,
+            np.zeros(counted, np.int64) if masked or parts else None,
             updates={} if updates else None,
         )
 
@@ -129,7 +145,8 @@ class Total:
         Args:
             client: Index of the client.
             values: float32[up_size], 0 outside the support.
-            support: bool[prunable], or None when every prunable weight was sent.
+            support: bool[prunable], or bool[trained] of a client that holds a part of the model; None when
+                everything was sent.
             samples: n_i, the number of samples the client trained on.
             layout: The model's layout.
             positions: Where ``support`` is true, in order, if that is known already.
@@ -137,10 +154,10 @@ class Total:
         Raises:
             OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
         """
-        prunable = layout.prunable_size
+        spoken = layout.prunable_size if support is None else len(support)
         if support is None:
             self._check(values)
-            self._add(slice(0, prunable), values[:prunable], samples)
+            self._add(slice(0, spoken), values[:spoken], samples)
             self.votes += 1
             self.layer_counts += [samples * entry.size for entry in layout.prunable]
             if self.mask_samples is not None:
@@ -149,18 +166,19 @@ class Total:
             positions = np.flatnonzero(support) if positions is None else positions
             kept = values[positions]
             self._check(kept)
-            self._check(values[prunable:])
+            self._check(values[spoken:])
             terms = kept.astype(np.float64)
             terms *= samples
             high, low = self.grid.split(terms)
             _add_at(self.high, positions, high)
             _add_at(self.low, positions, low)
-            self.votes += support
+            self.votes += support[: layout.prunable_size]
             edges = np.searchsorted(positions, [0] + [entry.stop for entry in layout.prunable])
             self.layer_counts += samples * np.diff(edges)
             if self.mask_samples is not None:
                 _add_at(self.mask_samples, positions, np.full(len(positions), samples))
-        self._add(slice(prunable, layout.up_size), values[prunable:], samples)
+                self.mask_samples[spoken:] += samples
+        self._add(slice(spoken, layout.up_size), values[spoken:], samples)
         self.samples += samples
         insort(self.clients, client)
         if self.updates is not None:
@@ -201,13 +219,13 @@ class Total:
         return ((self.high + self.low) / self.samples).astype(np.float32)
 
     def masked_mean(self) -> np.ndarray:
-        """sum n_i m_i w_i / sum n_i m_i on the prunable span (0 where no client holds it), else the mean."""
+        """sum n_i m_i w_i / sum n_i m_i where holders are counted (0 where there is none), else the mean."""
         if self.mask_samples is None:
             raise ValueError("this total was not kept for a masked mean")
         result = self.mean()
-        prunable = len(self.mask_samples)
-        summed = self.high[:prunable] + self.low[:prunable]
-        result[:prunable] = (summed / np.maximum(self.mask_samples, 1)).astype(np.float32)
+        counted = len(self.mask_samples)
+        summed = self.high[:counted] + self.low[:counted]
+        result[:counted] = (summed / np.maximum(self.mask_samples, 1)).astype(np.float32)
         return result
 
     def _check(self, values: np.ndarray) -> None:

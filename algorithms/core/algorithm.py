@@ -70,6 +70,12 @@ class Algorithm:
     #: Whether the server holds the sum of what clients keep. Then a late visit, which the server leaves out,
     #: changes neither; else its client has trained and keeps what came of it.
     kept_is_summed: ClassVar[bool] = False
+    #: Whether clients train, send and are averaged over the part that :meth:`submodel` gave them alone; else
+    #: it is only what they are sent of the model.
+    confined: ClassVar[bool] = False
+    #: Whether clients can work out their part by themselves, from the round, their place and their budget, so
+    #: that its positions need not be sent.
+    submodel_known: ClassVar[bool] = False
     #: Whether totals also keep every accepted update by client (``total.updates``): a cohort of models.
     keeps_updates: ClassVar[bool] = False
 
@@ -127,11 +133,22 @@ class Algorithm:
 
     def zero(self, grid: Grid, layout: ParameterLayout) -> Total:
         """The total of no update, which keeps what the method asks totals for."""
-        return Total.zero(grid, layout, masked=self.masked, updates=self.keeps_updates)
+        return Total.zero(grid, layout, masked=self.masked, updates=self.keeps_updates, parts=self.confined)
 
     def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
-        """The (masked) weighted mean of what the clients sent, float32[up_size], in memory of its own."""
-        return torch.from_numpy(total.masked_mean() if self.masked else total.mean())
+        """The (masked) weighted mean of what the clients sent, float32[up_size], in memory of its own.
+
+        Where clients hold parts of the model it is over each coordinate's holders, and one that nobody of the
+        round held stays as it is.
+        """
+        if not self.confined:
+            return torch.from_numpy(total.masked_mean() if self.masked else total.mean())
+        mean = torch.from_numpy(total.masked_mean())
+        trained = mean[: layout.trained_size]
+        unheld = torch.from_numpy(total.mask_samples == 0)
+        kept = torch.zeros_like(trained) if self.uploads_differences else state.weights[: len(trained)]
+        torch.where(unheld, kept, trained, out=trained)
+        return mean
 
     def next_carried(
         self, state: ServerState, means: Mapping[str, Tensor], share: float, layout: ParameterLayout
@@ -260,6 +277,34 @@ class Algorithm:
 
     def prepare(self, model: nn.Module) -> None:
         """Swap layers of the plain model in place; called once an actor."""
+
+    def lay_out(self, layout: ParameterLayout, model: nn.Module, example: Tensor) -> ParameterLayout:
+        """The plain model's layout with what the method needs to know beside it: at both sides the same.
+
+        Args:
+            layout: The plain model's.
+            model: The plain model.
+            example: A batch of inputs.
+
+        Raises:
+            ValueError: The method cannot train such a model; names the layer.
+        """
+        return layout.carrying(self.carries(layout))
+
+    def submodel(
+        self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
+    ) -> Tensor | None:
+        """The part of the model that a client is sent, bool[trained]; None for all of it. A pure function.
+
+        Args:
+            weights: The model, float32[size].
+            told: What the client is told.
+            place: How many clients were asked before it, in this round and in those before; None where the
+                model of that budget is to be evaluated.
+            budget: Share of the model that it can have, 1 - its target sparsity.
+            layout: The model's layout.
+        """
+        return None
 
     def cut(self, weights: Tensor, mask: Tensor | None, keep: int, layout: ParameterLayout) -> None:
         """Cut ``weights``, float32[prunable], in place to a device tier's budget of ``keep`` weights."""

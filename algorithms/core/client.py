@@ -104,6 +104,8 @@ class Visit:
         sparsity: The client's target sparsity: its device tier's, else the method's.
         global_weights: w_t as received, float32[size]; not to be written.
         mask: The mask both sides hold, bool[prunable], or None.
+        part: The part of the model that the client holds, trains and sends, bool[trained]; outside it w is 0
+            and stays so. None where it holds all of it.
         weights: w, the trained span, float32[trained].
         model: What the modules compute with, float32[size]; its trained span *is* ``weights`` unless the
             method re-parameterises.
@@ -154,6 +156,7 @@ class Visit:
     kept_if_late: dict[str, Tensor] = field(default_factory=dict)
     moments: tuple[Tensor, ...] = ()
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
+    part: Tensor | None = None
 
     @property
     def module(self) -> nn.Module:

@@ -16,6 +16,7 @@ class Bill:
 
     Attributes:
         flops: FLOPs of the model's layers.
+        held: Share of each layer that the client holds, float64[layers]; None for all of it.
         first: Samples of the first pass, which meets the weights as received.
         samples: Samples of the local steps' passes, the first included.
         first_attacked: Samples of the attack on the first batch, once for each of its runs.
@@ -27,6 +28,7 @@ class Bill:
     """
 
     flops: LayerFlops
+    held: np.ndarray | None = None
     first: int = 0
     samples: int = 0
     first_attacked: int = 0
@@ -34,6 +36,8 @@ class Bill:
     extra: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.held is not None:
+            self.flops = self.flops.of_part(self.held)
         self.own_dense = np.zeros(len(self.flops.forward))
         self.own_sparse = np.zeros(len(self.flops.forward))
 
@@ -54,8 +58,12 @@ class Bill:
 
     def own(self, layer: int, dense: float, sparse: float) -> None:
         """Note FLOPs of one layer in a pass that the method ran by itself."""
-        self.own_dense[layer] += dense
+        self.own_dense[layer] += dense if self.held is None else dense * self.held[layer]
         self.own_sparse[layer] += sparse
+
+    def planned(self, samples: int) -> float:
+        """Dense-equivalent FLOPs of a training pass over so many samples."""
+        return self.flops.dense(samples)
 
     def dense(self) -> float:
         """Dense-equivalent FLOPs of all passes."""
@@ -75,6 +83,7 @@ class Bill:
             trained: Share of nonzeros at the end of local training.
             activations: Density of the saved activations.
         """
+        received, trained = self._of_held(received), self._of_held(trained)
         training = client.training_density(trained)
         first, later = client.gradient_density(received), client.gradient_density(trained)
         total = self.flops.sparse(self.first, received, activations, first) + self.flops.sparse(
@@ -82,9 +91,16 @@ class Bill:
         )
         total = total + self.flops.attack(self.first_attacked, received)
         total = total + self.flops.attack(self.attacked - self.first_attacked, training)
-        for samples, attacked, nonzeros in self.extra:
+        for samples, attacked, met in self.extra:
+            nonzeros = self._of_held(met)
             # A weight of the mask costs its FLOPs while its value is 0. All of the gradient is asked for.
             density = np.maximum(client.training_density(nonzeros), nonzeros)
             total = total + self.flops.sparse(samples, density, activations, np.ones(len(density)))
             total = total + self.flops.attack(attacked, density)
         return total + self.own_sparse
+
+    def _of_held(self, shares: np.ndarray) -> np.ndarray:
+        """Shares of what the client holds of each layer, from shares of the whole layers."""
+        if self.held is None:
+            return shares
+        return np.divide(shares, self.held, out=np.zeros_like(shares), where=self.held > 0)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from algorithms import Grid, Total
 from algorithms.core.masks import target_count
@@ -25,6 +26,7 @@ from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, E
 from cluster.federation import build_model
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
+from cluster.transport.downlink import Part
 from cluster.transport.uplink import Uplink
 from cluster.workload.datasets import Split, open_dataset
 from cluster.workload.inputs import from_read_only
@@ -84,6 +86,7 @@ class ClientHost:
             config.wire.uplink,
             differences=self._method.uploads_differences,
             max_update_norm=config.max_update_norm,
+            parts=self._method.confined,
         )
         self._sending = ThreadPoolExecutor(1, "uplink") if self._device.type == "cuda" else None
         self._total: Total | None = None
@@ -170,10 +173,30 @@ class ClientHost:
         if tier is not None:
             sparsity = self.config.devices.tiers[tier].sparsity
             assert sparsity is not None
+            if self._method.confined:
+                part = self._support(broadcast, None, sparsity)
+                weights[: len(part)].masked_fill_(~part, 0.0)
+                return self._method.effective_weights(weights, layout).numpy()
             keep = target_count(layout.prunable_size, sparsity)
             mask = None if broadcast.mask is None else torch.from_numpy(broadcast.mask.copy())
             self._method.cut(weights[: layout.prunable_size], mask, keep, layout)
         return self._method.effective_weights(weights, layout).numpy()
+
+    def _support(self, broadcast: Broadcast, place: int | None, sparsity: float) -> Tensor:
+        """The part of the evaluated model that a budget is given, bool[trained]."""
+        layout, told = self._trainer.layout, broadcast.instructions
+        weights = torch.from_numpy(broadcast.exact.copy())
+        part = self._method.submodel(weights, told, place, 1.0 - sparsity, layout)
+        return torch.ones(layout.trained_size, dtype=torch.bool) if part is None else part
+
+    def _part(self, broadcast: Broadcast, client: int, sparsity: float) -> Part | None:
+        """What a client would be sent of the evaluated model; None for all of it."""
+        support = self._support(broadcast, client, sparsity).numpy()
+        if support.all():
+            return None
+        weights = broadcast.weights.copy()
+        weights[: len(support)][~support] = 0.0
+        return Part(weights, support if self._method.confined else None, 0, 0)
 
     def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray | None:
         """What a client makes of the evaluated model: effective weights of what it would send next.
@@ -187,13 +210,15 @@ class ClientHost:
         evaluated = broadcast.instructions.round - 1
         rows = self._rows(client, period_of(self.config.shift, evaluated))
         try:
-            trained = self._trainer.visit(client, rows, sparsity, broadcast, broadcast.kept.get(client))
+            part = self._part(broadcast, client, sparsity)
+            kept_before = broadcast.kept.get(client)
+            trained = self._trainer.visit(client, rows, sparsity, broadcast, kept_before, part)
         except Exception as error:
             self._skip(error, client, evaluated, "evaluation")
             return None
         layout = self._trainer.layout
         weights = torch.from_numpy(trained.values.copy())
-        received = torch.from_numpy(broadcast.weights.copy())
+        received = torch.from_numpy((broadcast if part is None else part).weights.copy())
         if self._method.uploads_differences:
             weights[: layout.trained_size] += received[: layout.trained_size]
         kept = {name: torch.from_numpy(array) for name, array in trained.kept.items()}
@@ -220,9 +245,10 @@ class ClientHost:
         """A client's update, or why it was skipped, and the seconds that it took."""
         rows, started = self._rows(assignment.client, broadcast.period), time.perf_counter()
         trained: Trained | str
+        part = None if assignment.part is None else broadcast.parts[assignment.part]
         try:
             trained = self._trainer.visit(
-                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept
+                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept, part
             )
             if self._memory is not None:
                 self._memory.check(assignment.client)
@@ -239,11 +265,11 @@ class ClientHost:
         stage = "encode"
         try:
             marks = [time.perf_counter()]
-            known = self._known
-            posted = self._uplink.encode(trained.values, trained.support, broadcast.mask, known)
+            held, known = broadcast.held(assignment.part), self._known
+            posted = self._uplink.encode(trained.values, trained.support, held, known)
             marks.append(time.perf_counter())
             stage = "decode"
-            received = self._uplink.decode(posted.message, broadcast.mask, known)
+            received = self._uplink.decode(posted.message, held, known)
             marks.append(time.perf_counter())
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.
@@ -260,7 +286,7 @@ class ClientHost:
                     assignment.client,
                     received,
                     self.config.weight(measured.samples),
-                    broadcast.base,
+                    broadcast.base(assignment.part),
                 )
             marks.append(time.perf_counter())
         except Exception as error:
@@ -305,7 +331,11 @@ class ClientHost:
 
 def _same(first: Broadcast, second: Broadcast) -> bool:
     """Whether two broadcasts are copies of one: arrays out of the object store share its memory."""
-    return first.weights.ctypes.data == second.weights.ctypes.data and all(
+    places = [
+        [array.ctypes.data for array in (one.weights, *(part.weights for part in one.parts))]
+        for one in (first, second)
+    ]
+    return places[0] == places[1] and all(
         getattr(first, name) == getattr(second, name)
         for name in ("instructions", "lr", "limit", "samples", "period")
     )

@@ -165,6 +165,8 @@ class LocalSteps:
         """See :class:`Visit`."""
         settings, gradient, weights = self._settings, visit.gradient, visit.weights
         optimizer = settings.optimizer
+        if visit.part is not None:
+            gradient.mul_(visit.part)  # what the client does not hold is 0, and nothing moves it
         if settings.weight_decay and not optimizer.decoupled_decay:
             gradient.add_(weights, alpha=settings.weight_decay)
         if settings.proximal:

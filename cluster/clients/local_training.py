@@ -28,8 +28,9 @@ from cluster.clients.meter import Meter
 from cluster.clients.passes import EagerPasses, GraphPasses, Passes, arithmetic
 from cluster.clients.transfers import ClientData, Staging
 from cluster.exchange import Broadcast
-from cluster.flops import LayerFlops
+from cluster.flops import LayerFlops, held_shares
 from cluster.measured import Measured
+from cluster.transport.downlink import Part
 from cluster.workload.datasets import Split
 from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.objectives import Classification, Objective, Sums, added
@@ -85,7 +86,7 @@ class Trainer:
         example = to_input(train.inputs[:2], device)
         self.module = model.to(device)
         plain = ParameterLayout.of(self.module, example)
-        self.layout = plain.carrying(method.carries(plain))
+        self.layout = method.lay_out(plain, self.module, example)
         self.flops = LayerFlops.of(self.module, self.layout, example)
         method.prepare(self.module)
         self._pruning = pruned_layers(self.module)
@@ -105,7 +106,7 @@ class Trainer:
         self._parameters = layout.parameters(self.module)
         self._passes = self._choose_passes(settings, device.type)
         self._augmentation = Augmentation.of(settings.crop, settings.flip, train.inputs.dtype)
-        self._loaded: weakref.ref[Broadcast] | None = None
+        self._loaded: weakref.ref[Broadcast | Part] | None = None
         # Integer buffers (BatchNorm's counter) are restored at each start and never averaged.
         self._counters = {
             name: buffer.clone()
@@ -125,6 +126,7 @@ class Trainer:
         sparsity: float,
         broadcast: Broadcast,
         kept: Mapping[str, np.ndarray] | None = None,
+        part: Part | None = None,
     ) -> Trained:
         """Play one client: load w_t, train locally, turn the result into the update.
 
@@ -134,8 +136,9 @@ class Trainer:
             sparsity: The client's target sparsity.
             broadcast: The round's global model and instructions.
             kept: What the client keeps from its last visit.
+            part: The part of the model that it was sent; None for all of it.
         """
-        self._load(broadcast)
+        self._load(broadcast, part)
         visit, steps, bill = self._set_up(client, rows, sparsity, broadcast, kept)
         client_half = self.method.client(self.method, visit)
         try:
@@ -168,7 +171,7 @@ class Trainer:
         self._seed(seeding.integer(stream[0], "torch", *stream[1:]))
         if not self.module.training:
             self.module.train()
-        bill = Bill(self.flops)
+        bill = Bill(self.flops, self._shares)
         order = seeding.generator(stream[0], "batches", *stream[1:])
         change = attack = None
         if self._augmentation is not None:
@@ -207,6 +210,7 @@ class Trainer:
             chosen=torch.empty(0, dtype=torch.int64, device=self.device),
             moments=settings.optimizer.start(self._weights),
             kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
+            part=self._held,
         )
         return visit, steps, bill
 
@@ -259,10 +263,10 @@ class Trainer:
     def _check_least_passes(self, visit: Visit, bill: Bill) -> None:
         """Who arrives when is told from this promise: arrivals before it would be out of order."""
         planned = visit.instructions.local_samples(len(visit.targets), visit.batch_size, self.settings.epochs)
-        if bill.dense() < self.method.least_passes * self.flops.dense(planned) * (1.0 - 1e-9):
+        if bill.dense() < self.method.least_passes * bill.planned(planned) * (1.0 - 1e-9):
             raise ValueError(
                 f"{type(self.method).__name__}.least_passes promises {self.method.least_passes:g} over "
-                f"{planned} samples; this visit made {bill.dense() / self.flops.dense(planned):.3g}"
+                f"{planned} samples; this visit made {bill.dense() / bill.planned(planned):.3g}"
             )
 
     def _kept(self, kept: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -331,18 +335,24 @@ class Trainer:
         assert sums is not None
         return sums
 
-    def _load(self, broadcast: Broadcast) -> None:
-        """Put the model and its counters back to the start of a visit; a round is received once."""
-        if self._loaded is None or self._loaded() is not broadcast:
-            self._staging.send(broadcast.weights, self._global)
+    def _load(self, broadcast: Broadcast, part: Part | None) -> None:
+        """Put the model and its counters back to the start of a visit; what is received again stays."""
+        source = broadcast if part is None else part
+        if self._loaded is None or self._loaded() is not source:
+            self._staging.send(source.weights, self._global)
             self._mask: Tensor | None = None
             if broadcast.mask is not None:
                 self._mask = torch.empty(len(broadcast.mask), dtype=torch.bool, device=self.device)
                 self._staging.send(broadcast.mask, self._mask)
             self._received = self.method.nonzeros(self._global, self.layout)
             self._density_received = layer_density(self._received, self.layout)
+            self._held: Tensor | None = None
+            self._shares: np.ndarray | None = None
+            if part is not None and part.held is not None:
+                self._held = torch.from_numpy(part.held.copy()).to(self.device)
+                self._shares = held_shares(part.held, self.layout)
             # Not kept alive: its arrays are views into the object store.
-            self._loaded = weakref.ref(broadcast)
+            self._loaded = weakref.ref(source)
         self._model.copy_(self._global)
         if self.method.reparameterised:
             self._weights.copy_(self._global[: self.layout.trained_size])

@@ -163,13 +163,11 @@ class Buffered(Schedule):
         for version, weights in snapshot.bases.items():
             self._parcels[version] = self.sender.parcel(replace(state, round=version, weights=weights))
         for sequence, version, start, client, downlink_bytes, bound, lost in flights:
-            assignment = Assignment(
-                client,
-                self.devices.sparsity(client, self.method.sparsity, version + 1),
-                self.devices.of([client])[0],
-                downlink_bytes,
-                kept=self.kept.of(client),
-            )
+            sparsity = self.devices.sparsity(client, self.method.sparsity, version + 1)
+            parcel, device = self._parcels[version], self.devices.of([client])[0]
+            part = self.part(parcel, self.instruct(parcel.state), sequence, sparsity)
+            own = self.kept.of(client)
+            assignment = Assignment(client, sparsity, device, downlink_bytes, kept=own, part=part)
             self._take_off(Flight(sequence, version, start, assignment, bound, lost))
 
     def population_weight(self, round_number: int) -> int:
@@ -192,10 +190,11 @@ class Buffered(Schedule):
             client = self._find()
             if client is None:
                 return
-            assignments, bounds = self.assignments(np.array([client]), step.parcel, self.instruct(step.state))
+            sequence, now = self._sequence, self.clock.now
+            told = self.instruct(step.state)
+            assignments, bounds = self.assignments(np.array([client]), step.parcel, told, sequence)
             self.sender.deliver([client], step.parcel)
             step.asked += assignments
-            sequence, now = self._sequence, self.clock.now
             lost = bool(self.devices.drop_outs(np.array([client]), sequence)[0])
             bound = now + float(bounds[0])
             self._take_off(Flight(sequence, step.state.round, now, assignments[0], bound, lost))
@@ -309,14 +308,14 @@ class Buffered(Schedule):
             assert report is not None
             late, refused = self._too_old(flight), report.refused
             if not late and report.message is not None:
-                base = self._parcels[flight.version]
-                known = self.known(base.decoded)
-                refused = self.uplink.take(
-                    total, report.client, report.message, weight, base.decoded, base.mask, known
-                )
+                base, part = self._parcels[flight.version], flight.assignment.part
+                sent = base.decoded if part is None else base.parts[part].weights
+                held = None if part is None else base.parts[part].held
+                mask, known = base.mask if held is None else held, self.known(base.decoded)
+                refused = self.uplink.take(total, report.client, report.message, weight, sent, mask, known)
                 if refused is None and not self.method.uploads_differences:
-                    moved = self._moved_since(base.state.weights)
-                    total.shift(moved.numpy(), weight)
+                    moved = self._moved_since(base.state.weights).numpy()
+                    total.shift(moved if held is None else np.where(held, moved, np.float32(0)), weight)
             outcome.reports.append(replace(report, late=late, refused=refused, message=None))
         outcome.reports[:] = self.kept.commit(state.round + 1, outcome.reports)
         outcome.total = total if any(report.accepted for report in outcome.reports) else None

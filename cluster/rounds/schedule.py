@@ -17,6 +17,7 @@ from torch import Tensor
 from algorithms import Algorithm, Grid, Instructions, ServerState
 from cluster.exchange import Assignment, Broadcast, EvaluationChunk
 from cluster.federation import Federation
+from cluster.flops import held_shares
 from cluster.records.kept_files import KeptState
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.kept import Kept
@@ -89,6 +90,7 @@ class Schedule(ABC):
             config.wire.uplink,
             differences=method.uploads_differences,
             max_update_norm=config.max_update_norm,
+            parts=method.confined,
         )
         self.sender = Sender(federation.layout, config.wire.downlink)
         self._sampler = config.build_sampler()
@@ -183,26 +185,37 @@ class Schedule(ABC):
             samples=samples,
             period=period_of(self.config.shift, instructions.round),
             kept=kept,
+            parts=tuple(parcel.parts),
         )
 
     def assignments(
-        self, clients: np.ndarray, parcel: Parcel, instructions: Instructions
+        self, clients: np.ndarray, parcel: Parcel, instructions: Instructions, place: int
     ) -> tuple[list[Assignment], np.ndarray]:
         """The visits of some clients, and before when each cannot be over, float64[n] in seconds.
 
         Known before training are the download, the latency and the passes that the method makes at least over
         the planned batches; a device that exploits zeros may need no FLOPs.
+
+        Args:
+            clients: Who is asked, int64[n].
+            parcel: The model.
+            instructions: What clients are told.
+            place: How many clients were asked before the first of them.
         """
         local, flops = self.config.local, self.federation.flops
         default, spares = self.method.sparsity, self.config.devices.flops == "sparse"
-        sizes, assignments, bounds = self.sizes(instructions.round), [], []
+        sizes, bounds = self.sizes(instructions.round), []
+        assignments: list[Assignment] = []
         for client, device in zip(clients.tolist(), self.devices.of(clients), strict=True):
-            size = self.sender.bytes_for(client, parcel)
-            samples = instructions.local_samples(int(sizes[client]), local.batch_size, local.epochs)
-            least = 0.0 if spares else self.method.least_passes * flops.dense(samples)
-            bounds.append(device.duration(size, least, 0))
             sparsity, kept = self.devices.sparsity(client, default, instructions.round), self.kept.of(client)
-            assignments.append(Assignment(client, sparsity, device, size, kept=kept))
+            part = self.part(parcel, instructions, place + len(assignments), sparsity)
+            size = self.sender.bytes_for(client, parcel, part)
+            samples = instructions.local_samples(int(sizes[client]), local.batch_size, local.epochs)
+            held = None if part is None else parcel.parts[part].held
+            passes = flops if held is None else flops.of_part(held_shares(held, self.federation.layout))
+            least = 0.0 if spares else self.method.least_passes * passes.dense(samples)
+            bounds.append(device.duration(size, least, 0))
+            assignments.append(Assignment(client, sparsity, device, size, kept=kept, part=part))
         return assignments, np.array(bounds)
 
     def known(self, received: np.ndarray) -> np.ndarray | None:
@@ -210,11 +223,20 @@ class Schedule(ABC):
         known = self.method.known(from_read_only(received), self.federation.layout)
         return None if known is None else known.numpy()
 
+    def part(self, parcel: Parcel, instructions: Instructions, place: int, sparsity: float) -> int | None:
+        """Which part of a model a client is sent; see :meth:`algorithms.Algorithm.submodel`."""
+        method, layout = self.method, self.federation.layout
+        support = method.submodel(parcel.state.weights, instructions, place, 1.0 - sparsity, layout)
+        if support is None or bool(support.all()):
+            return None
+        return parcel.part(support.numpy(), known=method.submodel_known, confined=method.confined)
+
     def downlink(self, sent: Iterable[Assignment], parcel: Parcel) -> Downlink:
         """What clients were sent, beside the paper's accounting and dense models."""
-        sizes = [assignment.downlink_bytes for assignment in sent]
+        sent = list(sent)
+        whole = wire.nonzero_bytes(parcel.sent, parcel.shape)
         return Downlink(
-            sum(sizes),
-            wire.nonzero_bytes(parcel.sent, parcel.shape) * len(sizes),
-            wire.dense_bytes(parcel.shape) * len(sizes),
+            sum(assignment.downlink_bytes for assignment in sent),
+            sum(whole if a.part is None else parcel.parts[a.part].nonzero_bytes for a in sent),
+            wire.dense_bytes(parcel.shape) * len(sent),
         )

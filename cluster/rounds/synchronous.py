@@ -41,7 +41,9 @@ class Synchronous(Schedule):
         asked = self.draw(math.ceil(wanted * timing.over_selection - 1e-9), number, rng)
         reached = asked[self.devices.available(asked, started)]
         parcel = self.sender.parcel(state)
-        assignments, bounds = self.assignments(reached, parcel, instructions)
+        # Rounds ask as many as this one: nobody's place depends on who was there.
+        before = (number - self.method.first_round) * len(asked)
+        assignments, bounds = self.assignments(reached, parcel, instructions, before)
         deadline = math.inf if timing.deadline is None else timing.deadline
         punctual = bounds <= deadline
         sent = [assignment for assignment, may in zip(assignments, punctual, strict=True) if may]
@@ -60,7 +62,7 @@ class Synchronous(Schedule):
         outcome = self.engine.run(broadcast, playing, chunks, meanwhile)
         arrivals = {r.client: r.visit_s for r in outcome.reports if r.visit_s < math.inf}
         first = first_arrivals(((s, client) for client, s in arrivals.items()), wanted, deadline)
-        self._settle(outcome, broadcast, set(first))
+        self._settle(outcome, broadcast, set(first), {a.client: a.part for a in playing})
         outcome.reports[:] = self.kept.commit(number, outcome.reports)
         self.clock.now = started + self._length(first, arrivals, wanted, len(sent))
         metrics = {
@@ -73,21 +75,24 @@ class Synchronous(Schedule):
         }
         return Round(outcome, self.downlink(sent, parcel), metrics, prepared)
 
-    def _settle(self, outcome: Outcome, broadcast: Broadcast, first: set[int]) -> None:
+    def _settle(
+        self, outcome: Outcome, broadcast: Broadcast, first: set[int], parts: dict[int, int | None]
+    ) -> None:
         """Fold what actors left to decide; the rest of it is late."""
         total, layout = outcome.total, self.federation.layout
         for place, report in enumerate(outcome.reports):
             if report.client not in first:
                 report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
+                part = parts[report.client]
                 total = total or self.method.zero(Grid(broadcast.limit, broadcast.samples), layout)
                 refused = self.uplink.take(
                     total,
                     report.client,
                     report.message,
                     self.config.weight(report.samples),
-                    broadcast.base,
-                    broadcast.mask,
+                    broadcast.base(part),
+                    broadcast.held(part),
                     self.known(broadcast.weights),
                 )
                 report = replace(report, refused=refused, message=None)

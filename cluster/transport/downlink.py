@@ -13,6 +13,23 @@ from algorithms import ParameterLayout, ServerState
 from cluster.transport import wire
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of the model, as the clients get it that have room for no more.
+
+    Attributes:
+        weights: What they decode, float32[size], 0 outside the part.
+        held: What they hold, train and send alone, bool[trained]; None where they train all of the model.
+        nbytes: Bytes of the message.
+        nonzero_bytes: Four bytes a nonzero value, the paper's accounting.
+    """
+
+    weights: np.ndarray
+    held: np.ndarray | None
+    nbytes: int
+    nonzero_bytes: int
+
+
 @dataclass(frozen=True)
 class Parcel:
     """One version of the model, encoded when first asked for.
@@ -22,12 +39,15 @@ class Parcel:
         layout: The model's layout.
         shape: The shape of messages.
         value_format: Format of the values.
+        parts: The parts of it that clients were sent, in the order in which they were first asked for.
     """
 
     state: ServerState
     layout: ParameterLayout
     shape: wire.Shape
     value_format: wire.ValueFormat
+    parts: list[Part] = field(default_factory=list)
+    _places: dict[bytes, int] = field(default_factory=dict)
 
     @property
     def exact(self) -> np.ndarray:
@@ -53,6 +73,25 @@ class Parcel:
     def sent(self) -> np.ndarray:
         """What travels of w_t, float32[down_size]."""
         return self.layout.sent_down(self.exact)
+
+    def part(self, support: np.ndarray, *, known: bool, confined: bool) -> int:
+        """The place in ``parts`` of what a client is sent; a support is encoded once.
+
+        Args:
+            support: The part, bool[trained].
+            known: Whether the client can work the support out by itself.
+            confined: Whether it trains that part alone.
+        """
+        key = np.packbits(support).tobytes()
+        if key not in self._places:
+            shape, held = wire.Shape.of(self.layout, "down", parts=True), support if known else None
+            message = wire.encode(self.sent, support, shape, held=held, value_format=self.value_format)
+            received = wire.decode(message, shape, held=held).values
+            nonzero_bytes = wire.nonzero_bytes(received, shape)
+            weights = self.layout.received_down(received)
+            self._places[key] = len(self.parts)
+            self.parts.append(Part(weights, support if confined else None, len(message), nonzero_bytes))
+        return self._places[key]
 
     @cached_property
     def full_bytes(self) -> int:
@@ -89,8 +128,10 @@ class Sender:
         """The model of ``state``, to be sent to any number of clients."""
         return Parcel(state, self._layout, self.shape, self._format)
 
-    def bytes_for(self, client: int, parcel: Parcel) -> int:
-        """Bytes that a client would be sent now."""
+    def bytes_for(self, client: int, parcel: Parcel, part: int | None = None) -> int:
+        """Bytes that a client would be sent now, of the whole model or of a part."""
+        if part is not None:
+            return parcel.parts[part].nbytes
         state = parcel.state
         holds = state.mask is not None and self.held.holds(client, state.mask_version)
         return parcel.relative_bytes if holds else parcel.full_bytes

@@ -36,6 +36,7 @@ class Uplink:
         value_format: Format of the values.
         differences: Whether updates are w_i - w_t over the trained span.
         max_update_norm: Distance from w_t beyond which an update is refused; None: no limit.
+        parts: Whether clients send the part of the model that they hold.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Uplink:
         *,
         differences: bool,
         max_update_norm: float | None,
+        parts: bool = False,
     ) -> None:
-        self.shape = wire.Shape.of(layout, "up")
+        self.shape = wire.Shape.of(layout, "up", parts=parts)
         self._layout, self._format = layout, value_format
         self._differences, self._limit = differences, max_update_norm
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
@@ -64,13 +66,14 @@ class Uplink:
         Args:
             values: float32[size] of the layout, +0.0 outside the support; what travels down alone stays.
             support: bool[prunable], or None for all of it.
-            held: The mask that both sides hold, bool[prunable], or None.
+            held: What both sides know: the mask, bool[prunable], or the client's part, bool[trained].
             known: Values that both sides work out, float32[trained], or None.
         """
-        values = values[: self.shape.size]
+        values, prunable = values[: self.shape.size], self._layout.prunable_size
+        if self.shape.prunable > prunable:
+            support = _within(held, support, self.shape.prunable)
         message = wire.encode(values, support, self.shape, held=held, known=known, value_format=self._format)
-        prunable = self.shape.prunable
-        sent = prunable if support is None else int(np.count_nonzero(support))
+        sent = prunable if support is None else int(np.count_nonzero(support[:prunable]))
         return Posted(message, wire.nonzero_bytes(values, self.shape), sent / prunable)
 
     def decode(
@@ -90,7 +93,7 @@ class Uplink:
             client: Who sent it.
             received: What :meth:`decode` returned.
             samples: Its weight, n_i.
-            base: w_t as the client received it, float32[size]; None where no model was sent.
+            base: What the client received, float32[size]; None where no model was sent.
         """
         values, limit = received.values, self._limit
         if limit is not None and base is not None:
@@ -119,3 +122,12 @@ class Uplink:
     ) -> str | None:
         """Decode and fold a message; see :meth:`fold`."""
         return self.fold(total, client, self.decode(message, held, known), samples, base)
+
+
+def _within(part: np.ndarray | None, support: np.ndarray | None, trained: int) -> np.ndarray | None:
+    """What travels of a part of the model, bool[trained]; ``support``, bool[prunable], may leave some out."""
+    if support is None:
+        return part
+    within = np.ones(trained, bool) if part is None else part.copy()
+    within[: len(support)] &= support
+    return within

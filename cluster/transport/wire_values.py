@@ -34,7 +34,8 @@ class Shape:
     """What sender and receiver both know of the flat vector.
 
     Attributes:
-        prunable: Length of the first span, the prunable weights; the only ones a support speaks of.
+        prunable: Length of the first span, the only one a support speaks of: the prunable weights, or all
+            that is trained where clients hold parts of the model.
         trained: End of the trained parameters; ``[trained, size)`` are float buffers and what is carried.
         size: Length of the whole vector.
         layers: (start, stop) of every trained tensor in order, covering ``[0, trained)``; int8 scales each.
@@ -49,11 +50,14 @@ class Shape:
     layers: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, layout: ParameterLayout, direction: Literal["up", "down"] = "up") -> Shape:
-        """The shape of what clients send (``up``) or are sent (``down``)."""
+    def of(
+        cls, layout: ParameterLayout, direction: Literal["up", "down"] = "up", *, parts: bool = False
+    ) -> Shape:
+        """The shape of what clients send (``up``) or are sent (``down``), or of ``parts`` of the model."""
         layers = tuple((entry.start, entry.stop) for entry in layout.trained)
         size = layout.up_size if direction == "up" else layout.down_size
-        return cls(layout.prunable_size, layout.trained_size, size, layers)
+        spoken = layout.trained_size if parts else layout.prunable_size
+        return cls(spoken, layout.trained_size, size, layers)
 
     def __post_init__(self) -> None:
         if not 0 <= self.prunable <= self.trained <= self.size < 2**31:

@@ -91,6 +91,16 @@ def test_a_table_and_classes_of_texts_give_the_bits_of_inline(local_ray, tmp_pat
         assert_same_run(tmp_path / kind / "ray", tmp_path / kind / "inline")
 
 
+def test_parts_of_the_model_give_the_bits_of_inline(local_ray, tmp_path):
+    """Four clients of two budgets on two actors, which play parts and the whole model in turn."""
+    tiers = "{whole: {share: 0.5, sparsity: 0.0}, part: {share: 0.5, sparsity: 0.8}}"
+    small = ["model.name=small_cnn", "cohort=4", "partition.clients=8", "algorithm={name: fiarse, sparsity: 0.0}"]
+    parts = [*small, f"devices.tiers={tiers}"]
+    cluster.run(config(*parts, "actors=2"), tmp_path / "two")
+    cluster.run(config(*parts, "execution=inline"), tmp_path / "inline")
+    assert_same_run(tmp_path / "two", tmp_path / "inline")
+
+
 def test_a_language_model_gives_the_bits_of_inline(local_ray, tmp_path):
     text = ["objective.name=language_model", "data.name=tiny_text", "data.length=16", "cohort=3"]
     text += [

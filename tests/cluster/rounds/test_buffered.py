@@ -1,5 +1,6 @@
 """Buffered asynchronous rounds against a schedule worked by hand; the order is that of the clock alone."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -16,6 +17,7 @@ from cluster.rounds import buffered
 from cluster.simulation.devices import Devices
 from cluster.simulation.samplers import SamplerError
 from cluster.transport import wire
+from cluster.transport.uplink import Uplink
 from tests.cluster.records.interrupted_runs import assert_same_run, drive
 from tests.cluster.rounds.test_schedule import INSTANT, assert_same_model, only, recorded, two_kinds
 from tests.tiny_experiment import run_inline, tiny_federation
@@ -93,6 +95,36 @@ def test_what_a_step_adds_up_to(cache, tmp_path):
     np.testing.assert_allclose(run.state.weights.double(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_what_a_step_adds_up_to_over_each_weights_holders(cache, tmp_path, monkeypatch):
+    """A stale update on a part moves by what the server has moved that part, and no other weight."""
+    kinds = two_kinds(fast=1.0, slow=3.0)
+    kinds["tiers"]["fast"]["sparsity"], kinds["tiers"]["slow"]["sparsity"] = 0.5, 0.8
+    algorithm = {"name": "fiarse", "sparsity": 0.5}
+    config, order = by_hand(cache, rounds=2, devices=kinds, algorithm=algorithm)
+    _, s0, _, f2, *_ = order
+    folded = []
+    take = Uplink.take
+
+    def taking(self, total, client, message, samples, base, held):
+        values = torch.from_numpy(self.decode(message, held).values.copy()).double()
+        folded.append((client, values, torch.from_numpy(held), samples))
+        return take(self, total, client, message, samples, base, held)
+
+    monkeypatch.setattr(Uplink, "take", taking)
+    states = run_inline(config, tmp_path / "run").states
+    trained = len(folded[0][2])
+    w0, w1, w2 = (state.weights[:trained].double() for state in states)
+    (stale_client, stale, stale_part, n), (fresh_client, fresh, fresh_part, m) = folded[2:4]
+    assert (stale_client, fresh_client) == (s0, f2)
+    assert (n, m) == (round(1024 * 2**-0.5), 1024)
+    held = n * stale_part + m * fresh_part
+    summed = n * (stale[:trained] + w1 - w0) * stale_part + m * fresh[:trained] * fresh_part
+    expected = torch.where(held > 0, summed / held.clamp(min=1), w1)
+    np.testing.assert_allclose(w2, expected, rtol=1e-6, atol=1e-7)
+    assert 0 < int((held == 0).sum()) < trained
+    assert bool((w1 != w0)[fresh_part & ~stale_part].any())
+
+
 def test_without_staleness_it_is_the_synchronous_round_bit_for_bit(cache, tmp_path):
     even = {"tiers": {"a": {"share": 1.0, "latency": 1.0, **INSTANT}}}
     settings = {"rounds": 1, "devices": even, "algorithm": {"name": "topk", "sparsity": 0.8}}
@@ -161,16 +193,21 @@ def test_the_order_does_not_depend_on_who_is_played_when(cache, tmp_path, monkey
 ABLE = [name for name, method in registry().items() if method.asynchronous]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "sparsyfed", "zerofl", "fixed_mask"])
+@pytest.mark.parametrize("method", ["fedavg", "sparsyfed", "zerofl", "fixed_mask", "fedrolex", "fiarse"])
 def test_interrupted_is_uninterrupted(cache, tmp_path, method):
     options = {"name": method} | ({} if method == "fedavg" else {"sparsity": 0.8})
+    phones = copy.deepcopy(PHONES)
     if method == "zerofl":
         options["upload"] = "top_k_weights_diff"
+    if method in ("fedrolex", "fiarse"):  # parts of several versions are in flight
+        options["sparsity"] = 0.0
+        for tier, sparsity in (("low", 0.75), ("high", 0.0)):
+            phones["devices"]["tiers"][tier]["sparsity"] = sparsity
     config = asynchronous(
         cache,
         concurrency=4,
         buffer=3,
-        **PHONES,
+        **phones,
         algorithm=options,
         server={"name": "fedavg", "momentum": 0.5},
     )
@@ -185,8 +222,10 @@ def test_interrupted_is_uninterrupted(cache, tmp_path, method):
 
 
 def test_only_methods_whose_updates_stand_alone_take_part(cache):
-    assert ABLE == ["fedavg", "fedef", "fedsam", "fixed_mask", "sparsyfed", "topk", "zerofl"]
-    with pytest.raises(ConfigError, match=r"flash needs all .* works with fedavg, fedef, fedsam, fixed"):
+    alone = {"fedavg", "fedef", "fedrolex", "fedsam", "fiarse", "fixed_mask", "heterofl", "sparsyfed", "topk"}
+    assert alone < set(ABLE)
+    assert not {"feddst", "flash", "scaffold", "feddyn", "ssfl"} & set(ABLE)
+    with pytest.raises(ConfigError, match=r"flash needs all .* works with .*fedavg, fedef, fedrolex, fedsam"):
         asynchronous(cache, algorithm={"name": "flash"})
     with pytest.raises(ConfigError, match="feddst needs all clients"):
         asynchronous(cache, algorithm={"name": "feddst"})

@@ -23,7 +23,7 @@ class FiarseClient(Client):
     """Computes with w [|w| >= theta]; a surrogate passes the threshold's gradient on to w."""
 
     def begin(self) -> None:
-        """theta is the smallest |w| received of what is ranked, in all of the visit; 0 with the whole model."""
+        """theta is the smallest |w| received of what is ranked, for the visit; 0 with the whole model."""
         visit = self.visit
         self._ranked = ranked(visit.layout, visit.weights.device)
         theta = 0.0

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms import ParameterLayout
+from algorithms import Instructions, ParameterLayout
 from algorithms.core.attacks import Fgsm
 from cluster import seeding
 from cluster.configuration.choices import build_choice
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, HostSetup
-from cluster.flops import LayerFlops, count_activations
+from cluster.flops import LayerFlops, count_activations, held_units
 from cluster.references import DataError, UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
@@ -67,7 +67,7 @@ class Federation:
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
         federation.check_attacks()
         federation.check_memory(_half_of_memory())
-        Devices(config).check(federation.training_bytes)
+        Devices(config).check({name: federation.tier_bytes(name) for name in config.devices.kinds})
         return federation
 
     @classmethod
@@ -139,11 +139,32 @@ class Federation:
 
     @cached_property
     def training_bytes(self) -> int:
-        """Bytes that training takes on a device: weights, gradient, moments, a batch's activations."""
-        moments = len(self.config.build_local_optimizer().start(torch.zeros(self.layout.trained_size)))
-        trained = self.layout.trained_size * ((2 if self.config.method.reparameterised else 1) + moments)
-        activations = self.config.local.batch_size * count_activations(self.model, self._example)
-        return 4 * (self.layout.size + trained + activations)
+        """Bytes that training the whole model takes on a device."""
+        return self._training_bytes(None)
+
+    def tier_bytes(self, name: str) -> int:
+        """Bytes that training takes on a device of a tier: less where it trains a part of the model alone."""
+        part = self.part_of(name) if self.config.method.confined else None
+        return self.training_bytes if part is None else self._training_bytes(part)
+
+    def part_of(self, name: str) -> np.ndarray | None:
+        """What a tier's first client would be sent of the initial model, bool[trained]; None: all of it."""
+        method, own = self.config.method, self.config.devices.kinds[name].sparsity
+        # As of round 2, from which on methods cut that send the first model whole.
+        told = Instructions(round=2, rounds=self.config.rounds)
+        budget = 1.0 - (method.sparsity if own is None else own)
+        part = method.submodel(self.initial_weights, told, 0, budget, self.layout)
+        return None if part is None else part.numpy()
+
+    def _training_bytes(self, held: np.ndarray | None) -> int:
+        """Weights, gradient, moments and a batch's activations, of what a client holds, bool[trained]."""
+        layout = self.layout
+        moments = len(self.config.build_local_optimizer().start(torch.zeros(layout.trained_size)))
+        trained = layout.trained_size if held is None else int(np.count_nonzero(held))
+        units = {} if held is None else held_units(held, layout)
+        activations = self.config.local.batch_size * count_activations(self.model, self._example, units)
+        vectors = 1 + (2 if self.config.method.reparameterised else 1) + moments
+        return 4 * (layout.size - layout.trained_size + vectors * trained + activations)
 
     @property
     def kept_bytes(self) -> int:

@@ -10,7 +10,8 @@ count; SparsyFed's nonzeros, as the gradient at a zero is 0; 1 where zeros may r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class LayerFlops:
 
     def of_part(self, shares: np.ndarray) -> LayerFlops:
         """Those of a model of which a client holds so much of each layer, float64[layers]."""
-        return LayerFlops(self.forward * shares, self.needs_input_gradient)
+        return replace(self, forward=self.forward * shares)
 
     def dense(self, samples: int) -> float:
         """Dense-equivalent FLOPs of training on ``samples`` samples."""
@@ -95,13 +96,28 @@ def call_flops(layer: Any, inputs: Tensor, output: Tensor) -> float:
     return 2.0 * elements * layer.weight.numel() / len(layer.weight)
 
 
-def count_activations(model: nn.Module, example: Tensor) -> int:
-    """Values that all leaf modules of ``model`` put out for one sample of ``example``."""
-    counted = 0
+def held_units(held: np.ndarray, layout: ParameterLayout) -> dict[str, float]:
+    """Share of each prunable layer's output units that have a weight in a part of the model, by name."""
+    rows = {entry.name: held[entry.span].reshape(entry.shape[0], -1) for entry in layout.prunable}
+    return {name: float(weights.any(axis=1).mean()) for name, weights in rows.items()}
 
-    def count(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal counted
-        counted += output[0].numel() if isinstance(output, Tensor) else 0
+
+def count_activations(model: nn.Module, example: Tensor, units: Mapping[str, float] = {}) -> int:
+    """Values that all leaf modules of ``model`` put out for one sample of ``example``.
+
+    Args:
+        model: A plain module.
+        example: A batch.
+        units: Share of the output units that are there, by the name of a layer's weight; what follows a layer
+            puts out as large a share of its own.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    counted, share = 0.0, 1.0
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal counted, share
+        share = units.get(names.get(id(getattr(module, "weight", None)), ""), share)
+        counted += share * output[0].numel() if isinstance(output, Tensor) else 0
 
     dry_forward(model, example, (m for m in model.modules() if not list(m.children())), count)
-    return counted
+    return round(counted)

@@ -127,8 +127,8 @@ class Slices(Algorithm):
     )
     share_of: str = hyperparameter(
         "weights",
-        "what 1 - sparsity is a share of: the model's `weights`, and clients hold the widest slice that has no "
-        "more; or its `width`, the units of every hidden layer",
+        "what 1 - sparsity is a share of: the model's `weights`, of which clients hold the widest slice that "
+        "fits, or its `width`, the units of every hidden layer",
         choices=("weights", "width"),
     )
 

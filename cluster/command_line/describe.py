@@ -20,12 +20,14 @@ from cluster import seeding
 from cluster.command_line.progress import local_actors, place, shown
 from cluster.configuration.config import Config
 from cluster.federation import Federation
-from cluster.flops import count_activations
+from cluster.flops import count_activations, held_shares
 from cluster.records.run_folder import RunFolder
 from cluster.references import is_file, is_folder
 from cluster.simulation.clock import Device
 from cluster.simulation.devices import Devices
 from cluster.transport import wire
+from cluster.transport.downlink import Parcel, Sender
+from cluster.transport.uplink import Uplink
 from cluster.workload.inputs import to_input
 from cluster.workload.partition_picture import CLIENTS_DRAWN, picture
 
@@ -215,10 +217,41 @@ def _bytes(console: Console, federation: Federation) -> None:
         mega = size / _MEGA
         table.add_row(name, f"{mega:.3f} MB", f"{mega * config.cohort:,.2f} MB", f"{dense / size:.1f}x")
     console.print(table)
+    if any(federation.part_of(name) is not None for name in config.devices.kinds):
+        _parts(console, federation, Sender(layout, config.wire.downlink).parcel(state))
+        return
     console.print(
         "A download holds the union of the cohort's supports: as small as an upload where the masks agree.",
         style="dim",
     )
+
+
+def _parts(console: Console, federation: Federation, parcel: Parcel) -> None:
+    """What a client of each tier is sent, and what its part of the model costs it."""
+    config, method, layout = federation.config, federation.config.method, federation.layout
+    uplink = Uplink(
+        layout, config.wire.uplink, differences=False, max_update_norm=None, parts=method.confined
+    )
+    table = _table("tier's part", "weights", "download", "upload", "MFLOP a sample", "training MB")
+    for name in config.devices.kinds:
+        support = federation.part_of(name)
+        held = support if method.confined else None
+        down, received = parcel.full_bytes, parcel.exact
+        if support is not None:
+            known = method.submodel_known
+            part = parcel.parts[parcel.part(support, known=known, confined=method.confined)]
+            down, received = part.nbytes, part.weights
+        up = f"{len(uplink.encode(received, None, held).message) / _MEGA:.3f} MB" if method.confined else ""
+        shares = np.ones(len(layout.prunable)) if held is None else held_shares(held, layout)
+        table.add_row(
+            name,
+            f"{1.0 if support is None else support[: layout.prunable_size].mean():.1%}",
+            f"{down / _MEGA:.3f} MB",
+            up,
+            f"{federation.flops.of_part(shares).dense(1) / 1e6:,.2f}",
+            f"{federation.tier_bytes(name) / _MEGA:,.1f}",
+        )
+    console.print(table)
 
 
 def _devices(console: Console, federation: Federation) -> None:

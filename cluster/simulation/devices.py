@@ -7,7 +7,7 @@ byte a client for its tier, and a device costs nothing until it is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,11 +98,11 @@ class Devices:
         chance = np.array([tier.dropout for tier in self.kinds])[self.tiers[clients]]
         return seeding.uniform(self.config.seed, "dropout", visit, clients) < chance
 
-    def check(self, training_bytes: int) -> None:
+    def check(self, training_bytes: Mapping[str, int]) -> None:
         """Refuse what can be known before anything starts.
 
         Args:
-            training_bytes: What training takes on a device; see ``Federation.training_bytes``.
+            training_bytes: What training takes on a device of each tier; see ``Federation.tier_bytes``.
 
         Raises:
             DeviceError: A tier has too little memory, or a trace cannot be read.
@@ -110,11 +110,11 @@ class Devices:
         for rule in self._availability:
             rule.check()
         for name, tier in self.config.devices.kinds.items():
-            if tier.share > 0 and tier.memory < training_bytes:
+            if tier.share > 0 and tier.memory < training_bytes[name]:
                 raise DeviceError(
                     f"devices.tiers.{name}.memory: {tier.memory:,.0f} bytes, but training takes "
-                    f"{training_bytes:,} (weights, gradient, moments, a batch's activations); a smaller "
-                    f"model or local.batch_size (now {self.config.local.batch_size}) fits, "
+                    f"{training_bytes[name]:,} (weights, gradient, moments, a batch's activations); a "
+                    f"smaller model or local.batch_size (now {self.config.local.batch_size}) fits, "
                     "or give the tier share 0"
                 )
 

@@ -94,7 +94,12 @@ def test_a_table_and_classes_of_texts_give_the_bits_of_inline(local_ray, tmp_pat
 def test_parts_of_the_model_give_the_bits_of_inline(local_ray, tmp_path):
     """Four clients of two budgets on two actors, which play parts and the whole model in turn."""
     tiers = "{whole: {share: 0.5, sparsity: 0.0}, part: {share: 0.5, sparsity: 0.8}}"
-    small = ["model.name=small_cnn", "cohort=4", "partition.clients=8", "algorithm={name: fiarse, sparsity: 0.0}"]
+    small = [
+        "model.name=small_cnn",
+        "cohort=4",
+        "partition.clients=8",
+        "algorithm={name: fiarse, sparsity: 0.0}",
+    ]
     parts = [*small, f"devices.tiers={tiers}"]
     cluster.run(config(*parts, "actors=2"), tmp_path / "two")
     cluster.run(config(*parts, "execution=inline"), tmp_path / "inline")

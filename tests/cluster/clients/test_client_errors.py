@@ -25,10 +25,10 @@ def config(tmp_path):
 def failing(monkeypatch):
     visit = Trainer.visit
 
-    def fail(self, client, rows, sparsity, broadcast, kept):
+    def fail(self, client, rows, sparsity, broadcast, *rest):
         if (broadcast.instructions.round, client) == (2, 2):
             raise ValueError("planted failure")
-        return visit(self, client, rows, sparsity, broadcast, kept)
+        return visit(self, client, rows, sparsity, broadcast, *rest)
 
     monkeypatch.setattr(Trainer, "visit", fail)
 

@@ -130,6 +130,29 @@ def test_what_travels_beside_the_model_and_what_clients_keep(capsys: pytest.Capt
     assert "download in round 1, float32 0.120 MB 1.20 MB 0.5x" in text
 
 
+def test_what_a_tiers_part_takes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """An mlp 64-20-10 at half of its width: 64 x 10 + 10 x 10 weights, 10 + 10 biases: 760 floats."""
+    model = ["model={name: mlp, hidden: [20]}", "data.name=digits", "local.batch_size=8"]
+    tiers = "devices.tiers={whole: {share: 0.5, sparsity: 0.0}, half: {share: 0.5, sparsity: 0.5}}"
+    words = [*model, tiers, "algorithm={name: heterofl, sparsity: 0.0, share_of: width}"]
+    rows = {
+        row.split()[0]: row.split()
+        for row in described(capsys, *words).splitlines()
+        if "% " in row and "MB" in row
+    }
+    # Forward and weight gradient, of the last layer also the input gradient: 4 * 640 + 6 * 100 FLOPs.
+    assert rows["half"][:2] == ["half", "50.0%"]
+    assert [float(word) for word in rows["half"][2:8:2]] == [0.003, 0.003, 0.0]
+    federation = Federation.of(resolve(None, words))
+    assert federation.flops.dense(1) == 4 * 1280 + 6 * 200
+    # Weights and gradient; a batch of 8 leaves 64 (flat), 10, 10 (ReLU) and 10 values.
+    assert federation.tier_bytes("half") == 4 * (2 * 760 + 8 * (64 + 10 + 10 + 10))
+    assert federation.tier_bytes("whole") == federation.training_bytes == 4 * (2 * 1510 + 8 * (64 + 50))
+    unknown = described(capsys, *model, tiers, "algorithm={name: fiarse, sparsity: 0.0}")
+    row = next(row.split() for row in unknown.splitlines() if row.split()[:1] == ["half"] and "MB" in row)
+    assert row[1] == "51.0%"  # 755 of 1,480: half of weights and biases, which are 0 at first
+
+
 def test_the_drawn_partition_is_the_partition(capsys: pytest.CaptureFixture[str]) -> None:
     text = described(capsys, "partition.name=shards", "partition.shards_per_client=1", "partition.clients=10")
     rows = [row for row in text.splitlines() if row[:2] in {f"{digit} " for digit in range(10)}]

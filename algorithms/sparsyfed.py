@@ -133,6 +133,13 @@ class SparsyFed(Algorithm):
         False, "as for topk: leave no layer empty", source="the authors' code, where it is off"
     )
 
+    copied_weights: bool = hyperparameter(
+        False,
+        "begin with w as the initial weights are, not with their inverse power: the first forward pass then "
+        "meets their power; the authors' way with pre-trained models",
+        source="the authors' code",
+    )
+
     @property
     def reparameterised(self) -> bool:
         """Whether theta differs from w."""
@@ -146,7 +153,7 @@ class SparsyFed(Algorithm):
         """w = sign(u) |u|^(1/beta), so that the first forward pass sees the common initialisation u."""
         weights = weights.clone()
         for span, beta in self.exponents(weights, layout):
-            if beta != 1.0:
+            if beta != 1.0 and not self.copied_weights:
                 weights[span] = inverse_power(weights[span], beta)
         return ServerState(round=0, weights=weights)
 

@@ -42,6 +42,7 @@ _ADDED = {
     "aggregation.name": "mean",
     "aggregation.weighting": None,
     "algorithm.after_loss": "keep",
+    "algorithm.copied_weights": False,
     "algorithm.cut_received": False,
     "algorithm.guard_layers": False,
     "algorithm.initial_mask": "random",

@@ -122,7 +122,7 @@ class DataSection(Section):
     )
     revision: str | None = Field(None, description="revision of the hub repository")
     data_dir: str | None = Field(None, description="folder of the hub repository that holds the files")
-    train_split: str = Field("train", description="name of the training split")
+    train_split: str = Field("train", description="name of the training split; of the hub also train[:90%]")
     test_split: str = Field("test", description="name of the test split")
     features: Literal["logmel", "waveform8k"] | None = Field(
         None, description="what spoken clips become; default logmel"

@@ -101,8 +101,12 @@ def decode_hub(folder: Path, wanted: Wanted, hub: Hub) -> dict[str, Any]:
         ) from None
 
     name, at = hub.name, f" at revision {hub.revision!r}" if hub.revision else ""
+    where = {"revision": hub.revision, "data_dir": hub.data_dir}
     try:
-        loaded = datasets.load_dataset(name, revision=hub.revision, data_dir=hub.data_dir)
+        loaded = dict(datasets.load_dataset(name, **where))
+        for split in hub.splits:
+            if "[" in split:  # a part of a split, as the library writes it
+                loaded[split] = datasets.load_dataset(name, split=split, **where)
     except Exception as error:  # the library raises a dozen unrelated types, of other libraries too
         raise DataError(
             f"data.name = {name!r}{at} could not be loaded from the Hugging Face hub "

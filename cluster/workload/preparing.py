@@ -71,7 +71,8 @@ def prepare(
         image_size: Pixels a side of every image; None where they have one size already.
         revision: Branch, tag or commit of the hub repository.
         data_dir: Folder of the hub repository that holds the files, where it has several data sets.
-        train_split: Split, or prefix of the local files, to train on.
+        train_split: Split, or prefix of the local files, to train on; of a hub repository also a part of a
+            split, such as `train[:90%]`.
         test_split: The same for the test set.
         features: What spoken clips become: `logmel` (64 mel bands x 98 frames, normalised by the mean and
             standard deviation of train; the default) or `waveform8k` (1 x 8000 raw samples).

@@ -118,6 +118,16 @@ def test_the_initial_weights_compute_the_common_initialisation():
     assert common[0] == 4.0
 
 
+def test_copied_weights_are_w_and_the_first_pass_meets_their_power():
+    layout = ParameterLayout.of(nn.Linear(3, 2))
+    given = torch.tensor([4.0, -9.0, 0.0, 1.0, 0.25, 16.0, 4.0, 9.0])
+    method = SparsyFed(beta=2.0, copied_weights=True)
+    state = method.initial_state(given, layout, None)
+    assert torch.equal(state.weights, given)
+    assert state.weights is not given
+    assert method.effective_weights(state.weights, layout).tolist() == [16, -81, 0, 1, 0.0625, 256, 4, 9]
+
+
 # ---------------------------------------------------------------------------------- the naive reference
 
 NAIVE = {

@@ -7,6 +7,7 @@ import wave
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 WORDS = ("yes", "no", "up", "_silence_")
@@ -84,6 +85,31 @@ def fashion_mnist(folder, **options):
     return images(folder, column="image", label="label", shape=(28, 28), classes=10, **options)
 
 
+def femnist(folder):
+    """FEMNIST: ten writers, a column for each of writer and character."""
+    rng = np.random.default_rng(0)
+    names = [f"letter{code}" for code in range(62)]
+    features = {"image": {"_type": "Image"}, "character": {"_type": "ClassLabel", "names": names}}
+    for split, rows in (("train", 80), ("test", 20)):
+        labels = [row % 62 for row in range(rows)]
+        pixels = [rng.integers(0, 255, size=(28, 28), dtype=np.uint8) for _ in labels]
+        others = {"character": labels, "writer_id": [f"f{row // 8:04}_14" for row in range(rows)]}
+        write(folder / f"{split}-0.parquet", "image", [png(one) for one in pixels], others, features)
+    return folder
+
+
+def birds(folder):
+    """40 pictures of CUB-200-2011's kind: colours, no two of one size."""
+    rng = np.random.default_rng(0)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["crow", "wren"]}}
+    for split, rows in (("train", 30), ("test", 10)):
+        shapes = [(60 + row, 90 - row, 3) for row in range(rows)]
+        pixels = [rng.integers(0, 255, size=shape, dtype=np.uint8) for shape in shapes]
+        others = {"label": [row % 2 for row in range(rows)]}
+        write(folder / f"{split}-0.parquet", "image", [png(one) for one in pixels], others, features)
+    return folder
+
+
 def shakespeare(folder, *, train=40, test=10):
     """Speeches of four speakers, in columns of texts as in plain parquet files."""
     rng = np.random.default_rng(0)
@@ -116,3 +142,11 @@ def speech_commands(folder, *, train=24, test=9):
         others = {"label": labels, "speaker_id": speakers}
         write(folder / split / "0000.parquet", "audio", clips, others, features)
     return folder
+
+
+def import_timm():
+    """timm, or the test is skipped: also where torchvision is of another build than torch."""
+    try:
+        return pytest.importorskip("timm")
+    except RuntimeError as error:
+        pytest.skip(f"timm cannot be imported: {error}")

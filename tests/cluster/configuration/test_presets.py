@@ -8,6 +8,7 @@ from cluster.configuration.trees import load_tree, presets
 from cluster.execution import run
 from cluster.grid import expand
 from tests.cluster import workloads
+from tests.cluster.workloads import import_timm
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -17,11 +18,14 @@ STAND_INS = {
     "zalando-datasets/fashion_mnist": workloads.fashion_mnist,
     "google/speech_commands": workloads.speech_commands,
     "shakespeare": workloads.shakespeare,
+    "flwrlabs/femnist": workloads.femnist,
+    "cub-200-2011": workloads.birds,
 }
 NARROW = {
     "linear": [],
     "resnet18": ["model.width=4", "model.groups=2"],
     "transformer": ["model.width=16", "model.layers=1"],
+    "timm": ["model.config={embed_dims: [8,8,16,16], depths: [1,1,1,1], num_heads: [1,1,2,2]}"],
     "small_cnn": ["model.channels=[4,6]", "model.hidden=16", "model.groups=2"],
 }
 
@@ -78,9 +82,13 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(("name", "point"), plan(), ids=lambda value: value)
 def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
     tree = points(name)[point].dump()
+    if tree["model"]["name"] == "timm":
+        import_timm()
     tree["data"]["cache"] = str(cache)
     if tree["data"]["name"] in STAND_INS:
         tree["data"]["path"] = str(folders(tree["data"]["name"]))
+        if "[" in tree["data"]["test_split"]:  # parts of a split are the hub's
+            tree["data"] |= {"train_split": "train", "test_split": "test"}
     result = run(resolve(tree), tmp_path / "run")
     lines, method = result.rounds, resolve(tree).method
     assert lines.index.tolist() == list(range(method.first_round, 3))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cluster.workload.datasets import DataError, open_dataset
 from cluster.workload.preparing import prepare
-from tests.cluster.workload.parquet_folders import pictures
+from tests.cluster.workload.parquet_folders import encoded, pictures, write_split
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,6 +71,31 @@ def test_hub_repositories_are_decoded_like_files(tmp_path, hub):
     assert calls == [("some/pets", "v2", "v0.02")]  # the second call does not ask the hub
     with pytest.raises(DataError, match=r"data.test_split = 'tset' is no split.*'test', 'train'.*mean test"):
         prepare(name="some/pets", test_split="tset", cache_dir=tmp_path)
+
+
+def test_a_part_of_a_split_is_a_split_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    pixels = pictures(20, (4, 4))
+    writers = [f"w{row // 2}" for row in range(20)]
+    write_split(
+        tmp_path / "set", "train", [encoded(one) for one in pixels], [row % 2 for row in range(20)],
+        extra={"writer": writers},
+    )  # fmt: skip
+    files = {"train": str(tmp_path / "set" / "train-00000-of-00001.parquet")}
+    load = datasets.load_dataset
+
+    def load_dataset(name, revision, data_dir, split=None):
+        return load("parquet", data_files=files, split=split, cache_dir=str(tmp_path / "hub"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    asked = {"name": "some/writers", "group_column": "writer", "cache_dir": tmp_path / "cache"}
+    dataset = open_dataset(prepare(**asked, train_split="train[:90%]", test_split="train[90%:]"))
+    np.testing.assert_array_equal(dataset.train.inputs[:, 0], pixels[:18])
+    np.testing.assert_array_equal(dataset.test.inputs[:, 0], pixels[18:])
+    assert dataset.group_names == tuple(sorted(set(writers[:18])))
+    with pytest.raises(DataError, match=r"'some/writers' could not be loaded .*(tset|split)"):
+        prepare(**asked, test_split="tset[90%:]")
 
 
 # --- user code

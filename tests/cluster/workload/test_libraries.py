@@ -16,6 +16,7 @@ from cluster.configuration.config import resolve
 from cluster.configuration.trees import ConfigError
 from cluster.workload import models
 from cluster.workload.models import ModelError
+from tests.cluster.workloads import import_timm
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -38,10 +39,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def timm():
-    try:
-        return pytest.importorskip("timm")
-    except RuntimeError as error:  # a torchvision of another build than torch
-        pytest.skip(str(error))
+    return import_timm()
 
 
 def of_transformers(shape=(8,), classes=17, seed=1, **options):

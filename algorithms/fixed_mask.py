@@ -6,7 +6,7 @@ FedDST with a_0 = 0. Its client half, training inside a mask, is that of every m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,18 @@ def inside(mask: Tensor, weights: Tensor) -> Tensor:
     weights = weights.clone()
     weights[: len(mask)].masked_fill_(~mask, 0.0)
     return weights
+
+
+def holding(mask: Tensor, state: ServerState) -> ServerState:
+    """The state with another mask: what leaves it is 0, and its moments too."""
+    assert state.mask is not None
+    return replace(
+        state,
+        weights=inside(mask, state.weights),
+        moments=tuple(inside(mask, moment) for moment in state.moments),
+        mask=mask,
+        mask_version=state.mask_version + int(not torch.equal(mask, state.mask)),
+    )
 
 
 def mean_of_holders(state: ServerState, total: Total) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,8 @@ class Total:
         layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
         mask_samples: sum n_i m_i over the prunable span, int64[prunable], or, where clients hold parts of the
             model, over the trained span, int64[trained]; only kept for masked means.
+        marked: sum n_i over the positions that clients name beside their updates, int64[prunable]; only kept
+            where a method asks for it.
         samples: sum n_i.
         clients: Indices of the clients folded in, ascending.
         updates: Every update by client, ascending, float32[up_size], read-only, and its n_i; only kept where
@@ -100,6 +103,7 @@ class Total:
     samples: int = 0
     clients: list[int] = field(default_factory=list)
     updates: dict[int, tuple[np.ndarray, int]] | None = None
+    marked: np.ndarray | None = None
 
     @classmethod
     def zero(
@@ -110,6 +114,7 @@ class Total:
         masked: bool = False,
         updates: bool = False,
         parts: bool = False,
+        marks: bool = False,
     ) -> Total:
         """The total of no update.
 
@@ -119,6 +124,7 @@ class Total:
             masked: Keep what a masked mean divides by.
             updates: Keep each update.
             parts: Keep what a masked mean over all of the trained span divides by.
+            marks: Keep what positions clients name beside their updates.
         """
         counted = layout.trained_size if parts else layout.prunable_size
         return cls(
@@ -129,6 +135,7 @@ class Total:
             np.zeros(len(layout.prunable), np.int64),
             np.zeros(counted, np.int64) if masked or parts else None,
             updates={} if updates else None,
+            marked=np.zeros(layout.prunable_size, np.int64) if marks else None,
         )
 
     def fold(
@@ -139,6 +146,7 @@ class Total:
         samples: int,
         layout: ParameterLayout,
         positions: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
     ) -> None:
         """Add one client's update.
 
@@ -150,6 +158,7 @@ class Total:
             samples: n_i, the number of samples the client trained on.
             layout: The model's layout.
             positions: Where ``support`` is true, in order, if that is known already.
+            marks: Positions that the client names beside it, bool[prunable], or None.
 
         Raises:
             OverflowError: A value is not finite or exceeds ``grid.limit``; nothing was added.
@@ -179,6 +188,8 @@ class Total:
                 _add_at(self.mask_samples, positions, np.full(len(positions), samples))
                 self.mask_samples[spoken:] += samples
         self._add(slice(spoken, layout.up_size), values[spoken:], samples)
+        if self.marked is not None and marks is not None:
+            self.marked[marks] += samples
         self.samples += samples
         insort(self.clients, client)
         if self.updates is not None:
@@ -208,11 +219,20 @@ class Total:
         self.layer_counts += other.layer_counts
         if self.mask_samples is not None and other.mask_samples is not None:
             self.mask_samples += other.mask_samples
+        if self.marked is not None and other.marked is not None:
+            self.marked += other.marked
         self.samples += other.samples
         self.clients = sorted(self.clients + other.clients)
         if self.updates is not None and other.updates is not None:
             self.updates = dict(sorted({**self.updates, **other.updates}.items()))
         return self
+
+    def copy(self) -> Total:
+        """The same in arrays of its own: those out of the object store are read-only."""
+        arrays: dict[str, Any] = {
+            n: own.copy() for n, own in vars(self).items() if isinstance(own, np.ndarray)
+        }
+        return replace(self, **arrays, clients=list(self.clients))
 
     def mean(self) -> np.ndarray:
         """sum n_i w_i / sum n_i, float32[up_size]: an absent weight counts as 0."""

@@ -78,6 +78,8 @@ class Algorithm:
     submodel_known: ClassVar[bool] = False
     #: Whether totals also keep every accepted update by client (``total.updates``): a cohort of models.
     keeps_updates: ClassVar[bool] = False
+    #: Whether totals also keep n_i of the positions that clients name (``visit.marks``): ``total.marked``.
+    keeps_marks: ClassVar[bool] = False
 
     #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
     sparsity = 0.0
@@ -133,7 +135,14 @@ class Algorithm:
 
     def zero(self, grid: Grid, layout: ParameterLayout) -> Total:
         """The total of no update, which keeps what the method asks totals for."""
-        return Total.zero(grid, layout, masked=self.masked, updates=self.keeps_updates, parts=self.confined)
+        return Total.zero(
+            grid,
+            layout,
+            masked=self.masked,
+            updates=self.keeps_updates,
+            parts=self.confined,
+            marks=self.keeps_marks,
+        )
 
     def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
         """The (masked) weighted mean of what the clients sent, float32[up_size], in memory of its own.

@@ -127,6 +127,9 @@ class Visit:
             before its first. What stands here at the end is kept.
         kept_if_late: What the client keeps instead where its update comes too late and is left out; empty
             where that makes no difference to it.
+        marks: Positions that the client names beside its update, bool[prunable]; they alone travel.
+        seconds: What a prunable weight that is kept costs the device in this visit, on the simulated clock,
+            by layer, and last what all the rest does; float32[layers + 1].
         moments: The local optimizer's, each float32[trained]: 0 at the start of the visit.
         measures: The method's own numbers, as (sum, weight).
     """
@@ -154,6 +157,8 @@ class Visit:
     lr_sum: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
     kept_if_late: dict[str, Tensor] = field(default_factory=dict)
+    marks: Tensor | None = None
+    seconds: Tensor = field(default_factory=lambda: torch.zeros(0))
     moments: tuple[Tensor, ...] = ()
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
     part: Tensor | None = None

@@ -320,18 +320,7 @@ class Rounds:
             self._put_back_played(actor)
             return
         if self._total is None:
-            # Arrays out of the object store are read-only.
-            self._total = Total(
-                total.grid,
-                total.high.copy(),
-                total.low.copy(),
-                total.votes.copy(),
-                total.layer_counts.copy(),
-                None if total.mask_samples is None else total.mask_samples.copy(),
-                total.samples,
-                list(total.clients),
-                total.updates,
-            )
+            self._total = total.copy()
         else:
             self._total.merge(total)
         self._played[actor], self._uncollected_s[actor] = set(), 0.0

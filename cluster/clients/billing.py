@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from algorithms import Client
+from algorithms import Client, ParameterLayout
 from cluster.flops import LayerFlops
+from cluster.simulation.clock import Device
 
 
 @dataclass
@@ -104,3 +105,29 @@ class Bill:
         if self.held is None:
             return shares
         return np.divide(shares, self.held, out=np.zeros_like(shares), where=self.held > 0)
+
+
+def seconds_of_weights(
+    device: Device, flops: LayerFlops, layout: ParameterLayout, samples: int, *, spares: bool
+) -> np.ndarray:
+    """What one kept weight of each prunable layer costs a visit, and what all the rest does: seconds.
+
+    A weight is four bytes each way and, where zeros spare the device time, its training FLOPs; the rest is
+    latency, everything else that travels, and the FLOPs that zeros do not spare.
+
+    Args:
+        device: The client's device.
+        flops: FLOPs of the model's layers.
+        layout: The model's layout.
+        samples: Samples of the planned local steps.
+        spares: Whether zeros take no time.
+
+    Returns:
+        float32[layers + 1].
+    """
+    a_float = 32 / device.downlink + 32 / device.uplink
+    training = samples * flops.forward * (2.0 + flops.needs_input_gradient) / device.compute
+    sizes = np.array([entry.size for entry in layout.prunable])
+    weights = a_float + (training / sizes if spares else 0.0 * training)
+    rest = device.latency + a_float * (layout.model_size - layout.prunable_size)
+    return np.append(weights, rest if spares else rest + training.sum()).astype(np.float32)

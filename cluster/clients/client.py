@@ -19,6 +19,7 @@ from torch import Tensor
 from algorithms import Grid, Total
 from algorithms.core.masks import target_count
 from cluster import seeding
+from cluster.clients.billing import seconds_of_weights
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
@@ -241,14 +242,22 @@ class ClientHost:
         partition = self._setup.shifted[period - 1] if period else self._setup.partition
         return partition.client(client)
 
+    def _seconds(self, broadcast: Broadcast, assignment: Assignment, samples: int) -> np.ndarray:
+        """What weights cost a client's device, see :class:`Visit`, float32[layers + 1]."""
+        local, trainer = self.config.local, self._trainer
+        planned = broadcast.instructions.local_samples(samples, local.batch_size, local.epochs)
+        spares = self.config.devices.flops == "sparse"
+        return seconds_of_weights(assignment.device, trainer.flops, trainer.layout, planned, spares=spares)
+
     def _train(self, broadcast: Broadcast, assignment: Assignment) -> tuple[Trained | str, float]:
         """A client's update, or why it was skipped, and the seconds that it took."""
         rows, started = self._rows(assignment.client, broadcast.period), time.perf_counter()
         trained: Trained | str
         part = None if assignment.part is None else broadcast.parts[assignment.part]
         try:
+            seconds = self._seconds(broadcast, assignment, len(rows))
             trained = self._trainer.visit(
-                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept, part
+                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept, part, seconds
             )
             if self._memory is not None:
                 self._memory.check(assignment.client)
@@ -266,7 +275,7 @@ class ClientHost:
         try:
             marks = [time.perf_counter()]
             held, known = broadcast.held(assignment.part), self._known
-            posted = self._uplink.encode(trained.values, trained.support, held, known)
+            posted = self._uplink.encode(trained.values, trained.support, held, known, trained.marks)
             marks.append(time.perf_counter())
             stage = "decode"
             received = self._uplink.decode(posted.message, held, known)

@@ -50,6 +50,7 @@ class Trained:
         measured: What was measured.
         kept: What the client keeps for its next visit, float32 arrays by name.
         kept_if_late: What it keeps instead where its update is late, if that differs.
+        marks: Positions that it names beside the update, bool[prunable], or None.
     """
 
     values: np.ndarray
@@ -57,6 +58,7 @@ class Trained:
     measured: Measured
     kept: dict[str, np.ndarray]
     kept_if_late: dict[str, np.ndarray]
+    marks: np.ndarray | None = None
 
 
 class Trainer:
@@ -127,6 +129,7 @@ class Trainer:
         broadcast: Broadcast,
         kept: Mapping[str, np.ndarray] | None = None,
         part: Part | None = None,
+        seconds: np.ndarray | None = None,
     ) -> Trained:
         """Play one client: load w_t, train locally, turn the result into the update.
 
@@ -137,9 +140,12 @@ class Trainer:
             broadcast: The round's global model and instructions.
             kept: What the client keeps from its last visit.
             part: The part of the model that it was sent; None for all of it.
+            seconds: What weights cost its device, see :class:`Visit`; None where no device is meant.
         """
         self._load(broadcast, part)
         visit, steps, bill = self._set_up(client, rows, sparsity, broadcast, kept)
+        unknown = torch.zeros(len(self.layout.prunable) + 1)
+        visit.seconds = unknown if seconds is None else torch.from_numpy(seconds)
         client_half = self.method.client(self.method, visit)
         try:
             return self._play(client_half, steps, bill)
@@ -258,6 +264,7 @@ class Trainer:
             ),
             kept=self._kept(visit.kept),
             kept_if_late=self._kept(visit.kept_if_late),
+            marks=None if visit.marks is None else visit.marks.cpu().numpy(),
         )
 
     def _check_least_passes(self, visit: Visit, bill: Bill) -> None:

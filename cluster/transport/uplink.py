@@ -1,11 +1,13 @@
 """What clients send: an update as real bytes, decoded again, then folded into a total or refused.
 
-The same at a client's host and at the driver, which folds what a host cannot decide.
+Positions that a client names beside its update (``marks``) are a second message behind the first: a support
+and no values. What goes up alone beside the model is left out where it holds nothing but zeros. All of it is
+the same at a client's host and at the driver, which folds what a host cannot decide.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +51,12 @@ class Uplink:
         parts: bool = False,
     ) -> None:
         self.shape = wire.Shape.of(layout, "up", parts=parts)
+        self._lean = self.shape
+        if layout.up:  # where it holds zeros alone, it does not travel
+            self._lean = replace(self.shape, size=layout.up[0].start)
+        prunable = layout.prunable_size
+        self._marks_shape = wire.Shape(prunable, prunable, prunable, ((0, prunable),))
+        self._no_values = np.zeros(prunable, np.float32)
         self._layout, self._format = layout, value_format
         self._differences, self._limit = differences, max_update_norm
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
@@ -60,6 +68,7 @@ class Uplink:
         support: np.ndarray | None,
         held: np.ndarray | None,
         known: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
     ) -> Posted:
         """An update as bytes.
 
@@ -68,19 +77,43 @@ class Uplink:
             support: bool[prunable], or None for all of it.
             held: What both sides know: the mask, bool[prunable], or the client's part, bool[trained].
             known: Values that both sides work out, float32[trained], or None.
+            marks: Positions that are named beside it, bool[prunable], or None.
         """
-        values, prunable = values[: self.shape.size], self._layout.prunable_size
-        if self.shape.prunable > prunable:
-            support = _within(held, support, self.shape.prunable)
-        message = wire.encode(values, support, self.shape, held=held, known=known, value_format=self._format)
+        shape, prunable = self.shape, self._layout.prunable_size
+        if not values[self._lean.size : shape.size].any():
+            shape = self._lean
+        values = values[: shape.size]
+        if shape.prunable > prunable:
+            support = _within(held, support, shape.prunable)
+        message = wire.encode(values, support, shape, held=held, known=known, value_format=self._format)
+        if marks is not None:
+            message += wire.encode(
+                self._no_values,
+                marks,
+                self._marks_shape,
+                held=_outside(held, prunable),
+                known=self._no_values,
+            )
         sent = prunable if support is None else int(np.count_nonzero(support[:prunable]))
-        return Posted(message, wire.nonzero_bytes(values, self.shape), sent / prunable)
+        return Posted(message, wire.nonzero_bytes(values, shape), sent / prunable)
 
     def decode(
         self, message: bytes, held: np.ndarray | None, known: np.ndarray | None = None
     ) -> wire.Message:
         """An update as the server reads it; its values last until the next one is decoded."""
-        return wire.decode(message, self.shape, held=held, known=known, out=self._decoded)
+        first, floats = wire.announced(message)
+        shape = self._lean if floats == self._lean.size else self.shape
+        whole = message if first == len(message) else message[:first]
+        out = self._decoded[: shape.size]
+        received = wire.decode(whole, shape, held=held, known=known, out=out)
+        self._decoded[shape.size :] = 0.0
+        received = replace(received, values=self._decoded)
+        if first >= len(message):
+            return received
+        outside = _outside(held, len(self._no_values))
+        named = wire.decode(message[first:], self._marks_shape, held=outside, known=self._no_values)
+        marks = np.ones(len(self._no_values), np.bool_) if named.support is None else named.support
+        return replace(received, marks=marks)
 
     @np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
     def fold(
@@ -105,7 +138,15 @@ class Uplink:
                     f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
                 )
         try:
-            total.fold(client, values, received.support, samples, self._layout, received.positions)
+            total.fold(
+                client,
+                values,
+                received.support,
+                samples,
+                self._layout,
+                received.positions,
+                received.marks,
+            )
         except OverflowError as error:
             return f"its update cannot be averaged: {error}"
         return None
@@ -131,3 +172,8 @@ def _within(part: np.ndarray | None, support: np.ndarray | None, trained: int) -
     within = np.ones(trained, bool) if part is None else part.copy()
     within[: len(support)] &= support
     return within
+
+
+def _outside(held: np.ndarray | None, prunable: int) -> np.ndarray | None:
+    """Where what both sides know does not reach, bool[prunable]: most marks are there."""
+    return None if held is None else ~held[:prunable]

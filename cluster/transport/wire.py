@@ -58,11 +58,13 @@ class Message:
         values: float32[size]; positions outside the support are +0.0.
         support: bool[prunable], or None when every position is kept.
         positions: Where the support is true, in order, or None with it.
+        marks: Positions that a second message names, bool[prunable]; None where there is none.
     """
 
     values: Floats
     support: Mask | None
     positions: Positions | None = None
+    marks: Mask | None = None
 
 
 class _Header(NamedTuple):
@@ -224,6 +226,16 @@ def decode(
     return Message(out, support, positions)
 
 
+def announced(data: bytes) -> tuple[int, int]:
+    """Bytes of the message that ``data`` begins with and floats of its vector, as the header announces them.
+
+    Raises:
+        WireError: There is no whole header.
+    """
+    header = _header(data)
+    return header.message_bytes, header.size
+
+
 def describe(data: bytes) -> dict[str, Any]:
     """What a message is made of: layout, value format, counts, and bytes of each part.
 
@@ -283,11 +295,15 @@ def _check_leaning(header: _Header, held: Mask | None, known: Floats | None) -> 
         raise WireError("the message leans on another support or other values than this receiver holds")
 
 
-def _open(data: bytes) -> tuple[_Header, memoryview]:
-    """Header and payload of a message whose every byte is as it was sent."""
+def _header(data: bytes) -> _Header:
     if len(data) < _PAYLOAD:
         raise WireError(f"{len(data)} bytes are too few for the header of {_PAYLOAD}")
-    header = _Header._make(_HEADER.unpack_from(data))
+    return _Header._make(_HEADER.unpack_from(data))
+
+
+def _open(data: bytes) -> tuple[_Header, memoryview]:
+    """Header and payload of a message whose every byte is as it was sent."""
+    header = _header(data)
     if header.magic != _MAGIC:
         raise WireError(f"not a message: it begins with {header.magic!r} instead of {_MAGIC!r}")
     if header.version != _VERSION:
@@ -361,6 +377,7 @@ __all__ = [
     "Shape",
     "ValueFormat",
     "WireError",
+    "announced",
     "decode",
     "dense_bytes",
     "describe",

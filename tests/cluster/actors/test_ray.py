@@ -139,6 +139,14 @@ def test_masks_alone_give_the_bits_of_inline(local_ray, tmp_path):
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
+def test_what_clients_name_beside_their_updates_gives_the_bits_of_inline(local_ray, tmp_path):
+    small = ["model.name=small_cnn", "cohort=4", "partition.clients=4", "rounds=2"]
+    method = ["algorithm.name=fedrts", "algorithm.readjust_interval=1", "algorithm.sparsity=0.8"]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(config(*small, *method, *more), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with room for 60 kB, and a function that gives it more."""

@@ -35,6 +35,8 @@ VARIANTS = {
         "server": {"name": "fedavg", "momentum": 0.9},
         "wire": {"downlink": "int8"},
     },
+    "fedrts": {"algorithm": {"name": "fedrts", "sparsity": 0.8, "readjust_interval": 2}},
+    "prunefl": {"algorithm": {"name": "prunefl", "readjust_interval": 2, "initial_adjustments": 2}},
     "flash, sensitivity": {
         "algorithm": {"name": "flash", "sparsity": 0.8, "stage1": "sensitivity", "refresh_interval": 2},
     },

@@ -53,7 +53,6 @@ class FedAlign(Algorithm):
         "seen; the authors have ResNets.",
     )
     client = FedAlignClient
-    asynchronous = True
     #: What a recorded pass runs again would not be billed.
     recordable = False
     least_passes = 1.0

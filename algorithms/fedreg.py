@@ -111,7 +111,6 @@ class FedReg(Algorithm):
     )
     client = FedRegClient
     weighting = "equal"
-    asynchronous = True
 
     gamma: float = hyperparameter(
         0.4,

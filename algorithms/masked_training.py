@@ -47,6 +47,7 @@ class MaskedFedSAM(FedSAM, FixedMask):
 
     name = "masked_fedsam"
     client = _FedSAMClient
+    asynchronous = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class MaskedFedReg(FedReg, FixedMask):
 
     name = "masked_fedreg"
     client = _FedRegClient
+    asynchronous = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class MaskedFedAlign(FedAlign, FixedMask):
 
     name = "masked_fedalign"
     client = _FedAlignClient
+    asynchronous = False
 
 
 @dataclass(frozen=True, kw_only=True)

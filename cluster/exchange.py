@@ -30,6 +30,7 @@ class HostSetup:
         validation: Rows held out of the training split.
         shifted: Who owns which rows after the first, second ... shift of the data.
         attacked: Rows of each split that the model is attacked on.
+        own: The rows that each client is judged by, where it is by rows of its own.
     """
 
     config: Config
@@ -38,6 +39,7 @@ class HostSetup:
     validation: np.ndarray
     shifted: tuple[Partition, ...] = ()
     attacked: Mapping[str, np.ndarray] = field(default_factory=dict)
+    own: Partition | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,12 @@ class ClientReport:
 class EvaluationChunk:
     """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
 
-    split: str  # "test" or "val"; under attack "train" too
+    split: str  # "test", "val", "own" for the rows that a client is judged by; under attack "train" too
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
-    client: int | None = None  # evaluate the model after this client's local training, as it would be sent
+    client: int | None = None  # whose rows, or whose model
+    after: int | None = None  # the model after its local training (0), or adapted to so many rows a class
     attacked: bool = False  # evaluate under attack; the rows are places among those of HostSetup.attacked
     seconds: float = 0.0  # that the evaluation took
 

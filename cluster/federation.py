@@ -28,6 +28,7 @@ from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.models import ModelError, check_model
 from cluster.workload.objectives import Objective
+from cluster.workload.own_rows import hold_out
 from cluster.workload.partition import Partition
 from cluster.workload.partitioners import Partitioner
 from cluster.workload.preparing import prepare
@@ -48,6 +49,7 @@ class Federation:
         partition: Who owns which rows of the training split.
         validation: Rows held out of the training split.
         shifted: Who owns which rows after the first, second ... shift of the data.
+        own: The rows that each client is judged by, where it is by rows of its own.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Federation:
     partition: Partition
     validation: np.ndarray
     shifted: tuple[Partition, ...] = ()
+    own: Partition | None = None
 
     @classmethod
     def of(cls, config: Config) -> Federation:
@@ -82,21 +85,35 @@ class Federation:
         objective.count(dataset)  # data of another kind is told before anything is made of it
         _check_augmentation(config, dataset)
         labels = _labels(objective, dataset)
-        kept, validation = stratified_split(labels, config.data.validation, config.partition_seed)
+        section, seed = config.evaluate_clients, config.partition_seed
+        share = 0.0 if section.rows == "own" else config.data.validation
+        kept, validation = stratified_split(labels, share, seed)
         periods = []
         for period in range(1 + period_of(config.shift, config.rounds)):
-            section = partition_of(config, period)
-            partitioner: Partitioner = build_choice("partition", section.name, section.options)
+            divided = partition_of(config, period)
+            partitioner: Partitioner = build_choice("partition", divided.name, divided.options)
             periods.append(
                 partitioner.divide(
                     labels,
-                    clients=section.clients,
-                    seed=int(section.seed),
+                    clients=divided.clients,
+                    seed=int(divided.seed),
                     groups=dataset.train.groups,
                     available=rows_of(config, period, kept, labels),
                 )
             )
-        return cls(config, dataset, periods[0], validation, tuple(periods[1:]))
+        own: Partition | None = None
+        if section.rows == "own" or section.unseen:
+            periods[0], own = hold_out(
+                periods[0],
+                labels,
+                share=config.data.validation - share,
+                unseen=section.unseen,
+                shots=max(section.shots),
+                seed=seed,
+            )
+        if own is not None and section.rows == "own":
+            validation = np.sort(np.concatenate([own.client(c) for c in range(config.population)]))
+        return cls(config, dataset, periods[0], validation, tuple(periods[1:]), own)
 
     @cached_property
     def objective(self) -> Objective:
@@ -284,6 +301,7 @@ class Federation:
             validation=self.validation,
             shifted=self.shifted,
             attacked=self.attacked_rows,
+            own=self.own,
         )
 
 

@@ -258,7 +258,7 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
                 "mean",
                 "clients' mean",
                 selects,
-                "Mean over clients, each on its own mix of classes, of {}.",
+                "Mean over clients, each on its own mix of classes (or own rows), of {}.",
             ),
             ("std", "spread of", spread, "Standard deviation over the clients of the same, of {}."),
             ("worst_decile", "worst decile of", selects, "Mean over the tenth that is served worst, of {}."),
@@ -268,6 +268,18 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
     yield replace(selects, key=f"clients/{key}_gain", title=f"gain in {title} by local training",
                   meaning="Mean over the clients of the difference that local training makes.",
                   when="evaluate_clients.after")  # fmt: skip
+    for what, form, meaning in (
+        ("mean", selects, "Mean over clients that never train, on rows of their own, of {}."),
+        ("std", spread, "Standard deviation over them of the same, of {}."),
+        ("worst_decile", selects, "Mean over the tenth of them that is served worst, of {}."),
+    ):
+        for suffix, model in (
+            ("", "the global model"),
+            ("_<K>_shot", "what K rows of each class make of it"),
+        ):
+            yield replace(form, key=f"unseen/{key}_{what}{suffix}", meaning=meaning.format(model),
+                          title=f"{what.replace('_', ' ')} {title} of new clients" + suffix.replace("_", " "),
+                          when="evaluate_clients.unseen")  # fmt: skip
     yield replace(spread, key=f"shift/{key}_before", title=f"test {title} before the shift",
                   meaning="On test data, at the last evaluation before the last shift.",
                   when="after a shift")  # fmt: skip

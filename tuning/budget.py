@@ -25,7 +25,7 @@ def instructions_of(config: Config) -> Callable[[int], Instructions]:
     def of(number: int) -> Instructions:
         mask = torch.empty(0, dtype=torch.bool) if number > method.first_round else None
         state = ServerState(round=number - 1, weights=torch.empty(0), mask=mask)
-        return method.instruct(state, config.rounds, config.partition.clients)
+        return method.instruct(state, config.rounds, config.population)
 
     return of
 

@@ -31,6 +31,7 @@ class Instructions:
         cohort: Number of clients, or None for the configured cohort.
         value: A number of the method's own, such as an annealed fraction.
         attack: Whether batches are attacked, where the configuration asks for it.
+        adapts: Whether it is a new client's adaptation to a few samples, of which nothing is sent.
     """
 
     round: int
@@ -42,6 +43,7 @@ class Instructions:
     steps: int | None = None
     sends_model: bool = True
     attack: bool = True
+    adapts: bool = False
 
     def __post_init__(self) -> None:
         """Steps take the place of epochs."""

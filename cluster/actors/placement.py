@@ -214,12 +214,12 @@ class CostModel:
 
     def chunk_seconds(self, chunk: EvaluationChunk) -> float:
         """Seconds that a chunk of the evaluation takes; 0 at first."""
-        return self._chunks.get((chunk.client is not None, chunk.attacked), 0.0)
+        return self._chunks.get((chunk.after is not None, chunk.attacked), 0.0)
 
     def learn_chunks(self, chunks: Iterable[EvaluationChunk]) -> None:
         """Take in what chunks really cost."""
         for chunk in chunks:
-            kind = (chunk.client is not None, chunk.attacked)
+            kind = (chunk.after is not None, chunk.attacked)
             self._chunks[kind] = (self._chunks.get(kind, chunk.seconds) + chunk.seconds) / 2
 
 

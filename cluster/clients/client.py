@@ -32,6 +32,7 @@ from cluster.transport.uplink import Uplink
 from cluster.workload.datasets import Split, open_dataset
 from cluster.workload.inputs import from_read_only
 from cluster.workload.objectives import Sums
+from cluster.workload.own_rows import few
 
 _logger = logging.getLogger("sparsyfed.client")
 
@@ -139,9 +140,9 @@ class ClientHost:
         results = []
         for chunk in chunks:
             started = time.perf_counter()
-            split = self._validation if chunk.split == "val" else self._dataset.test
-            if chunk.client is not None:
-                model = self._locally_trained(broadcast, chunk.client)
+            if chunk.after is not None:
+                assert chunk.client is not None
+                model = self._locally_trained(broadcast, chunk.client, chunk.after)
                 if model is None:
                     continue
             else:
@@ -151,7 +152,7 @@ class ClientHost:
             if chunk.attacked:
                 sums = self._attacked(model, chunk)
             else:
-                sums = self._trainer.evaluate(model, split, chunk.start, chunk.stop)
+                sums = self._trainer.evaluate(model, self._split(chunk), chunk.start, chunk.stop)
             results.append((replace(chunk, seconds=time.perf_counter() - started), sums))
         return results
 
@@ -167,6 +168,14 @@ class ClientHost:
             self.config.evaluate_attack.restarts,
             seeding.integer(self.config.seed, "robustness", place + 1, chunk.start),
         )
+
+    def _split(self, chunk: EvaluationChunk) -> Split:
+        """What a chunk's rows are rows of."""
+        if chunk.split != "own":
+            return self._validation if chunk.split == "val" else self._dataset.test
+        assert self._setup.own is not None and chunk.client is not None  # noqa: PT018
+        rows, train = self._setup.own.client(chunk.client), self._dataset.train
+        return Split(train.inputs[rows], train.targets[rows], None)
 
     def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:
         """Effective weights of the global model, cut to a tier's budget where one is named."""
@@ -199,10 +208,10 @@ class ClientHost:
         weights[: len(support)][~support] = 0.0
         return Part(weights, support if self._method.confined else None, 0, 0)
 
-    def _locally_trained(self, broadcast: Broadcast, client: int) -> np.ndarray | None:
+    def _locally_trained(self, broadcast: Broadcast, client: int, shots: int) -> np.ndarray | None:
         """What a client makes of the evaluated model: effective weights of what it would send next.
 
-        None where it failed and is skipped.
+        None where it failed and is skipped. A new client adapts to ``shots`` rows a class in a few steps.
 
         It trains on the data that it holds in the round that is evaluated, before a shift that follows.
         Nothing of it is folded, and every visit draws from streams of its own: training does not notice.
@@ -210,6 +219,11 @@ class ClientHost:
         sparsity = Devices(self.config).sparsity(client, self._method.sparsity, broadcast.instructions.round)
         evaluated = broadcast.instructions.round - 1
         rows = self._rows(client, period_of(self.config.shift, evaluated))
+        if shots:
+            section, labels = self.config.evaluate_clients, self._dataset.train.targets
+            rows = few(rows, labels, shots, self.config.partition_seed, client)
+            told = replace(broadcast.instructions, steps=section.adapt_steps, epochs=None, adapts=True)
+            broadcast = replace(broadcast, instructions=told)
         try:
             part = self._part(broadcast, client, sparsity)
             kept_before = broadcast.kept.get(client)

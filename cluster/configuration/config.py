@@ -24,6 +24,7 @@ from cluster.configuration.earlier import earlier_keys
 from cluster.configuration.fitting import (
     class_problems,
     device_problems,
+    own_problems,
     shift_problems,
     sparsity_problems,
     stop_problems,
@@ -153,12 +154,14 @@ class Config(Section):
             problems.append(
                 "precision: tf32 is arithmetic of GPUs; set gpus_per_actor above 0, or precision=float32"
             )
-        if self.cohort > self.partition.clients:
+        if self.cohort > self.population:
+            unseen = self.evaluate_clients.unseen
+            less = f" and evaluate_clients.unseen {unseen}" if unseen else ""
             problems.append(
-                f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}; "
-                "lower cohort or raise partition.clients"
+                f"cohort: {self.cohort} clients a round, but partition.clients is {self.partition.clients}"
+                f"{less}; lower cohort or raise partition.clients"
             )
-        problems += self.evaluate_clients.problems(self.partition.clients)
+        problems += self.evaluate_clients.problems(self.population)
         for key, address in (("checkpoint_uri", self.checkpoint_uri), ("tracking.uri", self.tracking.uri)):
             problems += filter(None, [problem(key, address)])
         if self.evaluate_on == "validation" and not self.data.validation:
@@ -171,7 +174,7 @@ class Config(Section):
                 f"execution: {self.execution}; set address=auto or host:port and execution=ray"
             )
         if not problems:
-            problems += shift_problems(self)
+            problems += [*shift_problems(self), *own_problems(self)]
             if not problems and not any(map(self.left_alone, ("objective", "partition"))):
                 problems += class_problems(self)
             if not self.left_alone("objective"):
@@ -227,6 +230,11 @@ class Config(Section):
     def weight(self, samples: int) -> int:
         """What the update of a client with so many samples weighs."""
         return samples if self.weighting == "samples" else 1
+
+    @property
+    def population(self) -> int:
+        """Number of clients that train: all but the unseen ones."""
+        return self.partition.clients - self.evaluate_clients.unseen
 
     def build_server(self) -> ServerOptimizer:
         """The server optimizer with its hyperparameters."""

@@ -76,6 +76,18 @@ def shift_problems(config: Any) -> Iterator[str]:
         yield "shift.partition.clients: a shift keeps the clients; change partition.clients instead"
 
 
+def own_problems(config: Any) -> Iterator[str]:
+    """Clients that are judged by rows of their own, where none can be held out for them."""
+    section = config.evaluate_clients
+    if section.rows == "own" and not config.data.validation:
+        yield "evaluate_clients.rows: own, but none are held out; set data.validation=0.2"
+    key = "rows" if section.rows == "own" else "unseen" if section.unseen else None
+    if key and config.shift.round is not None:
+        yield f"evaluate_clients.{key}: rows change hands at a shift; leave it or shift out"
+    if key and config.partition.name == "sampled":
+        yield f"evaluate_clients.{key}: clients of partition.name=sampled share rows; choose another kind"
+
+
 def class_problems(config: Any) -> Iterator[str]:
     """What needs the classes of the samples, where the objective has none."""
     if config.build_objective().by_class:
@@ -91,8 +103,11 @@ def class_problems(config: Any) -> Iterator[str]:
             yield f"{key}.name: {name} {have}; allowed are iid, natural, and sampled with alpha=null"
     if config.shift.classes is not None:
         yield f"shift.classes: {have}; leave it out"
-    if config.evaluate_clients.every:
-        yield f"evaluate_clients.every: {have}, by which clients are judged; leave it out"
+    section = config.evaluate_clients
+    if section.unseen:
+        yield f"evaluate_clients.unseen: {have}, of which it takes shots; leave it out"
+    elif section.every and section.rows == "classes":
+        yield f"evaluate_clients.every: {have}, by which clients are judged; set evaluate_clients.rows=own"
 
 
 def stop_problems(config: Any) -> Iterator[str]:

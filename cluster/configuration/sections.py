@@ -214,20 +214,34 @@ class AvailabilityChoice(Choice):
 
 
 class ClientEvaluationSection(Section):
-    """Per-client evaluation: each client's accuracy on its own mix of classes; see ``clients.csv``."""
+    """Per-client evaluation: on its own mix of classes or rows of its own, and of new clients."""
 
     every: int = Field(0, ge=0, description="rounds between them, the last round included; 0: never")
     clients: int | None = Field(None, ge=1, description="how many clients are judged; default all")
     after: int = Field(0, ge=0, description="how many of them after local training too; a test pass each")
+    rows: Literal["classes", "own"] = Field(
+        "classes",
+        description="what clients are judged by: test data of their classes, or (own) data.validation, then "
+        "held out of each client's rows",
+    )
+    unseen: int = Field(0, ge=0, description="how many clients, the last ones, never train: new ones")
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5), description="samples of a class that a new client adapts to"
+    )
+    adapt_steps: int = Field(5, ge=1, description="local steps of a new client on them")
 
     def problems(self, clients: int) -> list[str]:
-        """What is wrong with the section in a federation of so many clients."""
+        """What is wrong with the section in a federation where so many clients train."""
+        if clients < 1:
+            return [f"evaluate_clients.unseen: {self.unseen}, so no client of partition.clients trains"]
+        if self.unseen and not self.shots:
+            return ["evaluate_clients.shots: [], and new clients adapt to some; set it to [1, 5]"]
         judged = self.clients or clients
         if judged > clients:
-            return [f"evaluate_clients.clients: {judged}, but partition.clients is {clients}"]
+            return [f"evaluate_clients.clients: {judged}, but {clients} clients train"]
         if self.after > judged:
             return [f"evaluate_clients.after: {self.after}, but only {judged} clients are judged"]
-        if not self.every and (self.clients or self.after):
+        if not self.every and (self.clients or self.after or self.unseen):
             return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
         return []
 

@@ -206,7 +206,7 @@ class Buffered(Schedule):
         now = self.clock.now
         blocked = {flight.assignment.client for flight in self._flights.values()}
         blocked |= self._met()
-        if len(blocked) == self.config.partition.clients:
+        if len(blocked) == self.config.population:
             return None
         rng = seeding.generator(self.config.seed, "cohort", self._sequence, int(now))
         for _ in range(_DRAWS):
@@ -229,7 +229,7 @@ class Buffered(Schedule):
     def _wait(self) -> None:
         """Nobody is in flight and nobody could be asked: try again later."""
         step = self._step
-        if len(self._met()) == self.config.partition.clients:
+        if len(self._met()) == self.config.population:
             raise SamplerError(
                 f"all {len(step.asked)} clients were asked in round {step.state.round + 1} and "
                 f"{len(step.arrived)} answered, of {self._size} that a server step needs; "

@@ -6,7 +6,10 @@ samples drawn with the client's own class distribution, without the noise of dra
 from the client's training data, and the one pass over the test set that the central evaluation takes serves
 all clients. What clients differ in beside their classes, such as a speaker's voice, it does not see. After
 local training each client has a model, and needs a test pass, of its own: that is done on demand, for some
-of the clients.
+of the clients. With ``rows: own`` a client is judged by rows that were held out of its own instead.
+
+Clients that never train (``unseen``) are judged by their own rows: on the global model, and on what they make
+of it in a few steps on some rows of each class. All numbers of shots are judged by the same rows.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class ClientEvaluation:
         self._objective = federation.objective
         # Where the test split is not to be read, nobody can be judged on it.
         tested = any(chunk.split == "test" for chunk in federation.evaluation_chunks(2**30))
-        self._every = self._section.every if tested else 0
+        self._every = self._section.every if tested or self._section.rows == "own" else 0
 
     def due(self, round_number: int, *, last: bool = False) -> bool:
         """Whether clients are judged after this round: every so many, and after the last."""
@@ -53,8 +56,15 @@ class ClientEvaluation:
         """What is to be evaluated beside the central chunks: a test pass a locally trained client."""
         if not self.due(round_number, last=last):
             return []
-        rows = len(self._federation.dataset.test.targets)
-        return [EvaluationChunk("test", 0, rows, client=int(c)) for c in self._trained]
+        section, own = self._section, self._federation.own
+        if section.rows == "own":
+            found = [self._own_chunk(c, None) for c in self._judged]
+            found += [self._own_chunk(c, 0) for c in self._trained]
+        else:
+            rows = len(self._federation.dataset.test.targets)
+            found = [EvaluationChunk("test", 0, rows, client=int(c), after=0) for c in self._trained]
+        found += [self._own_chunk(c, shots) for shots in (None, *section.shots) for c in self._unseen]
+        return [chunk for chunk in found if chunk.stop or own is None]
 
     def metrics(
         self, folder: RunFolder, round_number: int, parts: Mapping[Part, Sums], *, last: bool
@@ -73,28 +83,67 @@ class ClientEvaluation:
         """
         if not parts or not self.due(round_number, last=last):
             return {}
+        if self._section.rows == "own":
+            before, after = (self._own(parts, self._judged, made) for made in (None, 0))
+        else:
+            before, after = self._by_classes(parts, round_number)
+        self._write(folder, round_number, before, after)
+        selects = self._objective.selects
+        metrics = _spread(before, selects, "")
+        both = np.isfinite(after) & np.isfinite(before)
+        if both.any():
+            gain = float(np.mean((after - before)[both]))
+            metrics |= _spread(after, selects, "_after") | {f"clients/{selects.key}_gain": gain}
+        for shots in (None, *self._section.shots) if self._section.unseen else ():
+            suffix = "" if shots is None else f"_{shots}_shot"
+            metrics |= _spread(self._own(parts, self._unseen, shots), selects, suffix, "unseen")
+        return metrics
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    def _by_classes(self, parts: Mapping[Part, Sums], round_number: int) -> tuple[np.ndarray, np.ndarray]:
+        """What selects of each judged client, before and after its local training, float64[judged]."""
         shares = self._shares(period_of(self._federation.config.shift, round_number))
         before = self._before(parts, shares)
         after = np.full(len(before), np.nan)
         places = np.searchsorted(self._judged, self._trained)
         for place, client in zip(places, self._trained, strict=True):
-            sums = parts.get(("test", None, int(client)))
+            sums = parts.get(("test", None, int(client), 0))
             if sums is not None:  # of one that failed and was skipped there are none
                 after[place] = self._weighted(shares[place : place + 1], sums)[0]
-        self._write(folder, round_number, before, after)
-        selects = self._objective.selects
-        metrics = _spread(before, selects, "")
-        if np.isfinite(after).any():
-            gain = float(np.mean((after - before)[np.isfinite(after)]))
-            metrics |= _spread(after, selects, "_after") | {f"clients/{selects.key}_gain": gain}
-        return metrics
+        return before, after
 
-    # ------------------------------------------------------------------------------------------- inside
+    def _own_chunk(self, client: int, after: int | None) -> EvaluationChunk:
+        """All rows that a client is judged by; the global model is cut to its tier's budget."""
+        own = self._federation.own
+        assert own is not None
+        return EvaluationChunk(
+            "own", 0, len(own.client(int(client))), self._tier(client, after), int(client), after
+        )
+
+    def _tier(self, client: int, after: int | None) -> str | None:
+        tiers = list(self._federation.config.devices.tiers.items())
+        if not tiers or after is not None:
+            return None
+        name, tier = tiers[Devices(self._federation.config).tiers[client]]
+        return None if tier.sparsity is None else name
+
+    def _own(self, parts: Mapping[Part, Sums], clients: np.ndarray, after: int | None) -> np.ndarray:
+        """What selects, of each client on its own rows, float64[clients]; nan where that is not known."""
+        found = [parts.get(("own", self._tier(c, after), int(c), after)) for c in clients]
+        key = self._objective.selects.key
+        return np.array([np.nan if sums is None else self._objective.metrics(sums)[key] for sums in found])
+
+    @property
+    def _unseen(self) -> np.ndarray:
+        """The clients that never train, int64."""
+        config = self._federation.config
+        return np.arange(config.population, config.partition.clients)
 
     @cached_property
     def _judged(self) -> np.ndarray:
         """The clients that are judged, the same ones every time; int64, sorted."""
-        return self._some(np.arange(self._federation.config.partition.clients), self._section.clients)
+        return self._some(np.arange(self._federation.config.population), self._section.clients)
 
     @cached_property
     def _trained(self) -> np.ndarray:
@@ -133,12 +182,13 @@ class ClientEvaluation:
 
     def _before(self, parts: Mapping[Part, Sums], shares: np.ndarray) -> np.ndarray:
         """What selects, of the global model on each client: cut to its tier's budget, if it has one."""
-        values = self._weighted(shares, parts["test", None, None])
+        values = self._weighted(shares, parts["test", None, None, None])
         tiers = list(self._federation.config.devices.tiers)
         own = Devices(self._federation.config).tiers[self._judged] if tiers else None
         for index, tier in enumerate(tiers):
-            if ("test", tier, None) in parts and own is not None:
-                values[own == index] = self._weighted(shares[own == index], parts["test", tier, None])
+            sums = parts.get(("test", tier, None, None))
+            if sums is not None and own is not None:
+                values[own == index] = self._weighted(shares[own == index], sums)
         return values
 
     def _write(self, folder: RunFolder, round_number: int, before: np.ndarray, after: np.ndarray) -> None:
@@ -152,7 +202,7 @@ class ClientEvaluation:
         write_atomically(folder.path / "clients.csv", text.getvalue().encode())
 
 
-def _spread(values: np.ndarray, selects: Measure, suffix: str) -> dict[str, float]:
+def _spread(values: np.ndarray, selects: Measure, suffix: str, whose: str = "clients") -> dict[str, float]:
     """Mean, standard deviation (of all clients, not of a sample) and mean of the worst tenth, rounded up."""
     known = np.sort(values[np.isfinite(values)])
     if not len(known):
@@ -160,7 +210,7 @@ def _spread(values: np.ndarray, selects: Measure, suffix: str) -> dict[str, floa
     tenth = -(-len(known) // 10)
     worst = known[-tenth:] if selects.better == "lower" else known[:tenth]
     return {
-        f"clients/{selects.key}_mean{suffix}": float(known.mean()),
-        f"clients/{selects.key}_std{suffix}": float(known.std()),
-        f"clients/{selects.key}_worst_decile{suffix}": float(worst.mean()),
+        f"{whose}/{selects.key}_mean{suffix}": float(known.mean()),
+        f"{whose}/{selects.key}_std{suffix}": float(known.std()),
+        f"{whose}/{selects.key}_worst_decile{suffix}": float(worst.mean()),
     }

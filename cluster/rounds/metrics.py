@@ -130,8 +130,8 @@ class Supports:
         return {f"masks/overlap_{OVERLAP_ROUNDS}": intersection_over_union(earlier, support)}
 
 
-#: Whose model was evaluated on what: split, budget of which tier, after which client's local training.
-Part = tuple[str, str | None, int | None]
+#: What was evaluated: split, budget of which tier, whose rows or model, after which local training.
+Part = tuple[str, str | None, int | None, int | None]
 
 
 def added_up(evaluated: Evaluated, *, attacked: bool = False) -> dict[Part, Sums]:
@@ -139,7 +139,7 @@ def added_up(evaluated: Evaluated, *, attacked: bool = False) -> dict[Part, Sums
     parts: dict[Part, Sums] = {}
     own = [result for result in evaluated if result[0].attacked == attacked]
     for chunk, sums in sorted(own, key=lambda result: result[0].start):
-        part = (chunk.split, chunk.tier, chunk.client)
+        part = (chunk.split, chunk.tier, chunk.client, chunk.after)
         parts[part] = added(parts[part], sums) if part in parts else sums
     return parts
 
@@ -147,7 +147,7 @@ def added_up(evaluated: Evaluated, *, attacked: bool = False) -> dict[Part, Sums
 def evaluation_metrics(objective: Objective, parts: Mapping[Part, Sums]) -> dict[str, Any]:
     """The objective's metrics on each split, and the one that selects at each tier's budget."""
     metrics: dict[str, Any] = {}
-    for (split, tier, client), sums in sorted(parts.items(), key=lambda item: str(item[0])):
+    for (split, tier, client, _), sums in sorted(parts.items(), key=lambda item: str(item[0])):
         if client is not None:
             continue
         measured = objective.metrics(sums)

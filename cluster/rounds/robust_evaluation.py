@@ -42,7 +42,7 @@ class RobustEvaluation:
         Args:
             parts: The sums of ``chunks``; none where it was not due.
         """
-        by_split = {split: self._objective.metrics(sums) for (split, _, _), sums in parts.items()}
+        by_split = {split: self._objective.metrics(sums) for (split, _, _, _), sums in parts.items()}
         metrics: dict[str, Any] = {
             f"{split}/robust_{measure.key}": finite(own[measure.key])
             for split, own in by_split.items()

@@ -131,14 +131,14 @@ class Schedule(ABC):
 
     def instruct(self, state: ServerState) -> Instructions:
         """What the next round's clients are told."""
-        return self.method.instruct(state, self.config.rounds, self.config.partition.clients)
+        return self.method.instruct(state, self.config.rounds, self.config.population)
 
     def sizes(self, round_number: int) -> np.ndarray:
-        """Samples of every client in a round, int64[clients]."""
+        """Samples of every client that trains in a round, int64[population]."""
         # The model of the last round is evaluated on the way to one that is not planned.
         period = period_of(self.config.shift, min(round_number, self.config.rounds))
         if period not in self._sizes:
-            self._sizes = {period: self.federation.sizes_in(period)}
+            self._sizes = {period: self.federation.sizes_in(period)[: self.config.population]}
         return self._sizes[period]
 
     def draw(self, count: int, round_number: int, rng: np.random.Generator) -> np.ndarray:
@@ -148,7 +148,7 @@ class Schedule(ABC):
             lambda clients: self.devices.available(clients, self.clock.now),
             round_number,
             self.clock.now,
-            self.devices.tiers,
+            self.devices.tiers[: self.config.population],
         )
         return draw(self._sampler, rng, count, candidates)
 

@@ -85,7 +85,7 @@ class Buffered(Timing):
             )
         if method.keeps_updates:
             yield f"schedule.name: {config.algorithm.name} looks at every update of a round: synchronous"
-        size, places, clients = self.size(config), self.places(config), config.partition.clients
+        size, places, clients = self.size(config), self.places(config), config.population
         if places + size > clients:
             yield (
                 f"schedule.concurrency: {places} clients in flight and {size} in the buffer are more than "

@@ -43,6 +43,7 @@ RUNS = {
     "shift": {"rounds": 4, "shift": {"round": 3}},
     "clients": {"evaluate_clients": {"every": 1, "after": 2}},
     "attack": {"evaluate_attack": {"every": 2, "steps": 1}, "data": {"validation": 0.2}},
+    "unseen": {"cohort": 2, "evaluate_clients": {"every": 1, "unseen": 2}},
     "flash": {"algorithm": {"name": "flash", "stage1": "sensitivity", "sparsity": 0.5}},
     "kept": {"algorithm": {"name": "feddyn"}},
     "ramp": {"algorithm": {"name": "topk"}, "sparsity_schedule": {"name": "cubic"}},

@@ -176,10 +176,10 @@ def test_a_class_without_test_images_does_not_count_and_a_tier_is_judged_at_its_
     counts = np.append(evaluation._counts, 0)  # a model may have more logits than there are classes
     right, wrong = ({"samples": counts, "correct": counts * factor, "loss": 0.0} for factor in (1, 0))
     parts = {
-        ("test", None, None): right,
-        ("val", None, None): wrong,
-        ("test", "weak", None): wrong,
-        ("test", "strong", None): right,
+        ("test", None, None, None): right,
+        ("val", None, None, None): wrong,
+        ("test", "weak", None, None): wrong,
+        ("test", "strong", None, None): right,
     }
     folder = RunFolder.create(tmp_path / "run", config)
     metrics = evaluation.metrics(folder, 1, parts, last=False)
@@ -204,7 +204,7 @@ def test_after_a_shift_clients_are_judged_on_what_they_hold_then(tmp_path, cache
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"every": 1, "clients": 7}, "evaluate_clients.clients: 7, but partition.clients is 6"),
+        ({"every": 1, "clients": 7}, "evaluate_clients.clients: 7, but 6 clients train"),
         ({"every": 1, "clients": 2, "after": 3}, "evaluate_clients.after: 3, but only 2 clients are judged"),
         ({"after": 3}, "evaluate_clients.every: 0, so no client is judged"),
         ({"evry": 3}, r"evaluate_clients.evry: unknown key; .*did you mean evaluate_clients.every\?"),

@@ -145,6 +145,11 @@ class SparsyFed(Algorithm):
         """Whether theta differs from w."""
         return self.exponent == "spectral" or self.beta != 1.0
 
+    @property
+    def trains_zeros(self) -> bool:
+        """The gradient at a zero is 0; which layers are plain is up to who names them."""
+        return not self.reparameterised or bool(self.plain_layers)
+
     # ---- server half
 
     def initial_state(

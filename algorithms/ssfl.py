@@ -75,6 +75,11 @@ class SSFL(Algorithm):
         """0: the scores come before round 1."""
         return 0
 
+    @property
+    def trains_zeros(self) -> bool:
+        """|gradient x weight| of a zero is 0: it is in no mask."""
+        return False
+
     # ---- server half
 
     def initial_state(

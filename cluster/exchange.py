@@ -31,6 +31,7 @@ class HostSetup:
         shifted: Who owns which rows after the first, second ... shift of the data.
         attacked: Rows of each split that the model is attacked on.
         own: The rows that each client is judged by, where it is by rows of its own.
+        base: What is frozen below an adapter, float32[frozen], one for all hosts of a node; else None.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class HostSetup:
     shifted: tuple[Partition, ...] = ()
     attacked: Mapping[str, np.ndarray] = field(default_factory=dict)
     own: Partition | None = None
+    base: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

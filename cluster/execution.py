@@ -18,7 +18,7 @@ from cluster.configuration.config import Config, validate
 from cluster.configuration.foreign import refuse_foreign_code, whose
 from cluster.configuration.identity import RESULT_FREE, changes_results
 from cluster.configuration.trees import ConfigError, apply_overrides, read_stored
-from cluster.federation import Federation, build_model, prepare_arguments
+from cluster.federation import Federation, prepare_arguments
 from cluster.records import tracking
 from cluster.records.outputs import (
     default_folder,
@@ -32,6 +32,7 @@ from cluster.references import installed
 from cluster.rounds.callbacks import Callbacks
 from cluster.rounds.conduct import Progress, RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.engine import InlineEngine
+from cluster.trained_model import build_model
 from cluster.workload.datasets import open_dataset
 from cluster.workload.preparing import prepare
 
@@ -102,7 +103,7 @@ def run(
     if config.checkpoint_uri is not None:
         SharedStorage.of_run(config.checkpoint_uri, path).check(new=True)
     config = with_tracking(config, path.absolute().parent)
-    with connected(config, federation.layout.size):
+    with connected(config, federation.stored_floats):
         folder = RunFolder.create(path.absolute(), config)
         try:
             return _execute(folder, config, progress, should_stop)
@@ -161,7 +162,7 @@ def resume(
     moved = check_ground(found, federation, anyway=anyway)
     if config.checkpoint_uri is not None:
         SharedStorage.of_run(config.checkpoint_uri, folder.path).check(new=False)
-    with connected(config, federation.layout.size):
+    with connected(config, federation.stored_floats):
         with folder.locked():  # of another process's run not even the configuration is touched
             if moved:
                 forget_later_rounds(folder, found)

@@ -23,7 +23,7 @@ from cluster.flops import LayerFlops, count_activations, held_units
 from cluster.references import DataError, UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
-from cluster.workload import models
+from cluster.trained_model import TrainedModel
 from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.models import ModelError, check_model
@@ -32,7 +32,6 @@ from cluster.workload.own_rows import hold_out
 from cluster.workload.partition import Partition
 from cluster.workload.partitioners import Partitioner
 from cluster.workload.preparing import prepare
-from cluster.workload.weights import load_weights
 
 
 class MemoryNeeded(UserError):
@@ -131,9 +130,24 @@ class Federation:
         return self.dataset.classes if self.objective.by_class else ("all",)
 
     @cached_property
+    def trained(self) -> TrainedModel:
+        """What is trained, with the common initialisation, and what is frozen below it."""
+        return TrainedModel.of(self.config, self.dataset)
+
+    @property
     def model(self) -> nn.Module:
-        """The plain module with the common initialisation."""
-        return build_model(self.config, self.dataset)
+        """Its module: the plain one, or one with adapters in it."""
+        return self.trained.module
+
+    @property
+    def stored_floats(self) -> int:
+        """What an object store is sized by: it keeps many copies of the flat vector and one of the base."""
+        return self.layout.size + self.trained.frozen_size // 16
+
+    @property
+    def floats(self) -> int:
+        """Floats of the whole model: the flat vector, and what is frozen."""
+        return self.layout.size + self.trained.frozen_size
 
     @cached_property
     def layout(self) -> ParameterLayout:
@@ -174,14 +188,14 @@ class Federation:
         return None if part is None else part.numpy()
 
     def _training_bytes(self, held: np.ndarray | None) -> int:
-        """Weights, gradient, moments and a batch's activations, of what a client holds, bool[trained]."""
+        """Weights, base, gradient, moments, a batch's activations, of what a client holds, bool[trained]."""
         layout = self.layout
         moments = len(self.config.build_local_optimizer().start(torch.zeros(layout.trained_size)))
         trained = layout.trained_size if held is None else int(np.count_nonzero(held))
         units = {} if held is None else held_units(held, layout)
         activations = self.config.local.batch_size * count_activations(self.model, self._example, units)
         vectors = 1 + (2 if self.config.method.reparameterised else 1) + moments
-        return 4 * (layout.size - layout.trained_size + vectors * trained + activations)
+        return 4 * (self.floats - layout.trained_size + vectors * trained + activations)
 
     @property
     def kept_bytes(self) -> int:
@@ -302,6 +316,7 @@ class Federation:
             shifted=self.shifted,
             attacked=self.attacked_rows,
             own=self.own,
+            base=self.trained.base,
         )
 
 
@@ -359,24 +374,3 @@ def prepare_arguments(config: Config) -> dict[str, Any]:
         "length": data.length,
         "cache_dir": cache,
     }
-
-
-def build_model(config: Config, dataset: Dataset, *, filled: bool = True) -> nn.Module:
-    """The plain module with the common initialisation, of the configured seed or file.
-
-    Args:
-        config: The configuration.
-        dataset: The decoded data set.
-        filled: False where other tensors take the place of all: ``model.weights`` may be gone by then.
-    """
-    model = models.build(
-        config.model.name,
-        input_shape=dataset.input_shape,
-        classes=config.build_objective().count(dataset),
-        tokens=len(dataset.vocabulary),
-        seed=seeding.integer(config.seed, "initialisation"),
-        **config.model.options,
-    )
-    if filled and config.model.weights is not None:
-        load_weights(model, config.model.weights)
-    return model

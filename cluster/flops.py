@@ -5,7 +5,8 @@ depend on nothing that is trained, as the first layer's on images) and one weigh
 forward's size. Products without weights, such as those of attention, are not counted. Ideally sparse, forward
 and input gradient scale with the density of the weights, and the weight gradient with that of the saved
 activations times the share of its entries that the method uses: a mask's density, as RigL, FedDST and FLASH
-count; SparsyFed's nonzeros, as the gradient at a zero is 0; 1 where zeros may regrow.
+count; SparsyFed's nonzeros, as the gradient at a zero is 0; 1 where zeros may regrow. A frozen layer has no
+weight gradient, and costs the same dense and sparse.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ class LayerFlops:
     Attributes:
         forward: FLOPs of one sample's forward pass.
         needs_input_gradient: Share of them in calls whose inputs depend on what is trained, float64[layers].
+        frozen: FLOPs of one sample's training pass in all layers that are not trained: forward, and input
+            gradient where their inputs depend on what is trained.
+        frozen_forward: Those of the forward pass.
     """
 
     forward: np.ndarray
     needs_input_gradient: np.ndarray
+    frozen: float = 0.0
+    frozen_forward: float = 0.0
 
     @classmethod
     def of(cls, model: nn.Module, layout: ParameterLayout, example: Tensor) -> LayerFlops:
@@ -50,11 +56,14 @@ class LayerFlops:
 
         dry_forward(model, example, prunable_layers(model).values(), count, gradients=True)
         entries = [entry.name for entry in layout.prunable]
+        frozen = sorted(counted.keys() - {*entries, ""})
         return cls(
             np.array([counted.get(name, 0.0) for name in entries]),
             np.array(
                 [backward.get(name, 0.0) / counted[name] if name in counted else 0.0 for name in entries]
             ),
+            sum(counted[name] + backward.get(name, 0.0) for name in frozen),
+            sum(counted[name] for name in frozen),
         )
 
     def of_part(self, shares: np.ndarray) -> LayerFlops:
@@ -63,11 +72,17 @@ class LayerFlops:
 
     def dense(self, samples: int) -> float:
         """Dense-equivalent FLOPs of training on ``samples`` samples."""
-        return float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum())
+        return (
+            float(samples * (self.forward * (2.0 + self.needs_input_gradient)).sum()) + samples * self.frozen
+        )
 
     def attack(self, samples: int, weight_density: np.ndarray) -> np.ndarray:
         """FLOPs of a forward pass and the gradient of the inputs, float64[layers]; see ``sparse``."""
         return samples * 2.0 * self.forward * weight_density
+
+    def attack_frozen(self, samples: int) -> float:
+        """The same in all layers that are not trained."""
+        return samples * 2.0 * self.frozen_forward
 
     def sparse(
         self,
@@ -76,7 +91,7 @@ class LayerFlops:
         activation_density: np.ndarray,
         gradient_density: np.ndarray,
     ) -> np.ndarray:
-        """Ideal sparse FLOPs of each layer, float64[layers]; densities are float64[layers] in [0, 1]."""
+        """Ideal sparse FLOPs of each trained layer, float64[layers]; densities are float64[layers] too."""
         backward_and_forward = (1.0 + self.needs_input_gradient) * weight_density
         return samples * self.forward * (backward_and_forward + activation_density * gradient_density)
 

@@ -283,9 +283,9 @@ def _largest_model(configs: Any) -> int:
     sizes: dict[str, int] = {}
     for config in configs:
         tree = config.dump()
-        key = json.dumps([tree["data"], tree["partition"], tree["model"]], sort_keys=True)
+        key = json.dumps([tree["data"], tree["partition"], tree["model"], tree["adapter"]], sort_keys=True)
         if key not in sizes:
-            sizes[key] = Federation.of(config).layout.size
+            sizes[key] = Federation.of(config).stored_floats
     return max(sizes.values(), default=0)
 
 

@@ -25,6 +25,7 @@ class Measured:
         deactivated: |{w_t != 0 and w_i = 0}| after it.
         flops_dense: Dense-equivalent training FLOPs.
         flops_sparse: Ideal sparse training FLOPs of each prunable layer, float64[layers].
+        flops_frozen: FLOPs in layers that are not trained; part of the dense ones.
         own: The method's own numbers by name, as (sum, weight): ``visit.measure``.
     """
 
@@ -37,6 +38,12 @@ class Measured:
     flops_dense: float
     flops_sparse: np.ndarray
     own: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    flops_frozen: float = 0.0
+
+    @property
+    def flops_sparse_total(self) -> float:
+        """Ideal sparse training FLOPs of the whole model."""
+        return float(self.flops_sparse.sum()) + self.flops_frozen
 
     @classmethod
     def nothing(cls, samples: int, layers: int) -> Measured:
@@ -73,7 +80,7 @@ def cohort_metrics(
             [one.regrown_before_cut + one.deactivated - one.regrown for one in accepted]
         ),
         "flops/dense": sum(one.flops_dense for one in everyone),
-        "flops/sparse": float(layers.sum()),
+        "flops/sparse": float(layers.sum()) + sum(one.flops_frozen for one in everyone),
         "flops/layers": [float(flops) for flops in layers],
         "clients/steps": sum(one.steps for one in everyone),
         "clients/samples": samples,

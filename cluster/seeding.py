@@ -25,6 +25,7 @@ Purpose = Literal[
     "augmentation",
     "attack",
     "robustness",
+    "adapter",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

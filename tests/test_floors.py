@@ -18,7 +18,7 @@ FLOORS = (
     "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.measures",
     "cluster.configuration",
     "cluster.workload cluster.transport cluster.simulation",
-    "cluster.measured",
+    "cluster.measured cluster.trained_model",
     "cluster.exchange",
     "cluster.federation",
     "cluster.clients cluster.records",

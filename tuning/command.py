@@ -89,7 +89,7 @@ def run_study(plan: Plan, folder: StudyFolder, console: Console) -> tuple[bool, 
         whole_machine = plan.base.model_copy(update={"actors": _cores(plan)})
         methods = [own.config for own in plan.contenders.values()]
         with (
-            connected(whole_machine, federation.layout.size, also=methods),
+            connected(whole_machine, federation.stored_floats, also=methods),
             stop_on_signal() as stopped,
         ):
             parent = _Parent(plan, folder)

@@ -92,6 +92,11 @@ class Algorithm:
         return False
 
     @property
+    def trains_zeros(self) -> bool:
+        """Whether a tensor that is 0 at first is trained like any other, as half of a low-rank adapter is."""
+        return True
+
+    @property
     def masked(self) -> bool:
         """Whether totals keep sum n m for a masked mean."""
         return False

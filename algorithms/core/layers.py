@@ -254,11 +254,14 @@ def prune_inputs(model: nn.Module, choose: Callable[[str, nn.Module], Activation
 
     Args:
         model: The plain module.
-        choose: Called with each convolution's and linear layer's name and module in order of definition;
-            returns how it prunes, or None to leave the layer alone. Transposed and non-zero-padded
-            convolutions are left alone: their weight gradient does not see the input as it is.
+        choose: Called with the name and module of each convolution and linear layer that is trained, in order
+            of definition; returns how it prunes, or None to leave the layer alone. Transposed convolutions
+            and those padded with other than zeros are left alone: their weight gradient does not see the
+            input as it is.
     """
     for name, layer in prunable_layers(model).items():
+        if not layer.weight.requires_grad:
+            continue
         if isinstance(layer, _ConvNd) and not layer.transposed and layer.padding_mode == "zeros":
             base: type = PrunedConv
         elif isinstance(layer, nn.Linear):

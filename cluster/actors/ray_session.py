@@ -90,7 +90,7 @@ def connected(config: Config, model_size: int, also: Iterable[Config] = ()) -> I
 
     Args:
         config: The experiment.
-        model_size: Floats of the model; a private cluster's object store is sized by it.
+        model_size: Floats by which a private cluster's object store is sized (``Federation.stored_floats``).
         also: Experiments that share the connection; the user's code of each travels with it.
     """
     if config.execution == "inline":

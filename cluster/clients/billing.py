@@ -26,6 +26,7 @@ class Bill:
             layer that both met, float64[layers].
         own_dense: FLOPs that the method caused through the model by itself, float64[layers].
         own_sparse: The ideal sparse ones.
+        own_frozen: FLOPs that it caused in layers that are not trained.
     """
 
     flops: LayerFlops
@@ -41,6 +42,7 @@ class Bill:
             self.flops = self.flops.of_part(self.held)
         self.own_dense = np.zeros(len(self.flops.forward))
         self.own_sparse = np.zeros(len(self.flops.forward))
+        self.own_frozen = 0.0
 
     def step(self, samples: int) -> None:
         """Note a pass of a local step."""
@@ -57,10 +59,18 @@ class Bill:
         """Note a pass beside the steps, and the attack before it."""
         self.extra.append((samples, attacked, nonzeros))
 
-    def own(self, layer: int, dense: float, sparse: float) -> None:
-        """Note FLOPs of one layer in a pass that the method ran by itself."""
-        self.own_dense[layer] += dense if self.held is None else dense * self.held[layer]
-        self.own_sparse[layer] += sparse
+    def own(self, layer: int | None, dense: float, sparse: float) -> None:
+        """Note FLOPs of one layer, None for any that is frozen, in a pass that the method ran by itself."""
+        if layer is None:
+            self.own_frozen += dense
+        else:
+            self.own_dense[layer] += dense if self.held is None else dense * self.held[layer]
+            self.own_sparse[layer] += sparse
+
+    def _in_whole_passes(self) -> tuple[int, int]:
+        """Samples of all training passes and of all attacks that are billed as a whole."""
+        samples = self.samples + sum(samples for samples, _, _ in self.extra)
+        return samples, self.attacked + sum(attacked for _, attacked, _ in self.extra)
 
     def planned(self, samples: int) -> float:
         """Dense-equivalent FLOPs of a training pass over so many samples."""
@@ -68,15 +78,20 @@ class Bill:
 
     def dense(self) -> float:
         """Dense-equivalent FLOPs of all passes."""
-        samples = self.samples + sum(samples for samples, _, _ in self.extra)
-        attacked = self.attacked + sum(attacked for _, attacked, _ in self.extra)
+        samples, attacked = self._in_whole_passes()
         attacks = float(self.flops.attack(attacked, np.ones(len(self.own_dense))).sum())
-        return self.flops.dense(samples) + attacks + float(self.own_dense.sum())
+        in_frozen = self.flops.attack_frozen(attacked) + self.own_frozen
+        return self.flops.dense(samples) + attacks + float(self.own_dense.sum()) + in_frozen
+
+    def frozen(self) -> float:
+        """Those of them in layers that are not trained."""
+        samples, attacked = self._in_whole_passes()
+        return samples * self.flops.frozen + self.flops.attack_frozen(attacked) + self.own_frozen
 
     def sparse(
         self, client: Client, received: np.ndarray, trained: np.ndarray, activations: np.ndarray
     ) -> np.ndarray:
-        """Ideal sparse FLOPs of each layer, float64[layers]; arguments are float64[layers].
+        """Ideal sparse FLOPs of each trained layer, float64[layers]; arguments are float64[layers].
 
         Args:
             client: The method's client half, which knows what of the weights and gradients it uses.

@@ -24,9 +24,9 @@ from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
 from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk, HostSetup
-from cluster.federation import build_model
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
+from cluster.trained_model import TrainedModel
 from cluster.transport.downlink import Part
 from cluster.transport.uplink import Uplink
 from cluster.workload.datasets import Split, open_dataset
@@ -63,7 +63,7 @@ class ClientHost:
         self._dataset, held_out = dataset, setup.validation
         self._validation = Split(dataset.train.inputs[held_out], dataset.train.targets[held_out], None)
         self._method = config.method
-        model = build_model(config, dataset)
+        model = TrainedModel.of(config, dataset, setup.base).module
         local = config.local
         settings = LocalSettings(
             seed=config.seed,
@@ -298,7 +298,7 @@ class ClientHost:
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
             measured = trained.measured
-            flops = float(measured.flops_sparse.sum()) if sparse else measured.flops_dense
+            flops = measured.flops_sparse_total if sparse else measured.flops_dense
             visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
             late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
             refused = None

@@ -261,6 +261,7 @@ class Trainer:
                 flops_dense=bill.dense(),
                 flops_sparse=bill.sparse(client_half, received, density_trained, activations),
                 own={name: (float(total), weight) for name, (total, weight) in visit.measures.items()},
+                flops_frozen=bill.frozen(),
             ),
             kept=self._kept(visit.kept),
             kept_if_late=self._kept(visit.kept_if_late),

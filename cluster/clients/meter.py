@@ -2,7 +2,8 @@
 
 A layer's forward pass, its input gradient and its weight gradient cost the same each, and each is billed when
 it is computed: a forward pass without gradients a third of a training pass, an attack's forward pass and
-input gradient two thirds. A part of the model costs its layers alone. Gradients of gradients are not counted.
+input gradient two thirds. A frozen layer has no weight gradient. A part of the model costs its layers alone.
+Gradients of gradients are not counted.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Meter:
         places = {entry.name: place for place, entry in enumerate(layout.prunable)}
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._layers = [
-            (layer, places[names[id(layer.weight)]])
+            (layer, places.get(names[id(layer.weight)]))  # None: it is frozen
             for layer in prunable_layers(module).values()
-            if names.get(id(layer.weight)) in places
+            if id(layer.weight) in names
         ]
         self._handles: list[RemovableHandle] = []
         # By weight: number of the backward pass, FLOPs of the calls that it came through, ideal sparse ones.
@@ -42,10 +43,10 @@ class Meter:
             return
         self._bill = bill
         for layer, place in self._layers:
-            self._handles += [
-                layer.register_forward_hook(partial(self._called, place)),
-                layer.weight.register_hook(partial(self._weight_gradient, place, id(layer.weight))),
-            ]
+            self._handles.append(layer.register_forward_hook(partial(self._called, place)))
+            if place is not None:
+                gradient = partial(self._weight_gradient, place, id(layer.weight))
+                self._handles.append(layer.weight.register_hook(gradient))
 
     def stop(self) -> None:
         """The visit is over."""
@@ -53,12 +54,13 @@ class Meter:
             handle.remove()
         self._handles, self._reached, self.paused = [], {}, False
 
-    def _called(self, place: int, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _called(self, place: int | None, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         given, weight = inputs[0], layer.weight
         if self.paused and isinstance(weight, nn.Parameter):
             return  # but for other weights, which torch.func.functional_call puts there
         flops = call_flops(layer, given, output)
-        sparse = flops * int(torch.count_nonzero(weight)) / weight.numel()
+        density = 1.0 if place is None else int(torch.count_nonzero(weight)) / weight.numel()
+        sparse = flops * density
         self._bill.own(place, flops, sparse)
         if not output.requires_grad:
             return
@@ -83,7 +85,7 @@ class Meter:
             # Other weights in the layer's place.
             weight.register_hook(partial(self._weight_gradient, place, id(weight)))
 
-    def _weight_gradient(self, place: int, weight: int, gradient: Tensor) -> None:
+    def _weight_gradient(self, place: int | None, weight: int, gradient: Tensor) -> None:
         # Computed once a backward pass, for all calls that it came through.
         number, flops, sparse = self._reached.pop(weight, (-1, 0.0, 0.0))
         if number == _backward_number():

@@ -63,11 +63,11 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
     console.print(text.rstrip(), soft_wrap=True)
     left_out = []
     parts: tuple[tuple[str, str, Callable[[Federation], None]], ...] = (
-        ("model", "data model", lambda known: _model(console, known)),
+        ("model", "data model adapter", lambda known: _model(console, known)),
         ("data", "data", lambda known: _partition(console, known, picture_file)),
-        ("bytes", "data model algorithm", lambda known: _bytes(console, known)),
-        ("devices", "data model algorithm", lambda known: _devices(console, known)),
-        ("memory", "data model algorithm", lambda known: _memory(console, known, before)),
+        ("bytes", "data model adapter algorithm", lambda known: _bytes(console, known)),
+        ("devices", "data model adapter algorithm", lambda known: _devices(console, known)),
+        ("memory", "data model adapter algorithm", lambda known: _memory(console, known, before)),
     )
     for title, needs, show in parts:
         if federation is None or any(f"{section}.name" in unknown for section in needs.split()):
@@ -123,6 +123,16 @@ def _model(console: Console, federation: Federation) -> None:
     )
     if tables := [f"{entry.name} ({entry.size:,})" for entry in layout.other if len(entry.shape) > 1]:
         console.print(f"            among them {', '.join(tables)}")
+    if federation.trained.adapted is not None:
+        adapted, size = federation.trained.adapted, federation.trained.base_bytes
+        console.print(
+            f"frozen      {federation.trained.frozen_size:,} parameters, "
+            f"a message of {size / _MEGA:,.3f} MB to each client before its first model"
+        )
+        console.print(
+            f"adapters    beside {len(adapted.layers)} layers; trained in full: "
+            f"{adapted.head or 'nothing, the model has no linear head of its own'}"
+        )
     console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
 
 
@@ -209,7 +219,9 @@ def _bytes(console: Console, federation: Federation) -> None:
             f"a client keeps {federation.kept_bytes / _MEGA:,.3f} MB between its visits, which never travel; "
             f"in the driver's memory at most {federation.kept_bytes * len(federation.sizes) / _MEGA:,.1f} MB"
         )
+    base = [("the frozen base, once", federation.trained.base_bytes)] if federation.trained.base_bytes else []
     for name, size in (
+        *base,
         ("dense float32 model", dense),
         (f"upload of the top K, {config.wire.uplink}", target),
         (f"download in round 1, {config.wire.downlink}", first),
@@ -292,6 +304,7 @@ def _memory(console: Console, federation: Federation, process: int) -> None:
     ray = _RAY_BYTES if config.execution == "ray" else 0
     actors, actor = local_actors(config), process + ray + vectors + total + client + activations
     broadcast = 4 * layout.size * (1 if config.wire.downlink == "float32" else 2)
+    mapped += 0 if federation.trained.base is None else federation.trained.base.nbytes
     _heading(console, "memory", "an estimate: libraries' workspaces and the allocator come on top")
     table = _table("what", "MB", "from")
     kinds = "w_t, theta, w and gradient" if method.reparameterised else "w_t, w and gradient"

@@ -22,7 +22,7 @@ from cluster.configuration.choices import (
     names,
 )
 from cluster.configuration.config import Config
-from cluster.configuration.sections import AvailabilityChoice, OptimizerChoice
+from cluster.configuration.sections import AdapterChoice, AvailabilityChoice, OptimizerChoice
 from cluster.configuration.trees import presets
 from cluster.references import did_you_mean, is_file, is_folder
 
@@ -104,7 +104,7 @@ def _describe_section(console: Console, section: str) -> None:
 
 def _print_shared(console: Console, section: str) -> None:
     """The keys of a section that every choice has."""
-    inner = {"availability": AvailabilityChoice, "optimizer": OptimizerChoice}
+    inner = {"availability": AvailabilityChoice, "optimizer": OptimizerChoice, "adapter": AdapterChoice}
     model: Any = inner[section] if section in inner else Config.model_fields[section].annotation
     keys = {key: field for key, field in model.model_fields.items() if key != "name"}
     if not keys:

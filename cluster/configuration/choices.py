@@ -37,8 +37,7 @@ class Kind:
         base: The class that every choice derives from, ``module:attribute``. Where it has a method ``of``,
             plain functions are choices too.
         names: The built-in choices by name, ``module:attribute``.
-        default: The name that is chosen where none is given; empty where the keys do not depend on the name,
-            or the section stands several times.
+        default: The name where none is given; empty where keys do not depend on it, or it stands repeatedly.
         shared: Keys of the section whatever is chosen; they stay when the name is overridden.
     """
 
@@ -134,6 +133,12 @@ KINDS: dict[str, Kind] = {
         },
         "small_cnn",
         ("weights",),
+    ),
+    "adapter": Kind(
+        "what is trained instead of the whole model; null (the default): nothing, the whole model is",
+        "cluster.workload.adapters:Adapter",
+        {"lora": "cluster.workload.lora:Lora"},
+        "lora",
     ),
     "data": Kind(
         "the data set: digits, diabetes, breast_cancer, tiny_text, fedht_simulation, a hub repository "

@@ -21,18 +21,12 @@ from cluster.configuration import attacks
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import KINDS, ChoiceError, build_choice, fields, values_of
 from cluster.configuration.earlier import earlier_keys
-from cluster.configuration.fitting import (
-    class_problems,
-    device_problems,
-    own_problems,
-    shift_problems,
-    sparsity_problems,
-    stop_problems,
-)
+from cluster.configuration.fitting import problems_between
 from cluster.configuration.foreign import references_in
 from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
+    AdapterChoice,
     AggregationSection,
     AlgorithmChoice,
     Choice,
@@ -113,6 +107,9 @@ class Config(Section):
     )
     algorithm: AlgorithmChoice = AlgorithmChoice()
     model: ModelChoice = ModelChoice()
+    adapter: AdapterChoice | None = Field(
+        None, description="what is trained beside a frozen base, such as lora; null: the whole model"
+    )
     data: DataSection = DataSection()
     partition: PartitionSection = Field(default_factory=PartitionSection)
     objective: ObjectiveChoice = ObjectiveChoice()
@@ -173,19 +170,7 @@ class Config(Section):
                 f"detached: needs a cluster that outlives this process, found address: {self.address}, "
                 f"execution: {self.execution}; set address=auto or host:port and execution=ray"
             )
-        if not problems:
-            problems += [*shift_problems(self), *own_problems(self)]
-            if not problems and not any(map(self.left_alone, ("objective", "partition"))):
-                problems += class_problems(self)
-            if not self.left_alone("objective"):
-                problems += stop_problems(self)
-            if not any(map(self.left_alone, ("attack", "evaluate_attack"))):
-                problems += attacks.attack_problems(self)
-            if not self.left_alone("algorithm"):
-                problems += [*device_problems(self), *sparsity_problems(self)]
-                problems += self.method.problems(self)
-                if not self.left_alone("schedule"):
-                    problems += self.build_schedule().problems(self)
+        problems = problems or problems_between(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -197,6 +182,8 @@ class Config(Section):
         yield "sampler", self.sampler, self.build_sampler
         yield "sparsity_schedule", self.sparsity_schedule, lambda: self.ramp
         yield "model", self.model, self.build_model
+        if self.adapter is not None:
+            yield "adapter", self.adapter, self.build_adapter
         yield "partition", self.partition, self.build_partitioner
         yield "schedule", self.schedule, self.build_schedule
         yield "objective", self.objective, self.build_objective
@@ -263,6 +250,10 @@ class Config(Section):
         """The architecture of the network with its options."""
         return self._build("model")
 
+    def build_adapter(self) -> Any:
+        """What is trained beside a frozen base; None where the whole model is."""
+        return None if self.adapter is None else self._build("adapter")
+
     def build_local_optimizer(self) -> LocalOptimizer:
         """The local optimizer with its hyperparameters."""
         choice = self.local.optimizer
@@ -309,7 +300,8 @@ class Config(Section):
 
     def left_alone(self, section: str) -> bool:
         """Whether a section names code of a user's own that is only looked at here, and not imported."""
-        return self._inert and ":" in getattr(self, section).name
+        choice = getattr(self, section)
+        return self._inert and choice is not None and ":" in choice.name
 
     def _build(self, section: str) -> Any:
         if self.left_alone(section):

@@ -12,9 +12,29 @@ from typing import Any
 from pydantic import ValidationError
 
 from algorithms import registry
+from algorithms.core.widths import Slices
+from cluster.configuration.attacks import attack_problems
 from cluster.configuration.choices import ChoiceError, build_choice
 from cluster.measures import MEASURES, Measure, declared, of_objective
 from cluster.references import did_you_mean
+
+
+def problems_between(config: Any) -> list[str]:
+    """All of them; what needs code that is not to be imported is left out."""
+    alone = config.left_alone
+    problems = [*shift_problems(config), *own_problems(config)]
+    if not problems and not any(map(alone, ("objective", "partition"))):
+        problems += class_problems(config)
+    if not alone("objective"):
+        problems += stop_problems(config)
+    if not any(map(alone, ("attack", "evaluate_attack"))):
+        problems += attack_problems(config)
+    if not alone("algorithm"):
+        problems += [*device_problems(config), *sparsity_problems(config), *adapter_problems(config)]
+        problems += config.method.problems(config)
+        if not alone("schedule"):
+            problems += config.build_schedule().problems(config)
+    return problems
 
 
 def sparsity_problems(config: Any) -> Iterator[str]:
@@ -141,3 +161,17 @@ def stop_measure(config: Any, key: str) -> Measure:
     found = declared(key, config.build_objective().measures)
     assert found is not None  # stop_problems refuses it
     return replace(found, key=key)
+
+
+def adapter_problems(config: Any) -> Iterator[str]:
+    """An adapter half of which is 0 at first, for a method that trains no zeros; or for slices of a model."""
+    if config.adapter is None or config.left_alone("adapter"):
+        return
+    if isinstance(config.method, Slices):
+        name = config.algorithm.name
+        yield f"adapter: {name} cuts hidden layers to slices, and those of a base stay whole; leave out one"
+    if config.build_adapter().begins_at_zero and not config.method.trains_zeros:
+        yield (
+            f"adapter.b_init: 0, and {config.algorithm.name} trains no weight that is 0: adapters would stay "
+            "without effect; set adapter.b_init=0.01"
+        )

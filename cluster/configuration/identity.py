@@ -39,6 +39,7 @@ _PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 #: Keys that came after version 0.1 with the default that changes nothing: there they stay out of the hash, so
 #: that older folders can be continued and compared.
 _ADDED = {
+    "adapter": None,
     "aggregation.name": "mean",
     "aggregation.weighting": None,
     "algorithm.after_loss": "keep",

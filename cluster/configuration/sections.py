@@ -383,6 +383,12 @@ class ModelChoice(Choice):
         return {**value, **{key: _from_anywhere(as_text(path)) for key, path in paths.items()}}
 
 
+class AdapterChoice(Choice):
+    """What is trained beside a frozen base; other keys are its options."""
+
+    name: str = KINDS["adapter"].default
+
+
 class ObjectiveChoice(Choice):
     """What is learned; other keys are options of an objective of your own."""
 

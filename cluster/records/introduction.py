@@ -46,7 +46,8 @@ def description(config: Config, folder: Path) -> str:
     lines = [
         f"**{config.algorithm.name}**, seed {config.seed}" + (f": {', '.join(settings)}" if settings else ""),
         f"{Path(data.path or data.name).name}, {partition.name}{alpha} over {partition.clients} clients, "
-        f"{config.cohort} a round; {config.model.name}",
+        f"{config.cohort} a round; {config.model.name}"
+        + (f" with {config.adapter.name}" if config.adapter is not None else ""),
         f"{config.stop_after or config.rounds} rounds of {_counted(local.epochs, 'local epoch')}, "
         f"batch {local.batch_size}, lr {local.lr:g}"
         + (f" to {local.lr_final:g}" if local.lr_final is not None else "")

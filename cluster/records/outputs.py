@@ -98,7 +98,8 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         rows += [",".join(map(str, [line["round"], *line[f"{what}/layers"]])) for line in lines]
         layers[-1].write_text("\n".join(rows) + "\n", encoding="utf-8")
     clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
-    tables = [folder.path / "config.yaml", folder.rounds_file, folder.model_file, *layers, *clients]
+    models = [path for path in (folder.model_file, folder.adapter_file) if path.exists()]
+    tables = [folder.path / "config.yaml", folder.rounds_file, *models, *layers, *clients]
     return tables + (_pictures(folder, federation, lines) if installed("matplotlib") else [])
 
 

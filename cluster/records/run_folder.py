@@ -88,6 +88,11 @@ class RunFolder:
         """Effective weights that load into the plain module."""
         return self.path / "model.safetensors"
 
+    @property
+    def adapter_file(self) -> Path:
+        """What was trained beside a frozen base, where there is an adapter."""
+        return self.path / "adapter.safetensors"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from running in this folder.

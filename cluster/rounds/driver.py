@@ -6,6 +6,7 @@ One plain class; ``cluster.run`` runs it in this process (``execution: inline``)
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -172,6 +173,9 @@ class Driver:
         line["train/lr"] = self.config.learning_rate(max(1, state.round))
         if snapshot.kept:
             line["clients/kept_bytes"] = sum(state.nbytes for state in snapshot.kept.values())
+        if self.federation.trained.base_bytes:
+            installed = len(snapshot.installed.clients)
+            line["comm/base_bytes_total"] = installed * self.federation.trained.base_bytes
         line |= result.metrics | times | time_metrics(outcome, self.engine.actors)
         self._ledger.enter(line, evaluated=not self._evaluation_due(state.round))
         measured = time.perf_counter()
@@ -248,6 +252,7 @@ class Driver:
         driver: dict[str, Any] = {
             **self._ledger.dump(),
             "held": snapshot.held.dump(),
+            "installed": snapshot.installed.dump(),
             "simulated_s": snapshot.simulated_s,
             "flight": snapshot.flight,
             "refused_rounds": self._setbacks.refused,
@@ -281,8 +286,11 @@ class Driver:
         self._ledger.load(driver)
         self._supports.by_round = dict(stored.masks)
         held = Holders.load(driver["held"])
+        installed = Holders.load(driver.get("installed", Holders().dump()))  # 0.1 had no adapters
         kept = load_kept(path.parent, dict(stored.kept))
-        snapshot = Snapshot(driver["simulated_s"], held, driver["flight"], dict(stored.bases), kept)
+        snapshot = Snapshot(
+            driver["simulated_s"], held, driver["flight"], dict(stored.bases), kept, installed
+        )
         self._schedule.restore(snapshot, stored.state)
         self._setbacks.refused = int(driver["refused_rounds"])
         # What made the clients fail may be cured: where rounds are left, they are asked anew.
@@ -291,11 +299,18 @@ class Driver:
         return stored.state
 
     def save_model(self) -> None:
-        """Write the effective weights, with which the plain module reproduces the logged metrics."""
+        """Write the effective weights, with which the plain module reproduces the logged metrics.
+
+        Of an adapter both: the plain module with what was trained merged into it, and that alone.
+        """
         effective = self.method.effective_weights(self.state.weights, self.layout)
         # Through the module, so that tied, frozen and integer tensors are there too and the load is strict.
         model = copy.deepcopy(self.federation.model)
         self.layout.bind(model, effective)
+        if (adapter := self.config.build_adapter()) is not None:
+            trained, told = adapter.tensors(model)
+            write_atomically(self.folder.adapter_file, save(trained, {"adapter_config": json.dumps(told)}))
+            adapter.merge(model)
         tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
         write_atomically(self.folder.model_file, save(tensors))
 

@@ -45,6 +45,7 @@ class Snapshot:
         flight: The next dispatch's number and the clients in flight, plain JSON values (buffered).
         bases: Weights that they started from by version, float32[size] (buffered).
         kept: What clients keep, by client.
+        installed: Who holds the frozen base of an adapter.
     """
 
     simulated_s: float = 0.0
@@ -52,6 +53,7 @@ class Snapshot:
     flight: Any = None
     bases: dict[int, Tensor] = field(default_factory=dict)
     kept: Mapping[int, KeptState] = field(default_factory=dict)
+    installed: Holders = field(default_factory=Holders)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Schedule(ABC):
             max_update_norm=config.max_update_norm,
             parts=method.confined,
         )
-        self.sender = Sender(federation.layout, config.wire.downlink)
+        self.sender = Sender(federation.layout, config.wire.downlink, federation.trained.base_bytes)
         self._sampler = config.build_sampler()
         self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
         self.clock: Clock[Any] = Clock()
@@ -112,12 +114,14 @@ class Schedule(ABC):
 
     def snapshot(self) -> Snapshot:
         """What :meth:`restore` continues from after the rounds so far."""
-        return Snapshot(self.clock.now, self.sender.held, kept=self.kept.states)
+        return Snapshot(
+            self.clock.now, self.sender.held, kept=self.kept.states, installed=self.sender.installed
+        )
 
     def restore(self, snapshot: Snapshot, state: ServerState) -> None:
         """Continue from a checkpoint of ``state``."""
         self.clock, self.sender.held = Clock(snapshot.simulated_s), snapshot.held
-        self.kept.states = snapshot.kept
+        self.kept.states, self.sender.installed = snapshot.kept, snapshot.installed
 
     def evaluate(
         self, state: ServerState, chunks: Sequence[EvaluationChunk], meanwhile: Callable[[], None]

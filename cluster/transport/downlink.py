@@ -12,6 +12,9 @@ import numpy as np
 from algorithms import ParameterLayout, ServerState
 from cluster.transport import wire
 
+#: The base has one version.
+_BASE = 0
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -115,14 +118,20 @@ class Parcel:
 class Sender:
     """Bills every client what it is really sent.
 
+    Args:
+        layout: The model's layout.
+        value_format: Format of the values.
+        base_bytes: Bytes of what is frozen, which a client is sent before its first model, and never again.
+
     Attributes:
         held: Who holds the current mask; never changed in place.
+        installed: Who holds the base; the same.
     """
 
-    def __init__(self, layout: ParameterLayout, value_format: wire.ValueFormat) -> None:
-        self._layout, self._format = layout, value_format
+    def __init__(self, layout: ParameterLayout, value_format: wire.ValueFormat, base_bytes: int = 0) -> None:
+        self._layout, self._format, self._base_bytes = layout, value_format, base_bytes
         self.shape = wire.Shape.of(layout, "down")
-        self.held = Holders()
+        self.held, self.installed = Holders(), Holders()
 
     def parcel(self, state: ServerState) -> Parcel:
         """The model of ``state``, to be sent to any number of clients."""
@@ -134,12 +143,16 @@ class Sender:
             return parcel.parts[part].nbytes
         state = parcel.state
         holds = state.mask is not None and self.held.holds(client, state.mask_version)
-        return parcel.relative_bytes if holds else parcel.full_bytes
+        first = self._base_bytes and not self.installed.holds(client, _BASE)
+        return (parcel.relative_bytes if holds else parcel.full_bytes) + (self._base_bytes if first else 0)
 
     def deliver(self, clients: Iterable[int], parcel: Parcel) -> None:
-        """Note that clients got the model, and with it the mask."""
+        """Note that clients got the model, and with it the mask and the base."""
+        clients = list(clients)
         if parcel.state.mask is not None:
             self.held = self.held.after(clients, parcel.state.mask_version)
+        if self._base_bytes:
+            self.installed = self.installed.after(clients, _BASE)
 
 
 @dataclass(frozen=True, eq=False)

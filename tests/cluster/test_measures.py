@@ -47,6 +47,7 @@ RUNS = {
     "flash": {"algorithm": {"name": "flash", "stage1": "sensitivity", "sparsity": 0.5}},
     "kept": {"algorithm": {"name": "feddyn"}},
     "ramp": {"algorithm": {"name": "topk"}, "sparsity_schedule": {"name": "cubic"}},
+    "adapter": {"model": {"name": "mlp"}, "adapter": {"name": "lora", "rank": 2}},
     "spectral": {"algorithm": {"name": "sparsyfed", "exponent": "spectral", "sparsity": 0.5}},
 }
 

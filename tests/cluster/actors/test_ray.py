@@ -147,6 +147,20 @@ def test_what_clients_name_beside_their_updates_gives_the_bits_of_inline(local_r
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
+def test_adapters_give_the_bits_of_inline(local_ray, tmp_path):
+    small = [
+        "model.name=mlp",
+        "model.hidden=[12,10]",
+        "adapter={name: lora, rank: 2, b_init: 0.01}",
+        "cohort=3",
+    ]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(config(*small, "partition.clients=6", *more), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+    files = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("ray", "inline")]
+    assert files[0] == files[1]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with room for 60 kB, and a function that gives it more."""

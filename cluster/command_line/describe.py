@@ -147,7 +147,8 @@ def _partition(console: Console, federation: Federation, file: Path | None) -> N
     targets = federation.objective.count(dataset)
     counted = f"{len(classes)} classes" if known else f"{targets} target{'s' * (targets > 1)}"
     if dataset.vocabulary:
-        kind, counted = "samples of tokens", f"a vocabulary of {targets:,}"
+        kind, words = "samples of tokens", f"a vocabulary of {len(dataset.vocabulary):,}"
+        counted = f"{words}, {counted}" if known else words
     _heading(console, "data", f"{dataset.name}, {kind} {image}, {counted}")
     if section.name == "sampled":
         given = "every client draws its own from the rest, with replacement"

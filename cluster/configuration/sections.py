@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType
@@ -13,7 +14,7 @@ from cluster.configuration.choices import KINDS
 from cluster.configuration.plain_yaml import as_text, as_value
 from cluster.configuration.profiles import PROFILES
 from cluster.configuration.trees import merge
-from cluster.references import UserError, in_home
+from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
 
 
 class Section(BaseModel):
@@ -72,6 +73,9 @@ def _share_or_whole(gpus: float) -> float:
     return gpus
 
 
+#: What a text's tokens can be without a tokenizer of one's own.
+TOKENIZERS = ("bytes", "characters")
+
 #: GPUs of one actor.
 Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_share_or_whole)]
 
@@ -112,8 +116,9 @@ class DataSection(Section):
         None, description="columns of numbers and categories; default all others where there are no images"
     )
     text_column: str | None = Field(None, description="column of the texts; inferred when unset")
-    tokenizer: Literal["bytes", "characters"] | None = Field(
-        None, description="what a text's tokens are; default bytes"
+    tokenizer: str | None = Field(
+        None,
+        description="what a text's tokens are: bytes (default), characters, a tokenizer.json or hub name",
     )
     length: int | None = Field(None, ge=1, description="tokens of a sample of text; default 64")
     group_column: str | None = Field(None, description="column that the natural partition groups by")
@@ -132,6 +137,20 @@ class DataSection(Section):
     cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
 
     _absolute = field_validator("path", "cache")(_from_anywhere)
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_from_anywhere(cls, value: str | None) -> str | None:
+        if value is None or value in TOKENIZERS:
+            return value
+        if value.startswith(("/", ".", "~")) or is_file(value) or is_folder(value):
+            return _from_anywhere(value)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError(
+                f"allowed are {', '.join(TOKENIZERS)}, a tokenizer.json or a folder with one, or a hub "
+                f"repository 'owner/name'{did_you_mean(value, TOKENIZERS)}"
+            )
+        return value
 
 
 class PartitionSection(Choice):

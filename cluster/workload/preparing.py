@@ -16,6 +16,7 @@ from cluster.workload.embedded import TABLES, write_table
 from cluster.workload.shards import parquet_files
 from cluster.workload.simulated import SIMULATION, write_simulation
 from cluster.workload.text import DEFAULT_LENGTH, DEFAULT_TOKENIZER, Documents, TextForm, write_text
+from cluster.workload.tokens import tokenizer_file
 
 TINY_TEXT = "tiny_text"
 #: What needs no download.
@@ -80,7 +81,7 @@ def prepare(
         takes_text: Whether text is what is asked for; it is too where a column of it is named.
         targets: What the label column holds, see :mod:`cluster.workload.targets`; `tokens`: nothing, those of
             the text are foretold.
-        tokenizer: What a text's tokens are, a key of `cluster.workload.text.TOKENIZERS`.
+        tokenizer: What a text's tokens are, see `cluster.workload.tokens`.
         length: Tokens of a sample of text.
         cache_dir: Folder that holds the prepared data sets of this node.
 
@@ -99,6 +100,8 @@ def prepare(
         text = TextForm(text_column, tokenizer or DEFAULT_TOKENIZER, length or DEFAULT_LENGTH)
         targets = targets if takes_text else "tokens"
         asked |= {"text": asdict(text)}
+        if (file := tokenizer_file(text.tokenizer)) is not None:
+            asked["text"]["tokenizer"] = cache.digest(file, Path(cache_dir))  # wherever it lies
     if targets != ("classes" if text is None else "tokens") and (text is not None or not embedded):
         asked["targets"] = targets
     if columns is not None:

@@ -17,7 +17,6 @@ With a target of its own, each row is one sample: its first tokens, then B, whic
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,10 @@ from cluster.references import DataError
 from cluster.workload import cache
 from cluster.workload.labels import group_codes
 from cluster.workload.tables import Table, choose_column, text_candidates
+from cluster.workload.tokens import Tokenizer, tokenizer_named
 
 #: Target of a place that holds no token.
 PADDING = -100
-BOUNDARY, UNKNOWN = "<boundary>", "<unknown>"
 USUAL_TEXT_COLUMNS = ("text", "content", "sentence", "snippets")
 DEFAULT_TOKENIZER, DEFAULT_LENGTH = "bytes", 64
 
@@ -43,7 +42,7 @@ class TextForm:
 
     Attributes:
         column: Its column in a table; None to infer.
-        tokenizer: A key of ``TOKENIZERS``.
+        tokenizer: What its tokens are, see :mod:`cluster.workload.tokens`.
         length: Tokens of a sample.
     """
 
@@ -72,70 +71,6 @@ class Documents:
             yield cell
 
 
-class Tokenizer(ABC):
-    """Turns a text into codes of its vocabulary, whose last one is the boundary.
-
-    Attributes:
-        vocabulary: What each code stands for.
-    """
-
-    vocabulary: list[str]
-
-    @classmethod
-    @abstractmethod
-    def of(cls, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer of a training split."""
-
-    @abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Codes of a text, [tokens]."""
-
-
-class Bytes(Tokenizer):
-    """The 256 bytes of UTF-8."""
-
-    def __init__(self) -> None:
-        names = [chr(code) if 32 <= code < 127 else f"0x{code:02x}" for code in range(256)]
-        self.vocabulary = [*names, BOUNDARY]
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Bytes:
-        """See :class:`Tokenizer`; the same of any."""
-        return cls()
-
-    def encode(self, text: str) -> np.ndarray:
-        """See :class:`Tokenizer`."""
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-
-
-class Characters(Tokenizer):
-    """The characters of the training split in the order of their code points, and one for all others.
-
-    The others are foretold like any token: what no training text holds, a model pays for in full.
-    """
-
-    def __init__(self, characters: Iterable[str]) -> None:
-        known = sorted(characters)
-        self.vocabulary = [*known, UNKNOWN, BOUNDARY]
-        self._codes = {character: code for code, character in enumerate(known)}
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Characters:
-        """See :class:`Tokenizer`."""
-        found: set[str] = set()
-        for text in texts:
-            found.update(text)
-        return cls(found)
-
-    def encode(self, text: str) -> np.ndarray:
-        """See :class:`Tokenizer`."""
-        unknown = len(self._codes)
-        return np.fromiter((self._codes.get(each, unknown) for each in text), np.int64, len(text))
-
-
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": Bytes, "characters": Characters}
-
-
 def write_text(
     folder: Path, form: TextForm, splits: Mapping[str, Documents], groups: list[Any] | None
 ) -> dict[str, Any]:
@@ -150,7 +85,7 @@ def write_text(
     Raises:
         DataError: A cell is no text, a split has none, or a document has no group.
     """
-    tokenizer = TOKENIZERS[form.tokenizer].of(splits["train"].texts())
+    tokenizer = tokenizer_named(form.tokenizer, splits["train"].texts())
     pieces: dict[str, np.ndarray] = {}
     for split, documents in splits.items():
         sizes = [len(tokenizer.encode(text)) for text in documents.texts()]
@@ -214,7 +149,7 @@ def write_sequences(
         raise DataError(f"data.text_column = {column!r} is the column of the labels or groups too")
     choose_column(tables["test"], "text_column", column, [], ())
     splits = {split: _column(column, table) for split, table in tables.items()}
-    tokenizer = TOKENIZERS[form.tokenizer].of(splits["train"].texts())
+    tokenizer = tokenizer_named(form.tokenizer, splits["train"].texts())
     for split, documents in splits.items():
         _, inputs = _inputs(folder, split, tokenizer, (tables[split].rows, form.length))
         for row, text in enumerate(documents.texts()):

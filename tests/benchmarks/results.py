@@ -49,6 +49,7 @@ class Row:
         code: Hash of the code that computed it.
         perplexity: Central test perplexity of language models.
         bits: Bits a token of the same, a byte where tokens are bytes.
+        rmse: Central test RMSE of regressions.
     """
 
     preset: str
@@ -68,23 +69,31 @@ class Row:
     code: str
     perplexity: float | None = None
     bits: float | None = None
+    rmse: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
-_OPTIONAL = ("perplexity", "bits")
+_OPTIONAL = ("perplexity", "bits", "rmse")
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
+
+
+def _sum(form: str) -> Callable[[float], str]:
+    """How a sum is written; two digits of what is less than one."""
+    return lambda value: f"{value:.2g}" if 0 < value < 1 else form.format(value)
+
 
 #: Column of the printed table -> which figure, and how it is written.
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy %": ("accuracy", "{:.1f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "bits": ("bits", "{:.3f}".format),
+    "RMSE": ("rmse", "{:.2f}".format),
     "sparsity %": ("sparsity", "{:.1f}".format),
-    "MB up": ("mb_up", "{:,.1f}".format),
-    "MB down": ("mb_down", "{:,.1f}".format),
-    "GFLOP dense": ("gflop_dense", "{:,.0f}".format),
-    "GFLOP sparse": ("gflop_sparse", "{:,.0f}".format),
+    "MB up": ("mb_up", _sum("{:,.1f}")),
+    "MB down": ("mb_down", _sum("{:,.1f}")),
+    "GFLOP dense": ("gflop_dense", _sum("{:,.0f}")),
+    "GFLOP sparse": ("gflop_sparse", _sum("{:,.0f}")),
     "client cut": ("client_cut", "{:,.0f}".format),
     "regrowth": ("regrowth", "{:,.0f}".format),
 }
@@ -145,6 +154,7 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy": None if accuracy is None else 100 * accuracy,
         "perplexity": last.get("test/perplexity"),
         "bits": last.get("test/bits_per_token"),
+        "rmse": last.get("test/rmse"),
         "sparsity": 100 * last["sparsity/global"],
         "mb_up": last["comm/uplink_bytes_total"] / 1e6,
         "mb_down": last["comm/downlink_bytes_total"] / 1e6,
@@ -177,7 +187,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         found = list(reader.fieldnames or ())
-        if found not in ([name for name in NAMES if name not in _OPTIONAL], list(NAMES)):
+        if found != [name for name in NAMES if name not in _OPTIONAL or name in found]:
             raise ValueError(f"{path}: the first line has to be {','.join(NAMES)}")
         rows = []
         for cells in reader:
@@ -202,7 +212,7 @@ def _cell(name: str, text: str) -> Any:
 def tables(rows: Sequence[Row]) -> str:
     """A Markdown table for each preset, width and round, in the rows' order.
 
-    A cell is the mean over seeds; of accuracy with half of its 95 % interval, where there are several.
+    A cell is the mean over seeds; of accuracy and RMSE with half of its 95 % interval, if there are several.
     """
     parts = []
     for key in dict.fromkeys((row.preset, row.width, row.round) for row in rows):
@@ -228,7 +238,7 @@ def _written(name: str, rows: Sequence[Row], form: Callable[[float], str]) -> st
     if not values:
         return ""
     mean, low, _ = mean_interval(values)
-    spread = name == "accuracy" and len(values) > 1
+    spread = name in ("accuracy", "rmse") and len(values) > 1
     return f"{form(mean)} ± {form(mean - low)}" if spread else form(mean)
 
 

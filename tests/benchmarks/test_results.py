@@ -57,6 +57,16 @@ def test_language_models_have_columns_of_their_own(tmp_path):
     assert printed[4] == "| fedavg | 5.25 | 2.392 | 0.0 | 9.0 | 9.0 | 80 | 80 |"
 
 
+def test_errors_have_a_column_and_what_is_small_keeps_two_digits(tmp_path):
+    text = HEAD.strip() + ",rmse\n"
+    for seed, error in enumerate((50, 52, 54)):
+        text += f"table,fedavg,{seed},,30,,0,0.0456,0.0517,0.031,0.0314,,,c9,def,{error}\n"
+    rows = results.read(file_of(tmp_path, text))
+    assert results.as_csv(rows) == text
+    printed = results.tables(rows).splitlines()
+    assert printed[4] == "| fedavg | 52.00 ± 4.97 | 0.0 | 0.046 | 0.052 | 0.031 | 0.031 |"
+
+
 def test_one_seed_has_no_interval_and_a_missing_seed_is_told(tmp_path):
     text = THREE + "laptop,topk,1,8,20,17.44,94.8,10,15,1476,1400,,,c9,def\n"
     last = results.tables(results.read(file_of(tmp_path, text))).splitlines()[-1]

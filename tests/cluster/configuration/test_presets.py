@@ -26,6 +26,7 @@ NARROW = {
     "resnet18": ["model.width=4", "model.groups=2"],
     "transformer": ["model.width=16", "model.layers=1"],
     "timm": ["model.config={embed_dims: [8,8,16,16], depths: [1,1,1,1], num_heads: [1,1,2,2]}"],
+    "mlp": ["model.hidden=[100]"],
     "small_cnn": ["model.channels=[4,6]", "model.hidden=16", "model.groups=2"],
 }
 
@@ -96,7 +97,7 @@ def test_a_preset_runs_two_rounds(name, point, folders, cache, tmp_path):
     if tree["objective"]["name"] == "language_model":
         assert 1 < lines["test/perplexity"].iloc[-1] < 1000
     elif tree["objective"]["name"] == "regression":
-        assert lines["test/rmse"].iloc[-1] < 20
+        assert lines["test/rmse"].iloc[-1] < (200 if tree["data"]["name"] == "diabetes" else 20)
     else:
         assert 0 <= lines["test/accuracy"].iloc[-1] <= 1
     more = ("zerofl", "fedht")  # they send more than 1 - s

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,25 +30,33 @@ class FedDSTClient(MaskedClient):
     def finish(self) -> Tensor | None:
         """Readjust: drop a share a_t of each layer's mask by magnitude, regrow as many by |gradient|."""
         visit = self.visit
-        if visit.instructions.phase == "readjust" and self.mask is not None:
+        if visit.instructions.phase.startswith("readjust") and self.mask is not None:
             layers = visit.layout.prunable
             exchanged = exchangeable(visit.instructions.value, layer_counts(self.mask, layers), layers)
-            self._fill_dense_gradient()
-            magnitudes, scores = visit.prunable.abs(), visit.prunable_gradient.abs()
-            kept, grown = prune_and_grow(magnitudes, self.mask, exchanged, exchanged, scores, layers)
+            drops, growths = self.exchange(exchanged)
+            scores, magnitudes = self.growth_scores(), visit.prunable.abs()
+            kept, grown = prune_and_grow(magnitudes, self.mask, drops, growths, scores, layers)
             visit.prunable.masked_fill_(~kept, 0.0)
             # Grown weights start at 0 and belong to the mask: they travel, and count in sum n m.
             self.mask = kept | grown
         return self.mask
 
-    def _fill_dense_gradient(self) -> None:
-        """The gradient of one batch at the trained, not yet pruned weights; running statistics stay."""
+    def exchange(self, exchanged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions that each layer drops and grows, of those that it can exchange, int64[layers]."""
+        return exchanged, exchanged
+
+    def growth_scores(self) -> Tensor:
+        """Where weights grow, the largest first, float32[prunable]: |gradient| of one batch.
+
+        At the trained, not yet pruned weights; running statistics stay.
+        """
         visit = self.visit
         buffers = visit.model[visit.layout.trained_size :]
         before = buffers.clone()
         chosen = visit.draw()
         visit.gradient_of(visit.inputs[chosen], visit.targets[chosen])
         buffers.copy_(before)
+        return visit.prunable_gradient.abs()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,10 @@ class FedDST(FixedMask):
         assert state.mask is not None
         if not (union & ~state.mask).any():
             return state.mask  # nobody grew anything
-        counts = layer_counts(state.mask, layout.prunable)
+        counts = self.next_counts(state.mask, total, layout)
         magnitudes = weights[: layout.prunable_size].abs()
         return top_of_union(magnitudes, union, state.mask, counts, layout.prunable)
+
+    def next_counts(self, mask: Tensor, total: Total, layout: ParameterLayout) -> np.ndarray:
+        """Positions of each layer after a readjustment, int64[layers]: as many as before."""
+        return layer_counts(mask, layout.prunable)

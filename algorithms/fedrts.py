@@ -41,8 +41,7 @@ class FedRTSClient(FedDSTClient):
         visit, layers = self.visit, self.visit.layout.prunable
         if visit.instructions.phase == "adjust" and self.mask is not None:
             counts = exchanged(visit.instructions.value, self.mask, layers)
-            self._fill_dense_gradient()
-            visit.marks = layer_wise_top_k(visit.prunable_gradient.abs(), counts, layers, ~self.mask)
+            visit.marks = layer_wise_top_k(self.growth_scores(), counts, layers, ~self.mask)
         return self.mask
 
 

@@ -135,8 +135,9 @@ class FixedMask(Algorithm):
     )
     layer_density: str = hyperparameter(
         "erk",
-        "layer densities of the initial mask: `uniform`, `er` or `erk` (layers above 1 dense, rest rescaled)",
-        choices=("uniform", "er", "erk"),
+        "layer densities of the initial mask: `uniform`, `er`, `erk` (layers above 1 dense, rest rescaled) "
+        "or `igq` (ideal gas quotas)",
+        choices=("uniform", "er", "erk", "igq"),
         source="section 3",
     )
     initial_mask: str = hyperparameter(
@@ -158,7 +159,7 @@ class FixedMask(Algorithm):
         """The common initialisation under a mask of exactly K = round((1 - s) |P|) positions."""
         layers = layout.prunable
         keep = target_count(layout.prunable_size, self.sparsity)
-        counts = apportion(keep, density_shares(self.layer_density, layers), layer_sizes(layers))
+        counts = apportion(keep, density_shares(self.layer_density, layers, keep), layer_sizes(layers))
         if self.initial_mask == "random":
             mask = random_mask(counts, layers, rng)
         else:

@@ -79,6 +79,10 @@ class Workbench(Protocol):
         """See :meth:`Visit.forward`."""
         ...
 
+    def attacked(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See :meth:`Visit.attacked`."""
+        ...
+
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
         """See :meth:`Visit.gradient_of`."""
         ...
@@ -215,6 +219,15 @@ class Visit:
             inputs: Model inputs, [n, ...].
         """
         return self.workbench.forward(self, vector, inputs)
+
+    def attacked(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Inputs as training's attack makes them at what ``model`` holds; as they are where there is none.
+
+        Args:
+            inputs: Model inputs, [n, ...].
+            targets: Their targets.
+        """
+        return self.workbench.attacked(self, inputs, targets)
 
     def gradient_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The same on other data than a batch: fills ``gradient``, returns the loss, calls no hook.

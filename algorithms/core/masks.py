@@ -200,21 +200,34 @@ def apportion(total: int, shares: np.ndarray, capacities: np.ndarray) -> np.ndar
     return counts
 
 
-def density_shares(distribution: str, layers: Sequence[Entry]) -> np.ndarray:
+def density_shares(distribution: str, layers: Sequence[Entry], keep: int = 0) -> np.ndarray:
     """Shares for :func:`apportion` of a random sparse model with given layer densities, float64[layers].
 
     Args:
         distribution: ``uniform``: the same density everywhere. ``er``: density proportional to
             (in + out)/(in * out) (Mocanu et al., arXiv 1707.04780). ``erk``: to the sum of the weight's
-            dimensions over their product (Evci et al., arXiv 1911.11134).
+            dimensions over their product (Evci et al., arXiv 1911.11134). ``igq``: 1 / (f n + 1) in a layer
+            of n weights, ideal gas quotas (Chen et al., arXiv 2202.09844).
         layers: The prunable layers.
+        keep: Positions of all layers together, from which ``igq`` finds f.
     """
+    if distribution == "igq":
+        return _ideal_gas_quotas(layer_sizes(layers).astype(np.float64), keep)
     if distribution == "uniform":
         return np.array([float(layer.size) for layer in layers])
     if distribution == "er":
         return np.array([layer.size * sum(layer.shape[:2]) / np.prod(layer.shape[:2]) for layer in layers])
     # A layer's part is density times size, and its size is the product of its dimensions.
     return np.array([float(sum(layer.shape)) for layer in layers])
+
+
+def _ideal_gas_quotas(sizes: np.ndarray, keep: int) -> np.ndarray:
+    """n / (f n + 1) of each layer, with the f >= 0 for which they sum to ``keep``; by halving."""
+    low, high = 0.0, len(sizes) / max(keep, 1)  # n / (f n + 1) is below 1 / f
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (sizes / (middle * sizes + 1)).sum() > keep else (low, middle)
+    return sizes / (high * sizes + 1)
 
 
 def layer_sizes(layers: Sequence[Entry]) -> np.ndarray:

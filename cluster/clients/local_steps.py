@@ -144,6 +144,14 @@ class LocalSteps:
         module.train(was_training)
         return outputs
 
+    def attacked(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See :class:`Visit`; billed as it is run."""
+        if self._attack is None or not visit.instructions.attack:
+            return inputs
+        self.lend()
+        found, _ = self._attack(inputs, targets)
+        return found
+
     def gradient_of(self, visit: Visit, inputs: Tensor, targets: Tensor) -> Tensor:
         """See :class:`Visit`."""
         met = nonzero_mask(visit.model[: visit.layout.prunable_size])

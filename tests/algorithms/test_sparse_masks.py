@@ -108,6 +108,17 @@ def test_erk_by_hand():
     assert apportion(102, density_shares("uniform", layers), layer_sizes(layers)).tolist() == [11, 43, 48]
 
 
+def test_ideal_gas_quotas_by_hand():
+    # 1 / (f n + 1) with f = .0153876: densities .393893 and .067345, 39.389 of 100 and 60.611 of 900.
+    layers = layers_of((10, 10), (30, 30))
+    shares = density_shares("igq", layers, 100)
+    assert shares.tolist() == pytest.approx([39.389, 60.611], abs=1e-3)
+    assert (100 / shares - 1).tolist() == pytest.approx([0.0153876 * 100, 100 / 60.6106 - 1], rel=1e-4)
+    assert density_shares("igq", layers, 200).tolist() == pytest.approx([61.98, 138.02], abs=1e-2)
+    assert apportion(100, shares, layer_sizes(layers)).tolist() == [39, 61]
+    assert density_shares("igq", layers, 1000).tolist() == pytest.approx([100, 900])
+
+
 def erk_densities_by_rescaling(shapes: list[tuple[int, ...]], density: float) -> list[float]:
     """The textbook loop: scale; layers above 1 go dense; scale the rest to what is left."""
     sizes = [math.prod(shape) for shape in shapes]
@@ -137,10 +148,10 @@ def test_erk_sums_to_the_target_and_follows_the_textbook(shapes, density):
     np.testing.assert_array_less(np.abs(counts - np.array(expected) * sizes), 1.0 + 1e-6)
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk", "igq"])
 def test_a_random_mask_has_exactly_its_counts_and_every_position_is_as_likely(distribution):
     layers = layers_of((4, 3), (5, 2, 2))
-    counts = apportion(12, density_shares(distribution, layers), layer_sizes(layers))
+    counts = apportion(12, density_shares(distribution, layers, 12), layer_sizes(layers))
     seen = torch.zeros(32)
     rng = np.random.default_rng(0)
     for _ in range(400):

@@ -53,6 +53,11 @@ VARIANTS = {
     },
     "fedpm": {"algorithm": {"name": "fedpm", "prior_reset": 3}, "local": {"weight_decay": 0.0}},
     "fedpm_reg": {"algorithm": {"name": "fedpm_reg"}, "local": {"weight_decay": 0.0}},
+    "flying_bird": {
+        "algorithm": {"name": "flying_bird", "adaptive": True, "readjust_interval": 1},
+        "attack": {"name": "pgd", "steps": 1},
+    },
+    "robust_bird": {"algorithm": {"name": "robust_bird", "draw_rounds": 2}},
     "of one's own": {"algorithm": {"name": "tests.example_method:RandomK", "sparsity": 0.8}},
 }
 CASES = {name: {"algorithm": {"name": name}} for name in registry()} | VARIANTS

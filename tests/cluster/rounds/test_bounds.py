@@ -47,6 +47,8 @@ class Boasting(NoTraining):
 
 METHODS = {
     **{name: {"name": name} for name in registry()},
+    "robust_bird": {"name": "robust_bird", "draw_rounds": 1},
+    "flying_bird, adaptive": {"name": "flying_bird", "adaptive": True, "readjust_interval": 1},
     "fedsam without ascent": {"name": "fedsam", "rho": 0.0},
     "flash sensitivity": {"name": "flash", "stage1": "sensitivity", "init_fraction": 0.5, "init_epochs": 2},
     **{kind.__name__: {"name": f"{__name__}:{kind.__name__}"} for kind in (FewSteps, NoTraining)},

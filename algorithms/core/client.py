@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from algorithms.core.layers import ActivationPruning
 from algorithms.core.masks import target_count
@@ -138,6 +139,7 @@ class Visit:
             by layer, and last what all the rest does; float32[layers + 1].
         moments: The local optimizer's, each float32[trained]: 0 at the start of the visit.
         measures: The method's own numbers, as (sum, weight).
+        objective: The objective's own loss of outputs and targets.
     """
 
     layout: ParameterLayout
@@ -167,6 +169,7 @@ class Visit:
     seconds: Tensor = field(default_factory=lambda: torch.zeros(0))
     moments: tuple[Tensor, ...] = ()
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
+    objective: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     part: Tensor | None = None
 
     @property

@@ -215,6 +215,7 @@ class Trainer:
             workbench=steps,
             chosen=torch.empty(0, dtype=torch.int64, device=self.device),
             moments=settings.optimizer.start(self._weights),
+            objective=self.objective.loss,
             kept={name: torch.tensor(array, device=self.device) for name, array in (kept or {}).items()},
             part=self._held,
         )

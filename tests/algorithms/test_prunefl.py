@@ -168,8 +168,16 @@ def test_squares_travel_in_adjusting_rounds_alone(cache, tmp_path):
     assert extra[2] < 0
     # None of it goes down.
     assert run.lines[1]["comm/downlink_bytes"] == plain.lines[1]["comm/downlink_bytes"]
-    # An adjusting round's gradient is used whole.
-    assert run.lines[1]["flops/sparse"] == plain.lines[1]["flops/sparse"]
+
+
+def test_an_adjusting_rounds_gradient_is_used_whole(cache, tmp_path):
+    """Forward, input gradient and weight gradient: 3 d of a dense step against 2 d + 1, at d of .7."""
+    config = tiny_federation(cache, algorithm={**OPTIONS, "max_density": 0.3}, rounds=4)
+    run = run_inline(config, tmp_path / "run")
+    assert run.states[2].mask.sum() == run.states[3].mask.sum() == 481
+    third, fourth = (line["flops/sparse"] / line["flops/dense"] for line in run.lines[2:])
+    assert third == pytest.approx(0.7, abs=0.1)
+    assert fourth - third == pytest.approx(0.1, abs=0.03)
 
 
 def test_one_client_finds_the_first_mask(cache, tmp_path):

@@ -1,4 +1,4 @@
-"""Local steps of SparsyFed, ZeroFL and FedPM against dense ones.
+"""Local steps of SparsyFed, ZeroFL, FedPM and pFedGate against dense ones.
 
 One thread, the quickstart's model and client (48 samples, 5 epochs, batches of 16: 15 steps a visit), weights
 as clients get them from round 2 on. Visits of all variants are interleaved and the CPU time of the thread is
@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from algorithms import Algorithm, Client, Instructions, Visit
 from algorithms.fedavg import FedAvg
 from algorithms.fedpm import FedPM
+from algorithms.pfedgate import PFedGate
 from algorithms.sparsyfed import SparsyFed
 from algorithms.zerofl import ZeroFL
 from cluster.clients.local_training import LocalSettings, Trainer
@@ -113,13 +114,14 @@ def figures(name: str, quick: bool) -> list[Figure]:
             for variant, method in _variants(sparsity).items():
                 runs[f"{side}x{side} {sparsity} {variant}"] = _Variant(method, split)
         runs[f"{side}x{side} fedpm"] = _Variant(FedPM(), split)
+        runs[f"{side}x{side} pfedgate"] = _Variant(PFedGate(), split)
         for _ in range(repeats // 2 if quick else repeats):
             for run in runs.values():
                 run.measure()
         dense = next(iter(runs.values()))
         for case, run in runs.items():
             step, visit = median(run.steps), median(run.visits)
-            target = 1.3 if case.endswith(("first_batch", "fedpm")) else None
+            target = 1.3 if case.endswith(("first_batch", "fedpm", "pfedgate")) else None
             found += [
                 Figure(name, case, "step ms", 1e3 * step),
                 Figure(name, case, "step/dense", step / median(dense.steps), target),

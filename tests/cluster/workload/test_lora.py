@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import ParameterLayout
+from algorithms import ParameterLayout, pruned_layers
+from algorithms.sparsyfed import SparsyFed
 from cluster.flops import LayerFlops
 from cluster.workload import models
 from cluster.workload.adapters import base_of, frozen, head_of, share_base
@@ -248,6 +249,14 @@ def test_flops_of_a_frozen_a_by_hand():
     assert flops.forward.tolist() == [B1, B2, HEAD]
     assert flops.needs_input_gradient.tolist() == [0, 1, 1]
     assert flops.frozen == BASE1 + A1 + 2 * (BASE2 + A2)
+    # An attack takes the gradient of the images, whoever is trained.
+    assert flops.attack_frozen(3) == 3 * 2 * (BASE1 + A1 + BASE2 + A2)
+
+
+def test_what_is_frozen_prunes_no_activations():
+    model, _ = attached(mlp(12), freeze_a=True)
+    SparsyFed().prepare(model)
+    assert list(pruned_layers(model)) == ["1.lora_B.weight", "3.weight"]
 
 
 # ------------------------------------------------------------------------------------------------- refusals

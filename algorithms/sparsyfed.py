@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from algorithms.core.algorithm import Algorithm, ServerState
+from algorithms.core.client import Instructions
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.layers import (
     ActivationPruning,
@@ -23,7 +24,7 @@ from algorithms.core.layers import (
     spectral_exponent,
 )
 from algorithms.core.parameters import Entry, ParameterLayout
-from algorithms.topk import TopKClient
+from algorithms.topk import TopKClient, own_top
 
 
 class SparsyFedClient(TopKClient):
@@ -33,7 +34,6 @@ class SparsyFedClient(TopKClient):
 
     def begin(self) -> None:
         """Fix the exponents for this visit and forget the last client's thresholds."""
-        super().begin()
         visit = self.visit
         for pruning in visit.prunings.values():
             pruning.reset()
@@ -127,7 +127,7 @@ class SparsyFed(Algorithm):
     )
 
     cut_received: bool = hyperparameter(
-        False, "as for topk: cut the model received to the client's own sparsity", source="the authors' code"
+        False, "as for topk: send each client the model cut to its own sparsity", source="the authors' code"
     )
     guard_layers: bool = hyperparameter(
         False, "as for topk: leave no layer empty", source="the authors' code, where it is off"
@@ -184,6 +184,12 @@ class SparsyFed(Algorithm):
             )
 
         prune_inputs(model, choose)
+
+    def submodel(
+        self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
+    ) -> Tensor | None:
+        """As for topk."""
+        return own_top(weights, budget, layout) if self.cut_received and told.round > 1 else None
 
     def exponents(self, weights: Tensor, layout: ParameterLayout) -> list[tuple[slice, float]]:
         """beta of each prunable layer's span."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from algorithms.core.algorithm import Algorithm
-from algorithms.core.client import Client
+from algorithms.core.client import Client, Instructions
 from algorithms.core.hyperparameters import hyperparameter
-from algorithms.core.masks import cut_globally, cut_to_top_k
+from algorithms.core.masks import cut_globally, top_k_mask
+from algorithms.core.parameters import ParameterLayout
 
 
 class TopKClient(Client):
@@ -21,20 +23,19 @@ class TopKClient(Client):
 
     method: Any
 
-    def begin(self) -> None:
-        """With ``cut_received``, cut the model to the client's own sparsity before it trains.
-
-        Not in round 1, whose dense model nobody has trained yet.
-        """
-        visit = self.visit
-        if self.method.cut_received and visit.instructions.round > 1:
-            self.cuts_received = True
-            cut_to_top_k(visit.prunable, visit.keep)
-
     def finish(self) -> Tensor | None:
         """Keep the K largest |w| over all prunable weights."""
         visit = self.visit
         return cut_globally(visit.prunable, visit.keep, visit.layout.prunable, guard=self.method.guard_layers)
+
+
+def own_top(weights: Tensor, budget: float, layout: ParameterLayout) -> Tensor:
+    """The model cut to a client's own budget, bool[trained]; parameters that are not pruned are whole."""
+    prunable = layout.prunable_size
+    part = torch.ones(layout.trained_size, dtype=torch.bool)
+    part[:prunable] = top_k_mask(weights[:prunable].abs(), round(budget * prunable))
+    part[:prunable] &= weights[:prunable] != 0
+    return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class TopK(Algorithm):
     sparsity: float = hyperparameter(0.95, "share of prunable weights that is cut", low=0.0, high=0.9999)
     cut_received: bool = hyperparameter(
         False,
-        "cut the model received to the client's own sparsity before training, from round 2 on",
+        "send each client the model cut to its own sparsity, from round 2 on",
         source="the authors' code with unequal budgets",
     )
     guard_layers: bool = hyperparameter(
@@ -59,3 +60,9 @@ class TopK(Algorithm):
         "a layer that the global cut would empty keeps the top of its trained weights, its share of K",
         source="the authors' code, where it is off",
     )
+
+    def submodel(
+        self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
+    ) -> Tensor | None:
+        """With ``cut_received`` a client is sent no more than what it would cut to."""
+        return own_top(weights, budget, layout) if self.cut_received and told.round > 1 else None

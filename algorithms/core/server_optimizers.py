@@ -93,6 +93,34 @@ class FedYogi(_Adaptive):
         return second - (1.0 - self.beta2) * square * torch.sign(second - square)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FedAdamW(ServerOptimizer):
+    """``fedadamw``: torch's AdamW along Delta (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+
+    name: ClassVar[str] = "fedadamw"
+
+    lr: float = hyperparameter(1e-3, "server learning rate", low=0.0, high=100.0, log=True)
+    momentum: float = hyperparameter(0.9, "decay of the first moment, beta_1", low=0.0, high=0.9999)
+    beta2: float = hyperparameter(0.999, "decay of the second moment", low=0.0, high=0.99999)
+    eps: float = hyperparameter(1e-8, "added to the second moment's root", low=1e-12, high=1.0, log=True)
+    weight_decay: float = hyperparameter(0.01, "share of lr by which weights shrink", low=0.0, high=1.0)
+
+    def step(self, weights: Tensor, mean: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+        """The moments are corrected for their start at 0, and how many steps they are old is the third.
+
+        It is counted by weight: those of one that comes back into a mask begin anew.
+        """
+        delta = mean - weights
+        first, second, number = moments or (torch.zeros_like(delta),) * 3
+        first = self.momentum * first + (1.0 - self.momentum) * delta
+        second = self.beta2 * second + (1.0 - self.beta2) * delta * delta
+        number = number + 1.0
+        rise, fall = ((1.0 - beta ** number.double()).float() for beta in (self.momentum, self.beta2))
+        root = (second / fall).sqrt() + self.eps
+        shrunk = weights * (1.0 - self.lr * self.weight_decay)
+        return shrunk + self.lr * first / rise / root, (first, second, number)
+
+
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
-    optimizer.name: optimizer for optimizer in (ServerOptimizer, FedAdagrad, FedAdam, FedYogi)
+    optimizer.name: optimizer for optimizer in (ServerOptimizer, FedAdagrad, FedAdam, FedYogi, FedAdamW)
 }

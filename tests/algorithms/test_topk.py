@@ -98,6 +98,13 @@ def test_a_tier_cuts_what_it_received_to_its_own_budget(tmp_path):
         expected = cut_to_top_k(received.clone(), round((1 - sparsity) * len(received)))
         found = torch.cat([m.flatten() for m in run.uploads[2, client][1].values()])
         assert torch.equal(found, expected)
+    # It is sent that cut alone: the values of K weights (zeros of w_t aside), of biases and norms, and where.
+    line, layout = run.lines[1], run.driver.layout
+    least = 0
+    for client in range(6):
+        kept = round((1 - devices.sparsity(client, 0.5, 1)) * len(received))
+        least += 48 + 4 * (min(kept, int((received != 0).sum())) + layout.size - layout.prunable_size)
+    assert least < line["comm/downlink_bytes"] < least + 6 * (layout.trained_size // 8 + 1)
     # The first step is billed at the density after the cut, not at that of what was received.
     layers, flops = run.driver.layout.prunable, run.driver.federation.flops
 

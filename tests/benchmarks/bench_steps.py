@@ -1,7 +1,8 @@
 """Local steps of SparsyFed, ZeroFL, FedPM and pFedGate against dense ones.
 
-One thread, the quickstart's model and client (48 samples, 5 epochs, batches of 16: 15 steps a visit), weights
-as clients get them from round 2 on. Visits of all variants are interleaved and the CPU time of the thread is
+One thread, the quickstart's model and client (48 samples, 5 epochs, batches of 16: 15 steps a visit), the
+built-in decoder on 64 tokens and the vision transformer on 32x32 images; weights as clients get them from
+round 2 on. Visits of all variants are interleaved and the CPU time of the thread is
 taken, so that a busy machine slows them alike: read the ratios of the medians. ``visit`` is the whole of
 ``Trainer.visit`` (load, steps, cut, measurements) per step, ``step`` is forward, backward and update alone,
 ``map`` the part of it in the method's hooks (w -> theta, dL/dtheta -> dL/dw).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -28,6 +30,8 @@ from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.exchange import Broadcast
 from cluster.workload import models
 from cluster.workload.datasets import Split
+from cluster.workload.language_model import LanguageModel
+from cluster.workload.objectives import Classification, Objective
 from tests.benchmarks.report import Figure
 
 SAMPLES, EPOCHS, BATCH = 48, 5, 16
@@ -42,14 +46,43 @@ def _images(side: int) -> Split:
     return Split(np.ascontiguousarray(small[:, None]), digits.target[:SAMPLES].astype(np.int64), None)
 
 
+def _tokens() -> Split:
+    drawn = np.random.default_rng(0).integers(0, 257, (SAMPLES, 65))
+    return Split(drawn[:, :-1].astype(np.int16), drawn[:, 1:].astype(np.int64), None)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is trained: a model and samples for it."""
+
+    label: str
+    model: str
+    split: Split
+    outputs: int
+    objective: Objective
+    repeats: int
+
+
+def _tasks() -> list[_Task]:
+    images, small, large = Classification(), _images(8), _images(28)
+    colours = np.repeat(np.pad(large.inputs, ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
+    return [
+        _Task("8x8", "small_cnn", small, 10, images, 20),
+        _Task("28x28", "small_cnn", large, 10, images, 8),
+        _Task("decoder", "transformer", _tokens(), 257, LanguageModel(), 8),
+        _Task("vit", "vit", Split(colours, large.targets, None), 10, images, 8),
+    ]
+
+
 class _Variant:
     """A trainer and the weights a client of round 2 receives; collects times of a step."""
 
-    def __init__(self, method: Algorithm, split: Split) -> None:
-        model = models.build("small_cnn", input_shape=split.inputs.shape[1:], classes=10, seed=1)
+    def __init__(self, method: Algorithm, task: _Task) -> None:
+        split = task.split
+        model = models.build(task.model, input_shape=split.inputs.shape[1:], classes=task.outputs, seed=1)
         settings = LocalSettings(seed=0, epochs=EPOCHS, batch_size=BATCH, weight_decay=0.0, proximal=0.0)
         self.method = method
-        self.trainer = Trainer(model, method, settings, split, torch.device("cpu"))
+        self.trainer = Trainer(model, method, settings, split, torch.device("cpu"), task.objective)
         layout = self.trainer.layout
         state = method.initial_state(layout.flatten(self.trainer.module), layout, np.random.default_rng(0))
         self.weights = state.weights.numpy()
@@ -104,18 +137,17 @@ def _variants(sparsity: float) -> dict[str, Algorithm]:
 
 
 def figures(name: str, quick: bool) -> list[Figure]:
-    """Step and visit of each image size, sparsity and variant."""
+    """Step and visit of each task, sparsity and variant."""
     torch.set_num_threads(1)
     found = []
-    for side, repeats in ((8, 20), (28, 8)):
-        split = _images(side)
-        runs = {f"{side}x{side} dense (fedavg)": _Variant(FedAvg(), split)}
+    for task in _tasks():
+        runs = {f"{task.label} dense (fedavg)": _Variant(FedAvg(), task)}
         for sparsity in (0.95,) if quick else (0.9, 0.95):
             for variant, method in _variants(sparsity).items():
-                runs[f"{side}x{side} {sparsity} {variant}"] = _Variant(method, split)
-        runs[f"{side}x{side} fedpm"] = _Variant(FedPM(), split)
-        runs[f"{side}x{side} pfedgate"] = _Variant(PFedGate(), split)
-        for _ in range(repeats // 2 if quick else repeats):
+                runs[f"{task.label} {sparsity} {variant}"] = _Variant(method, task)
+        runs[f"{task.label} fedpm"] = _Variant(FedPM(), task)
+        runs[f"{task.label} pfedgate"] = _Variant(PFedGate(), task)
+        for _ in range(task.repeats // 2 if quick else task.repeats):
             for run in runs.values():
                 run.measure()
         dense = next(iter(runs.values()))

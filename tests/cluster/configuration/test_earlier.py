@@ -27,7 +27,7 @@ PRESETS = {
     "paper-cifar10": "6f63fe6e99a1",
     "paper-cifar100": "5b70316d8c38",
     "paper-client-size": "0d0a0fde6cba",
-    "paper-cub": "9fea70008eca",
+    "paper-cub": "8c3e4fec2fb6",
     "paper-flops": "168faaee0b08",
     "paper-laptop": "e7176eadaf0d",
     "paper-methods": "659668fdbe30",

@@ -155,6 +155,30 @@ def test_gpt2_learns_text_and_its_file_begins_another_run(transformers, cache, t
     assert cluster.run(again, tmp_path / "again").rounds["train/loss"].iloc[0] < losses.iloc[0]
 
 
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "GPT2ForSequenceClassification"])
+def test_texts_are_classified(transformers, cache, tmp_path, architecture):
+    form = {k: v for k, v in IMAGE_TYPE.items() if k != "patch_size"}
+    config = tiny_federation(
+        cache,
+        data={"name": "tiny_text", "length": 8},
+        objective={"name": "sequence_classification"},
+        partition={"name": "iid", "clients": 6},
+        model={
+            "name": "transformers",
+            "architecture": architecture,
+            "config": GPT2 if architecture.startswith("GPT2") else form,
+        },
+        algorithm={"name": "sparsyfed", "sparsity": 0.5},
+        rounds=1,
+        cohort=2,
+    )
+    result = cluster.run(config, tmp_path / "run")
+    assert 0 < result.summary["accuracy"] <= 1
+    model = result.model()
+    assert model.config.vocab_size == 257
+    assert model.masked == model.config.pad_token_id == 256
+
+
 def test_an_experiment_is_known_by_what_is_in_the_folder(tmp_path):
     def digest(folder, **more):
         model = {"name": "timm", "folder": str(folder), **more}

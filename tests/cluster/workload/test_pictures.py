@@ -10,6 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from cluster.workload.datasets import DataError, open_dataset
 from cluster.workload.preparing import prepare
+from tests.cluster import workloads
 from tests.cluster.workload.parquet_folders import encoded, pictures, write_split
 
 COLOUR = np.full((4, 4, 3), (204, 0, 51), np.uint8)  # in PIL's default palette
@@ -199,3 +200,11 @@ def test_unequal_sizes_name_the_key_that_helps(tmp_path):
 def test_what_has_no_size_to_change(tmp_path, asked, match):
     with pytest.raises(DataError, match=match):
         prepare(**asked, image_size=4, cache_dir=tmp_path)
+
+
+def test_clips_have_no_size_to_change(tmp_path):
+    folder = workloads.speech_commands(tmp_path / "speech")
+    with pytest.raises(
+        DataError, match="data.image_size = 4 has no meaning for the clips in column"
+    ):
+        prepare(name="speech", path=str(folder), image_size=4, cache_dir=tmp_path / "cache")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from cluster.configuration.sections import TOKENIZERS
 from cluster.references import DataError, is_file, is_folder
 
 BOUNDARY, UNKNOWN = "<boundary>", "<unknown>"
+#: What needs no tokenizer of one's own.
+TOKENIZERS = ("bytes", "characters")
 _FILE = "tokenizer.json"
 
 

@@ -57,7 +57,7 @@ def frozen():
         (Returns(lambda logits: logits * math.nan), "returns nan for inputs .* before any training"),
         (Returns(lambda logits: logits / 0.0), "returns -?inf for inputs"),
         (frozen(), "no parameter that is trained"),
-        (Returns(crash), r"fails on inputs of shape \[2, 1, 8, 8\]: Runt.*test_own_models.py, line 39"),
+        (Returns(crash), r"fails on inputs of shape \[2, 1, 8, 8\]: Runt.*test_own_models.py, line 38"),
         (nn.Sequential(nn.Flatten(), nn.Linear(63, 3)), "fails on .*RuntimeError: mat1 and mat2 shapes"),
     ],
 )  # fmt: skip

@@ -33,10 +33,17 @@ def left_behind():
     gc.enable()
 
 
+MORE = {
+    "feddst": {"readjust_interval": 1},
+    "flying_bird": {"readjust_interval": 1, "adaptive": True},
+    "robust_bird": {"draw_rounds": 2},
+}
+
+
 def after_three_rounds(tmp_path, method):
     """What is made once is made by then; FedDST's next round is one of its readjustments."""
-    more = {"readjust_interval": 1} if method == "feddst" else {}
-    config = tiny_federation(tmp_path, algorithm={"name": method, **more}, rounds=5, on_client_error="skip")
+    section = {"name": method, **MORE.get(method, {})}
+    config = tiny_federation(tmp_path, algorithm=section, rounds=5, on_client_error="skip")
     federation = Federation.of(config)
     engine = InlineEngine(federation.setup())
     driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)

@@ -178,14 +178,15 @@ class MLP(Architecture):
     hidden: tuple[int, ...] = hyperparameter(
         (200,), "widths of the hidden layers; [] for a linear classifier", low=1
     )
+    bias: bool = hyperparameter(True, "whether layers have an offset")
 
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """See :class:`Architecture`."""
         sizes = [math.prod(input_shape), *self.hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(sizes):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+            layers += [nn.Linear(before, after, bias=self.bias), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], classes, bias=self.bias))
 
 
 @dataclass(frozen=True, kw_only=True)

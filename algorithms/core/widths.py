@@ -111,8 +111,8 @@ def widest(layout: UnitLayout, share: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slices(Algorithm):
-    """A method whose clients hold neighbouring units of every hidden layer."""
+class UnitMethod(Algorithm):
+    """A method whose clients hold some units of every hidden layer."""
 
     confined = True
     submodel_known = True
@@ -125,16 +125,22 @@ class Slices(Algorithm):
         low=0.0,
         high=0.9999,
     )
+
+    def lay_out(self, layout: ParameterLayout, model: nn.Module, example: Tensor) -> ParameterLayout:
+        """See :class:`Algorithm`: the model's hidden units."""
+        return UnitLayout.over(super().lay_out(layout, model, example), model, example)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices(UnitMethod):
+    """A method whose clients hold neighbouring units of every hidden layer."""
+
     share_of: str = hyperparameter(
         "weights",
         "what 1 - sparsity is a share of: the model's `weights`, of which clients hold the widest slice that "
         "fits, or its `width`, the units of every hidden layer",
         choices=("weights", "width"),
     )
-
-    def lay_out(self, layout: ParameterLayout, model: nn.Module, example: Tensor) -> ParameterLayout:
-        """See :class:`Algorithm`: the model's hidden units."""
-        return UnitLayout.over(super().lay_out(layout, model, example), model, example)
 
     def ratio(self, budget: float, layout: UnitLayout) -> float:
         """How many times as wide as the whole a budget's model is."""

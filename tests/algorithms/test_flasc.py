@@ -94,7 +94,7 @@ def test_only_the_cut_is_downloaded_and_judged(cache, tmp_path):
     run = run_inline(tiny_federation(cache, algorithm=algorithm), tmp_path / "run")
     layout, line = run.driver.layout, run.lines[1]
     kept = round(0.1 * layout.prunable_size) + layout.size - layout.prunable_size
-    assert 48 + 4 * kept < line["comm/downlink_bytes"] / 4 <= 48 + 4 * kept + (layout.trained_size + 7) // 8
+    assert 44 + 4 * kept < line["comm/downlink_bytes"] / 4 <= 44 + 4 * kept + (layout.trained_size + 7) // 8
     assert line["comm/uplink_bytes"] > 2 * line["comm/downlink_bytes"]
     judged = run.driver.method.effective_weights(run.state.weights, layout)[: layout.prunable_size]
     assert int((judged != 0).sum()) == round(0.1 * layout.prunable_size)

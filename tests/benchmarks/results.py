@@ -50,6 +50,8 @@ class Row:
         perplexity: Central test perplexity of language models.
         bits: Bits a token of the same, a byte where tokens are bytes.
         rmse: Central test RMSE of regressions.
+        robust: Test accuracy under attack, percent.
+        robust_gap: By how much it is better on training data, in percentage points.
     """
 
     preset: str
@@ -70,11 +72,13 @@ class Row:
     perplexity: float | None = None
     bits: float | None = None
     rmse: float | None = None
+    robust: float | None = None
+    robust_gap: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
-_OPTIONAL = ("perplexity", "bits", "rmse")
+_OPTIONAL = ("perplexity", "bits", "rmse", "robust", "robust_gap")
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
 
@@ -89,6 +93,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", "{:.2f}".format),
     "bits": ("bits", "{:.3f}".format),
     "RMSE": ("rmse", "{:.2f}".format),
+    "robust %": ("robust", "{:.1f}".format),
+    "gap": ("robust_gap", "{:.1f}".format),
     "sparsity %": ("sparsity", "{:.1f}".format),
     "MB up": ("mb_up", _sum("{:,.1f}")),
     "MB down": ("mb_down", _sum("{:,.1f}")),
@@ -144,17 +150,21 @@ def rows_of(
 def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a row, of a run's lines up to it."""
     last = lines[-1]
-    accuracy = last.get("test/accuracy")
+
+    def percent(key: str) -> float | None:
+        return None if last.get(key) is None else 100 * last[key]
 
     def mean(of: Callable[[Mapping[str, Any]], float | None]) -> float | None:
         values = [value for line in lines if line["round"] > 1 and (value := of(line)) is not None]
         return float(np.mean(values)) if values else None
 
     return {
-        "accuracy": None if accuracy is None else 100 * accuracy,
+        "accuracy": percent("test/accuracy"),
         "perplexity": last.get("test/perplexity"),
         "bits": last.get("test/bits_per_token"),
         "rmse": last.get("test/rmse"),
+        "robust": percent("test/robust_accuracy"),
+        "robust_gap": percent("robust_gap"),
         "sparsity": 100 * last["sparsity/global"],
         "mb_up": last["comm/uplink_bytes_total"] / 1e6,
         "mb_down": last["comm/downlink_bytes_total"] / 1e6,

@@ -67,6 +67,17 @@ def test_errors_have_a_column_and_what_is_small_keeps_two_digits(tmp_path):
     assert printed[4] == "| fedavg | 52.00 ± 4.97 | 0.0 | 0.046 | 0.052 | 0.031 | 0.031 |"
 
 
+def test_robustness_has_two_columns(tmp_path):
+    text = (
+        HEAD.strip() + ",robust,robust_gap\n" + "digits,fixed_mask,0,,30,90,95,1,1,1,1,,,c9,def,61.25,4.5\n"
+    )
+    rows = results.read(file_of(tmp_path, text))
+    assert results.as_csv(rows) == text
+    head, _, line = results.tables(rows).splitlines()[2:]
+    assert head.startswith("| method | accuracy % | robust % | gap | sparsity % |")
+    assert line.startswith("| fixed_mask | 90.0 | 61.2 | 4.5 | 95.0 |")
+
+
 def test_one_seed_has_no_interval_and_a_missing_seed_is_told(tmp_path):
     text = THREE + "laptop,topk,1,8,20,17.44,94.8,10,15,1476,1400,,,c9,def\n"
     last = results.tables(results.read(file_of(tmp_path, text))).splitlines()[-1]

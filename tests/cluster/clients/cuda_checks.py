@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from algorithms import registry
+from algorithms import Attack, registry
+from algorithms.core.attacks import Pgd
 from algorithms.core.layers import ActivationPruning
 from cluster.clients.gpu import CONTEXT_BYTES, GpuError, GpuMemory
 from cluster.clients.local_training import Trained
@@ -41,13 +42,15 @@ class NeedsCuda(Exception):
     """The check has no meaning without CUDA."""
 
 
-def graphs_equal_launched_passes(name: str, device: torch.device, folder: Path) -> str:
+def graphs_equal_launched_passes(
+    name: str, device: torch.device, folder: Path, attack: Attack | None = None
+) -> str:
     """A method's visits with passes replayed as CUDA graphs, against the same passes launched one by one."""
     set_up_cuda()
     method, kind = METHODS[name], device.type
     # 16x16 pixels: of 8x8, one value a channel is left at the end, which BatchNorm refuses in a batch of one.
     tiny = models.build("resnet18", input_shape=(1, 16, 16), classes=3, seed=1, width=8)
-    trainer = partial(trainer_of, method, kind, model=tiny, times=2)
+    trainer = partial(trainer_of, method, kind, model=tiny, times=2, attack=attack or Attack())
 
     def launched() -> list[Trained]:
         return play(trainer(), method)
@@ -198,6 +201,9 @@ CHECKS: dict[str, Callable[[torch.device, Path], str]] = {
         f"graphs equal launched passes: {name}": partial(graphs_equal_launched_passes, name)
         for name in METHODS
     },
+    "graphs equal launched passes under attack": partial(
+        graphs_equal_launched_passes, "fixed_mask", attack=Pgd(epsilon=0.1, steps=2)
+    ),
     **{
         f"the GPU agrees with the CPU: {name}": partial(the_device_agrees_with_the_cpu, name)
         for name in registry()

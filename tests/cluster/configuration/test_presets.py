@@ -47,6 +47,7 @@ def narrowed(name):
     model = NARROW[tree["model"]["name"]]
     rest = ["stop_after=2", "local.epochs=1", "execution=inline", "tracking.enabled=false"]
     rest += ["shift.round=2"] * ("shift" in tree)
+    rest += ["algorithm.draw_rounds=1"] * ("robust_bird" in str(axes))
     return ["rounds=2", clients, cohort, *model, *rest]
 
 

@@ -65,7 +65,7 @@ def parameters(visit) -> list[Tensor]:
 
 
 #: They run parts of passes, which their own tests count.
-PARTS = {"fedalign", "fedreg", "ma_echo", "masked_fedalign", "masked_fedreg"}
+PARTS = {"fedalign", "fedreg", "ma_echo", "masked_fedalign", "masked_fedreg", "rpdro"}
 EVERY = {name: method() for name, method in registry().items() if name not in PARTS} | METHODS
 
 

@@ -52,6 +52,9 @@ class Row:
         rmse: Central test RMSE of regressions.
         robust: Test accuracy under attack, percent.
         robust_gap: By how much it is better on training data, in percentage points.
+        clients: Mean accuracy of clients after local training, percent.
+        worst: The same of the worst tenth.
+        entropy_mb: What of mb_up random masks of the layers' densities need.
     """
 
     preset: str
@@ -74,11 +77,14 @@ class Row:
     rmse: float | None = None
     robust: float | None = None
     robust_gap: float | None = None
+    clients: float | None = None
+    worst: float | None = None
+    entropy_mb: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
-_OPTIONAL = ("perplexity", "bits", "rmse", "robust", "robust_gap")
+_OPTIONAL = ("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb")
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
 
@@ -95,6 +101,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "RMSE": ("rmse", "{:.2f}".format),
     "robust %": ("robust", "{:.1f}".format),
     "gap": ("robust_gap", "{:.1f}".format),
+    "clients %": ("clients", "{:.1f}".format),
+    "worst tenth %": ("worst", "{:.1f}".format),
+    "MB of entropy": ("entropy_mb", "{:.1f}".format),
     "sparsity %": ("sparsity", "{:.1f}".format),
     "MB up": ("mb_up", _sum("{:,.1f}")),
     "MB down": ("mb_down", _sum("{:,.1f}")),
@@ -165,6 +174,11 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rmse": last.get("test/rmse"),
         "robust": percent("test/robust_accuracy"),
         "robust_gap": percent("robust_gap"),
+        "clients": percent("clients/accuracy_mean_after"),
+        "worst": percent("clients/accuracy_worst_decile_after"),
+        "entropy_mb": sum(line["method/entropy_bytes"] * line["clients/trained"] for line in lines) / 1e6
+        if "method/entropy_bytes" in last
+        else None,
         "sparsity": 100 * last["sparsity/global"],
         "mb_up": last["comm/uplink_bytes_total"] / 1e6,
         "mb_down": last["comm/downlink_bytes_total"] / 1e6,

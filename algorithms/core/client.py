@@ -111,6 +111,8 @@ class Visit:
         sparsity: The client's target sparsity: its device tier's, else the method's.
         global_weights: w_t as received, float32[size]; not to be written.
         mask: The mask both sides hold, bool[prunable], or None.
+        computes: With how much of what the client holds of a layer the next steps compute, float64[layers],
+            where a method leaves some out of ``model``: no more is billed. None for all of it.
         part: The part of the model that the client holds, trains and sends, bool[trained]; outside it w is 0
             and stays so. None where it holds all of it.
         weights: w, the trained span, float32[trained].
@@ -171,6 +173,7 @@ class Visit:
     measures: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
     objective: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     part: Tensor | None = None
+    computes: np.ndarray | None = None
 
     @property
     def module(self) -> nn.Module:

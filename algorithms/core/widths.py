@@ -151,10 +151,14 @@ class Slices(UnitMethod):
     ) -> Tensor | None:
         """See :class:`Algorithm`."""
         assert isinstance(layout, UnitLayout)
+        return self.slice(self.ratio(budget, layout), self.first(told), layout)
+
+    def slice(self, ratio: float, first: int, layout: UnitLayout) -> Tensor:
+        """The part of ``ratio`` times the width that begins with a block, bool[trained]."""
         blocks, kept = dict(layout.blocks), {}
-        for width, count in layout.counts(self.ratio(budget, layout)).items():
+        for width, count in layout.counts(ratio).items():
             kept[width] = np.zeros(blocks[width], bool)
-            kept[width][(self.first(told) + np.arange(count)) % blocks[width]] = True
+            kept[width][(first + np.arange(count)) % blocks[width]] = True
         return layout.part(kept)
 
     def first(self, told: Instructions) -> int:

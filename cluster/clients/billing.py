@@ -27,6 +27,7 @@ class Bill:
         own_dense: FLOPs that the method caused through the model by itself, float64[layers].
         own_sparse: The ideal sparse ones.
         own_frozen: FLOPs that it caused in layers that are not trained.
+        spared: FLOPs that steps left out which computed with less than the client holds, float64[layers].
     """
 
     flops: LayerFlops
@@ -43,11 +44,15 @@ class Bill:
         self.own_dense = np.zeros(len(self.flops.forward))
         self.own_sparse = np.zeros(len(self.flops.forward))
         self.own_frozen = 0.0
+        self.spared = np.zeros(len(self.flops.forward))
 
-    def step(self, samples: int) -> None:
-        """Note a pass of a local step."""
+    def step(self, samples: int, share: np.ndarray | None = None) -> None:
+        """Note a pass of a local step, and with how much of what the client holds it was, float64[layers]."""
         self.first = self.first or samples
         self.samples += samples
+        if share is not None:
+            absent = 1.0 - share
+            self.spared += self.flops.sparse(samples, absent, np.ones(len(share)), absent)
 
     def attack(self, samples: int) -> None:
         """Note the attack on the batch of the next step's pass: its samples, once for each of its runs."""
@@ -81,7 +86,8 @@ class Bill:
         samples, attacked = self._in_whole_passes()
         attacks = float(self.flops.attack(attacked, np.ones(len(self.own_dense))).sum())
         in_frozen = self.flops.attack_frozen(attacked) + self.own_frozen
-        return self.flops.dense(samples) + attacks + float(self.own_dense.sum()) + in_frozen
+        made = self.flops.dense(samples) - float(self.spared.sum())
+        return made + attacks + float(self.own_dense.sum()) + in_frozen
 
     def frozen(self) -> float:
         """Those of them in layers that are not trained."""
@@ -113,7 +119,7 @@ class Bill:
             density = np.maximum(client.training_density(nonzeros), nonzeros)
             total = total + self.flops.sparse(samples, density, activations, np.ones(len(density)))
             total = total + self.flops.attack(attacked, density)
-        return total + self.own_sparse
+        return np.maximum(total - self.spared, 0.0) + self.own_sparse
 
     def _of_held(self, shares: np.ndarray) -> np.ndarray:
         """Shares of what the client holds of each layer, from shares of the whole layers."""

@@ -131,7 +131,7 @@ class LocalSteps:
             found = self._passes.run(visit.inputs, visit.targets, chosen, self._change_of(visit))
         else:
             found = self._compute(self.batch(visit), visit.targets[chosen], loss)
-        self._bill.step(len(chosen))
+        self._bill.step(len(chosen), visit.computes)
         self._meter.paused = False
         return found
 

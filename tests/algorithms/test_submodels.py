@@ -31,7 +31,7 @@ def tiers(**sparsities):
 def test_budget_1_is_fedavg_bit_for_bit(cache, tmp_path, method):
     equal = {"aggregation": {"weighting": "equal"}}
     local = {"weight_decay": 1e-3, "optimizer": {"name": "sgd", "momentum": 0.9}}
-    one = {"bases": 1} if method == "splitmix" else {}
+    one = {"splitmix": {"bases": 1}, "fjord": {"levels": 1}}.get(method, {})
     whole = tiny_federation(
         cache, algorithm={"name": method, **one}, local=local, devices=tiers(a=0.0, b=0.0), **equal
     )

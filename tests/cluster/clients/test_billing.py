@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from algorithms import Algorithm, Client, registry
 from algorithms.fedavg import FedAvg
+from algorithms.splitmix import SplitMix
 from cluster.clients.billing import Bill
 from cluster.clients.local_training import Trained, Trainer
 from tests.cluster.clients.tiny_visits import METHODS, broadcast_of, trainer_of
@@ -65,8 +66,9 @@ def parameters(visit) -> list[Tensor]:
 
 
 #: They run parts of passes, which their own tests count.
-PARTS = {"fedalign", "fedreg", "ma_echo", "masked_fedalign", "masked_fedreg", "rpdro"}
+PARTS = {"fedalign", "fedreg", "fjord", "ma_echo", "masked_fedalign", "masked_fedreg", "rpdro"}
 EVERY = {name: method() for name, method in registry().items() if name not in PARTS} | METHODS
+EVERY["splitmix"] = SplitMix(bases=2)  # as many as the tiny model's groups
 
 
 @pytest.mark.parametrize("name", EVERY)

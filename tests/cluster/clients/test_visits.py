@@ -37,6 +37,7 @@ MORE = {
     "feddst": {"readjust_interval": 1},
     "flying_bird": {"readjust_interval": 1, "adaptive": True},
     "robust_bird": {"draw_rounds": 2},
+    "splitmix": {"bases": 2},
 }
 
 

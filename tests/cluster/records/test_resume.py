@@ -57,6 +57,7 @@ VARIANTS = {
         "algorithm": {"name": "flying_bird", "adaptive": True, "readjust_interval": 1},
         "attack": {"name": "pgd", "steps": 1},
     },
+    "splitmix": {"algorithm": {"name": "splitmix", "bases": 2}},
     "robust_bird": {"algorithm": {"name": "robust_bird", "draw_rounds": 2}},
     "of one's own": {"algorithm": {"name": "tests.example_method:RandomK", "sparsity": 0.8}},
 }

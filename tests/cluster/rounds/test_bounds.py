@@ -47,6 +47,7 @@ class Boasting(NoTraining):
 
 METHODS = {
     **{name: {"name": name} for name in registry()},
+    "splitmix": {"name": "splitmix", "bases": 2},
     "robust_bird": {"name": "robust_bird", "draw_rounds": 1},
     "flying_bird, adaptive": {"name": "flying_bird", "adaptive": True, "readjust_interval": 1},
     "fedsam without ascent": {"name": "fedsam", "rho": 0.0},

@@ -71,6 +71,7 @@ def the_device_agrees_with_the_cpu(algorithm: str, device: torch.device, folder:
     declared = {field.name for field in fields(registry()[algorithm])}
     options = {"sparsity": 0.7} if "sparsity" in declared else {}
     options |= {"draw_rounds": 1} if "draw_rounds" in declared else {}
+    options |= {"bases": 2} if "bases" in declared else {}
     ends, start = [], None
     for kind in ("cpu", device.type):
         config = _config(folder, kind, algorithm={"name": algorithm, **options})

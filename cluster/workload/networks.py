@@ -169,6 +169,18 @@ class ResNet18(Architecture):
         )
 
 
+class Perturbation(nn.Module):
+    """One perturbation added to all inputs, a parameter that begins at 0, for saddle problems."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.perturbation = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, ...] to the same."""
+        return x + self.perturbation
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLP(Architecture):
     """Linear layers with ReLU between them, on flattened inputs."""
@@ -179,11 +191,13 @@ class MLP(Architecture):
         (200,), "widths of the hidden layers; [] for a linear classifier", low=1
     )
     bias: bool = hyperparameter(True, "whether layers have an offset")
+    perturbation: bool = hyperparameter(False, "whether one is trained for all inputs, as sgda and masha do")
 
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """See :class:`Architecture`."""
         sizes = [math.prod(input_shape), *self.hidden]
-        layers: list[nn.Module] = [nn.Flatten()]
+        layers: list[nn.Module] = [Perturbation(input_shape)] if self.perturbation else []
+        layers.append(nn.Flatten())
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after, bias=self.bias), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], classes, bias=self.bias))
@@ -195,6 +209,7 @@ class Linear(Architecture):
 
     bias: bool = hyperparameter(True, "whether outputs have an offset")
     init: str = hyperparameter("normal", "weights drawn as in all, or zero", choices=("normal", "zero"))
+    perturbation: bool = hyperparameter(False, "whether one is trained for all inputs, as sgda and masha do")
 
     @property
     def initialised_here(self) -> bool:
@@ -207,4 +222,5 @@ class Linear(Architecture):
         if self.init == "zero":
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
-        return nn.Sequential(nn.Flatten(), layer)
+        first = [Perturbation(input_shape)] if self.perturbation else []
+        return nn.Sequential(*first, nn.Flatten(), layer)

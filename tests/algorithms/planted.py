@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from algorithms import Algorithm, Grid, Instructions, ServerOptimizer, ServerState
+from algorithms import Algorithm, Grid, ServerOptimizer, ServerState
 from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.exchange import Broadcast
 from cluster.workload.datasets import Split
@@ -76,9 +76,9 @@ def rounds(
         for client in range(clients)
     ]
     found = []
-    for number, cohort in enumerate(cohorts, start=1):
+    for cohort in cohorts:
         flat, grid = state.weights.numpy(), Grid(2.0**20, len(cohort))
-        told = Instructions(round=number, rounds=9)
+        told = own.instruct(state, 9, clients)
         broadcast = Broadcast(flat, flat, None, told, lr, grid.limit, len(cohort))
         total, sent = own.zero(grid, layout), []
         for client in cohort:

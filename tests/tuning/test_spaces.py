@@ -11,7 +11,7 @@ from tuning.spaces import Dimension, own_space, shared_space, with_values
 
 def space_of(name, fixed=(), searches=None, **options):
     overrides = [f"algorithm.name={name}", *(f"algorithm.{key}={value}" for key, value in options.items())]
-    config = resolve("quickstart", overrides)
+    config = resolve("quickstart", overrides + ["rounds=1", "cohort=30"] * (name == "ma_echo"))
     return own_space(name, registry()[name], config, fixed, searches or {})
 
 

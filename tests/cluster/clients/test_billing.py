@@ -65,8 +65,9 @@ def parameters(visit) -> list[Tensor]:
     return list(visit.module.parameters())
 
 
-#: They run parts of passes, which their own tests count.
-PARTS = {"fedalign", "fedreg", "fjord", "ma_echo", "masked_fedalign", "masked_fedreg", "rpdro"}
+#: They run parts of passes, or need models of their own: their own tests count.
+SADDLES = {"masha1", "masha2", "sgda"}
+PARTS = {"fedalign", "fedreg", "fjord", "ma_echo", "masked_fedalign", "masked_fedreg", "rpdro"} | SADDLES
 EVERY = {name: method() for name, method in registry().items() if name not in PARTS} | METHODS
 EVERY["splitmix"] = SplitMix(bases=2)  # as many as the tiny model's groups
 

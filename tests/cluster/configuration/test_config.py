@@ -135,7 +135,8 @@ def test_texts_that_look_like_numbers_stay():
 
 @pytest.mark.parametrize("method", registry())
 def test_a_new_method_keeps_sparsity_alone(method):
-    config = resolve("quickstart", ["algorithm.beta=2"])
+    one_round = ["rounds=1", "cohort=30"] * (method == "ma_echo")
+    config = resolve("quickstart", ["algorithm.beta=2", *one_round])
     options = validate(apply_overrides(config.dump(), [f"algorithm.name={method}"])).algorithm.options
     if method == "sparsyfed":
         assert options == {"sparsity": 0.9, "beta": 2}  # the same choice again: nothing falls away

@@ -59,9 +59,18 @@ VARIANTS = {
     },
     "splitmix": {"algorithm": {"name": "splitmix", "bases": 2}},
     "robust_bird": {"algorithm": {"name": "robust_bird", "draw_rounds": 2}},
+    **{
+        name: {
+            "algorithm": {"name": name},
+            "model": {"name": "linear", "perturbation": True},
+            "local": {"weight_decay": 0.0},
+        }
+        for name in ("masha1", "masha2", "sgda")
+    },
     "of one's own": {"algorithm": {"name": "tests.example_method:RandomK", "sparsity": 0.8}},
 }
 CASES = {name: {"algorithm": {"name": name}} for name in registry()} | VARIANTS
+del CASES["ma_echo"]  # is done after one round
 
 
 @pytest.mark.parametrize("case", CASES)

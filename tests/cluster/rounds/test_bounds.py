@@ -46,7 +46,8 @@ class Boasting(NoTraining):
 
 
 METHODS = {
-    **{name: {"name": name} for name in registry()},
+    # But those of one round, or of a model of their own.
+    **{name: {"name": name} for name in registry() if name not in ("ma_echo", "masha1", "masha2", "sgda")},
     "splitmix": {"name": "splitmix", "bases": 2},
     "robust_bird": {"name": "robust_bird", "draw_rounds": 1},
     "flying_bird, adaptive": {"name": "flying_bird", "adaptive": True, "readjust_interval": 1},

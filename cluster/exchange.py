@@ -126,11 +126,11 @@ class ClientReport:
 class EvaluationChunk:
     """Rows of a split to evaluate; chunks are fixed, so that sums do not depend on who computes them."""
 
-    split: str  # "test", "val", "own" for the rows that a client is judged by; under attack "train" too
+    split: str  # "test", "val", "own" of a client, "group"; under attack "train" too
     start: int
     stop: int
     tier: str | None = None  # evaluate the model cut to this tier's budget
-    client: int | None = None  # whose rows, or whose model
+    client: int | None = None  # whose rows, or whose model; of "group" which one
     after: int | None = None  # the model after its local training (0), or adapted to so many rows a class
     attacked: bool = False  # evaluate under attack; the rows are places among those of HostSetup.attacked
     seconds: float = 0.0  # that the evaluation took

@@ -100,6 +100,11 @@ class Federation:
                     available=rows_of(config, period, kept, labels),
                 )
             )
+        if section.groups and dataset.train.groups is None:
+            raise DataError(
+                f"evaluate_clients.groups: true, but data.name = {dataset.name!r} has no groups; set "
+                "data.group_column"
+            )
         own: Partition | None = None
         if section.rows == "own" or section.unseen:
             periods[0], own = hold_out(

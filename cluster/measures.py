@@ -283,6 +283,10 @@ def of_objective(metrics: Sequence[Measure]) -> Iterator[Measure]:
             yield replace(form, key=f"unseen/{key}_{what}{suffix}", meaning=meaning.format(model),
                           title=f"{what.replace('_', ' ')} {title} of new clients" + suffix.replace("_", " "),
                           when="evaluate_clients.unseen")  # fmt: skip
+    for what, meaning in (("mean", "Mean over the groups"), ("worst", "The worst of the groups")):
+        yield replace(selects, key=f"groups/{key}_{what}", title=f"{what} {title} of groups",
+                      meaning=f"{meaning} of `data.group_column`, on validation data.",
+                      when="evaluate_clients.groups")  # fmt: skip
     yield replace(spread, key=f"shift/{key}_before", title=f"test {title} before the shift",
                   meaning="On test data, at the last evaluation before the last shift.",
                   when="after a shift")  # fmt: skip

@@ -171,10 +171,16 @@ class ClientHost:
 
     def _split(self, chunk: EvaluationChunk) -> Split:
         """What a chunk's rows are rows of."""
+        train = self._dataset.train
+        if chunk.split == "group":
+            assert train.groups is not None
+            held = self._setup.validation
+            rows = held[train.groups[held] == chunk.client]
+            return Split(train.inputs[rows], train.targets[rows], None)
         if chunk.split != "own":
             return self._validation if chunk.split == "val" else self._dataset.test
         assert self._setup.own is not None and chunk.client is not None  # noqa: PT018
-        rows, train = self._setup.own.client(chunk.client), self._dataset.train
+        rows = self._setup.own.client(chunk.client)
         return Split(train.inputs[rows], train.targets[rows], None)
 
     def _at_budget(self, broadcast: Broadcast, tier: str | None) -> np.ndarray:

@@ -101,6 +101,8 @@ def own_problems(config: Any) -> Iterator[str]:
     section = config.evaluate_clients
     if section.rows == "own" and not config.data.validation:
         yield "evaluate_clients.rows: own, but none are held out; set data.validation=0.2"
+    if section.groups and not config.data.validation:
+        yield "evaluate_clients.groups: true, but no data is held out to judge by; set data.validation=0.2"
     key = "rows" if section.rows == "own" else "unseen" if section.unseen else None
     if key and config.shift.round is not None:
         yield f"evaluate_clients.{key}: rows change hands at a shift; leave it or shift out"

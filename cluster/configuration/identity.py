@@ -66,6 +66,7 @@ _ADDED = {
     "local.augment.crop": 0,
     "local.augment.flip": False,
     "evaluate_clients.adapt_steps": 5,
+    "evaluate_clients.groups": False,
     "evaluate_clients.rows": "classes",
     "evaluate_clients.shots": [1, 5],
     "evaluate_clients.unseen": 0,

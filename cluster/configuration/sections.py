@@ -243,6 +243,9 @@ class ClientEvaluationSection(Section):
         description="what clients are judged by: test data of their classes, or (own) data.validation, then "
         "held out of each client's rows",
     )
+    groups: bool = Field(
+        False, description="whether the worst group of data.group_column is looked for, on data.validation"
+    )
     unseen: int = Field(0, ge=0, description="how many clients, the last ones, never train: new ones")
     shots: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 5), description="samples of a class that a new client adapts to"
@@ -260,7 +263,7 @@ class ClientEvaluationSection(Section):
             return [f"evaluate_clients.clients: {judged}, but {clients} clients train"]
         if self.after > judged:
             return [f"evaluate_clients.after: {self.after}, but only {judged} clients are judged"]
-        if not self.every and (self.clients or self.after or self.unseen):
+        if not self.every and (self.clients or self.after or self.unseen or self.groups):
             return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
         return []
 

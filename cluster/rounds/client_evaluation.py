@@ -63,6 +63,7 @@ class ClientEvaluation:
         else:
             rows = len(self._federation.dataset.test.targets)
             found = [EvaluationChunk("test", 0, rows, client=int(c), after=0) for c in self._trained]
+        found += [EvaluationChunk("group", 0, size, client=g) for g, size in self._groups.items()]
         found += [self._own_chunk(c, shots) for shots in (None, *section.shots) for c in self._unseen]
         return [chunk for chunk in found if chunk.stop or own is None]
 
@@ -97,7 +98,7 @@ class ClientEvaluation:
         for shots in (None, *self._section.shots) if self._section.unseen else ():
             suffix = "" if shots is None else f"_{shots}_shot"
             metrics |= _spread(self._own(parts, self._unseen, shots), selects, suffix, "unseen")
-        return metrics
+        return metrics | self._of_groups(parts)
 
     # ------------------------------------------------------------------------------------------- inside
 
@@ -133,6 +134,24 @@ class ClientEvaluation:
         found = [parts.get(("own", self._tier(c, after), int(c), after)) for c in clients]
         key = self._objective.selects.key
         return np.array([np.nan if sums is None else self._objective.metrics(sums)[key] for sums in found])
+
+    @cached_property
+    def _groups(self) -> Mapping[int, int]:
+        """Validation rows of each group that has any, where groups are looked at."""
+        groups = self._federation.dataset.train.groups
+        if not self._section.groups or groups is None:
+            return {}
+        codes, sizes = np.unique(groups[self._federation.validation], return_counts=True)
+        return dict(zip(codes.tolist(), sizes.tolist(), strict=True))
+
+    def _of_groups(self, parts: Mapping[Part, Sums]) -> dict[str, float]:
+        """Mean over the groups, and the worst one, of what selects."""
+        selects = self._objective.selects
+        values = [self._objective.metrics(parts["group", None, g, None])[selects.key] for g in self._groups]
+        if not values:
+            return {}
+        worst = max(values) if selects.better == "lower" else min(values)
+        return {f"groups/{selects.key}_mean": float(np.mean(values)), f"groups/{selects.key}_worst": worst}
 
     @property
     def _unseen(self) -> np.ndarray:

@@ -43,6 +43,10 @@ RUNS = {
     "shift": {"rounds": 4, "shift": {"round": 3}},
     "clients": {"evaluate_clients": {"every": 1, "after": 2}},
     "attack": {"evaluate_attack": {"every": 2, "steps": 1}, "data": {"validation": 0.2}},
+    "groups": {
+        "data": {"name": "tests.cluster.rounds.test_own_rows:with_groups", "validation": 0.2},
+        "evaluate_clients": {"every": 1, "groups": True},
+    },
     "unseen": {"cohort": 2, "evaluate_clients": {"every": 1, "unseen": 2}},
     "flash": {"algorithm": {"name": "flash", "stage1": "sensitivity", "sparsity": 0.5}},
     "kept": {"algorithm": {"name": "feddyn"}},

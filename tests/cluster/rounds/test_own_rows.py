@@ -15,9 +15,10 @@ from cluster.clients.local_training import to_input
 from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.references import DataError
 from cluster.workload.own_rows import few, hold_out, listed
 from tests.cluster.records.interrupted_runs import assert_same_run, drive, federated
-from tests.tiny_experiment import run_inline, tiny_federation
+from tests.tiny_experiment import run_inline, tiny_federation, tiny_images
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 OWN = {"data": {"validation": 0.25}, "evaluate_clients": {"every": 1, "rows": "own", "after": 6}}
@@ -119,6 +120,33 @@ def test_what_has_no_classes_is_judged_by_own_rows(cache, tmp_path):
     assert line["clients/rmse_worst_decile"] >= line["clients/rmse_mean"] > 0
 
 
+def with_groups():
+    """Each image in a group of its class, one in four of another group too."""
+    arrays = tiny_images()
+    labels = arrays["train_labels"]
+    groups = np.array([f"{label}{'-rare' * (row % 4 == 0)}" for row, label in enumerate(labels)])
+    return {**arrays, "train_groups": groups}
+
+
+def test_the_worst_group_is_found_on_validation_data(cache, tmp_path):
+    data = {"name": f"{__name__}:with_groups", "validation": 0.3}
+    config = tiny_federation(cache, data=data, evaluate_clients={"every": 1, "groups": True})
+    run = run_inline(config, tmp_path / "run")
+    federation = run.driver.federation
+    groups = federation.dataset.train.groups[federation.validation]
+    found = [
+        accuracy(federation, run.state.weights, federation.validation[groups == code])
+        for code in np.unique(groups)
+    ]
+    assert len(found) == 6
+    assert run.lines[-1]["groups/accuracy_mean"] == pytest.approx(np.mean(found))
+    assert run.lines[-1]["groups/accuracy_worst"] == pytest.approx(min(found))
+    with pytest.raises(DataError, match=r"evaluate_clients.groups: true, but .* has no groups"):
+        Federation.of(
+            tiny_federation(cache, data={"validation": 0.3}, evaluate_clients={"every": 1, "groups": True})
+        )
+
+
 told = []
 
 
@@ -199,6 +227,7 @@ def test_interrupted_it_judges_alike(cache, tmp_path):
             r"cohort: 5 .* evaluate_clients.unseen 2",
         ),
         ({"cohort": 1, "evaluate_clients": {"every": 1, "unseen": 6}}, r"unseen: 6, so no client"),
+        ({"evaluate_clients": {"every": 1, "groups": True}}, r"groups: true, but no data is held out"),
         ({"evaluate_clients": {"unseen": 1}}, r"evaluate_clients.every: 0"),
         ({"evaluate_clients": {"every": 1, "unseen": 1, "shots": []}}, r"evaluate_clients.shots: \[\]"),
         ({"evaluate_clients": {"every": 1, "unseen": 1, "shots": [0]}}, r"evaluate_clients.shots"),

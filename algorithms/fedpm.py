@@ -160,6 +160,11 @@ class FedPM(Algorithm):
         """Modules compute with m w0, steps are taken on scores."""
         return True
 
+    @property
+    def trains_zeros(self) -> bool:
+        """A frozen weight has the sign that it begins with; all zeros have the same."""
+        return False
+
     def scale(self, layout: ParameterLayout) -> Tensor:
         """c of every weight, float32[prunable]; the fan-in of a convolution counts its kernel."""
         factor = math.e if self.constant == "e" else math.sqrt(2.0)

@@ -95,6 +95,11 @@ class Fiarse(Algorithm):
         """Modules compute with the weights above theta."""
         return True
 
+    @property
+    def trains_zeros(self) -> bool:
+        """A weight of 0 is no largest one: only who holds the whole model trains it."""
+        return self.sparsity == 0.0
+
     def submodel(
         self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
     ) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from algorithms import registry
-from algorithms.core.widths import Slices
+from algorithms.core.widths import UnitMethod
 from cluster.configuration.attacks import attack_problems
 from cluster.configuration.choices import ChoiceError, build_choice
 from cluster.measures import MEASURES, Measure, declared, of_objective
@@ -169,7 +169,7 @@ def adapter_problems(config: Any) -> Iterator[str]:
     """An adapter half of which is 0 at first, for a method that trains no zeros; or for slices of a model."""
     if config.adapter is None or config.left_alone("adapter"):
         return
-    if isinstance(config.method, Slices):
+    if isinstance(config.method, UnitMethod):
         name = config.algorithm.name
         yield f"adapter: {name} cuts hidden layers to slices, and those of a base stay whole; leave out one"
     if config.build_adapter().begins_at_zero and not config.method.trains_zeros:

@@ -138,13 +138,14 @@ class Sender:
         return Parcel(state, self._layout, self.shape, self._format)
 
     def bytes_for(self, client: int, parcel: Parcel, part: int | None = None) -> int:
-        """Bytes that a client would be sent now, of the whole model or of a part."""
+        """Bytes that a client would be sent now, of the whole model or of a part; at first with the base."""
+        first = self._base_bytes and not self.installed.holds(client, _BASE)
+        base = self._base_bytes if first else 0
         if part is not None:
-            return parcel.parts[part].nbytes
+            return base + parcel.parts[part].nbytes
         state = parcel.state
         holds = state.mask is not None and self.held.holds(client, state.mask_version)
-        first = self._base_bytes and not self.installed.holds(client, _BASE)
-        return (parcel.relative_bytes if holds else parcel.full_bytes) + (self._base_bytes if first else 0)
+        return base + (parcel.relative_bytes if holds else parcel.full_bytes)
 
     def deliver(self, clients: Iterable[int], parcel: Parcel) -> None:
         """Note that clients got the model, and with it the mask and the base."""

@@ -118,6 +118,15 @@ def test_bytes_by_hand(cache, tmp_path):
     assert stored.driver["installed"] == {"version": 0, "clients": sorted(sent)}
 
 
+def test_who_is_sent_a_part_is_sent_the_base_too(cache, tmp_path):
+    """All are asked in round 1, and have the base from then on."""
+    flasc = {"name": "flasc", "down_sparsity": 0.75}
+    run = run_inline(adapted(cache, rounds=2, cohort=6, algorithm=flasc), tmp_path / "run")
+    first, second = (line["comm/downlink_bytes"] for line in run.lines)
+    assert first - second == pytest.approx(6 * (HEADER + 4 * BASE), abs=6 * 16)  # but for positions
+    assert run.lines[1]["comm/base_bytes_total"] == 6 * (HEADER + 4 * BASE)
+
+
 def test_a_first_visit_takes_the_time_of_the_base(cache, tmp_path):
     # 8 bit/s down: the message and, at first, the base, at a byte a second.
     slow = {
@@ -287,6 +296,12 @@ def test_the_default_is_no_adapter():
         (["adapter.rank=0"], "adapter.rank: 0 is out of range"),
         (["adapter.name=lora"], "adapter.b_init: 0, and sparsyfed trains no weight that is 0.*b_init=0.01"),
         (["adapter.name=lora", "algorithm.name=heterofl"], "adapter: heterofl cuts hidden layers to slices"),
+        (["adapter.name=lora", "algorithm.name=splitmix"], "adapter: splitmix cuts hidden layers to slices"),
+        (["adapter.name=lora", "algorithm.name=fedpm"], "adapter.b_init: 0, and fedpm trains no weight"),
+        (
+            ["adapter.name=lora", "algorithm.name=fiarse", "algorithm.sparsity=0.5"],
+            "adapter.b_init: 0, and fiarse trains no weight",
+        ),
         (["adapter.name=lora", "algorithm.name=ssfl"], "adapter.b_init: 0, and ssfl trains no weight"),
     ],
 )

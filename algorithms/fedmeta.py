@@ -76,7 +76,7 @@ class FedMetaClient(Client):
         cut = self._support(len(visit.chosen)) if method.inner_steps else 0
         if not cut:
             return super().gradient(compute)
-        inputs, targets = visit.batch, visit.targets[visit.chosen]
+        inputs, targets = visit.unattacked, visit.targets[visit.chosen]
         here, statistics = visit.weights.clone(), visit.model[visit.layout.trained_size :].clone()
         for _ in range(method.inner_steps):
             self._gradient_of(inputs[:cut], targets[:cut])

@@ -37,10 +37,10 @@ class MoonClient(Client):
         visit, method = self.visit, self.method
         if method.mu == 0.0 or self.last is None:
             return super().gradient(compute)
+        inputs = visit.batch  # an attack on it passes the hook as well
         *_, head = prunable_layers(visit.module).values()
         handle = head.register_forward_pre_hook(lambda layer, inputs: self._seen.append(inputs[0]))
         try:
-            inputs = visit.batch
             visit.forward(visit.global_weights, inputs)
             visit.forward(self.last, inputs)
             towards, away = self._seen

@@ -72,6 +72,10 @@ class Workbench(Protocol):
         """See :attr:`Visit.batch`."""
         ...
 
+    def unattacked(self, visit: Visit) -> Tensor:
+        """See :attr:`Visit.unattacked`."""
+        ...
+
     def compute(self, visit: Visit, loss: Loss | None) -> Tensor:
         """See :meth:`Visit.compute`."""
         ...
@@ -202,8 +206,13 @@ class Visit:
 
     @property
     def batch(self) -> Tensor:
-        """Inputs of the batch in hand as its pass meets them, augmented or not, [batch, ...]."""
+        """Inputs of the batch in hand as its pass meets them, augmented and attacked or not, [batch, ...]."""
         return self.workbench.batch(self)
+
+    @property
+    def unattacked(self) -> Tensor:
+        """The same before an attack, [batch, ...]: for ``gradient_of``, which attacks by itself."""
+        return self.workbench.unattacked(self)
 
     def compute(self, loss: Loss | None = None) -> Tensor:
         """One pass over the batch in hand: its loss; ``gradient`` is filled at what ``model`` holds.

@@ -104,8 +104,16 @@ class LocalSteps:
         inputs, change = visit.inputs[visit.chosen], self._change_of(visit)
         return inputs if change is None else change(inputs)
 
+    def unattacked(self, visit: Visit) -> Tensor:
+        """See :class:`Visit`."""
+        inputs, change = visit.inputs[visit.chosen], self._augmentation_of(visit)
+        return inputs if change is None else change(inputs)
+
+    def _augmentation_of(self, visit: Visit) -> Change | None:
+        return None if self._change is None else partial(self._change, step=visit.step)
+
     def _change_of(self, visit: Visit) -> Change | None:
-        change = None if self._change is None else partial(self._change, step=visit.step)
+        change = self._augmentation_of(visit)
         if self._attack is None or not visit.instructions.attack:
             return change
         return partial(self._attacked_batch, visit, change, self._attack)

@@ -14,8 +14,10 @@ from algorithms import Algorithm, Attack, Client
 from algorithms.core.attacks import Fgsm, Pgd
 from algorithms.fedavg import FedAvg
 from algorithms.feddst import FedDST
+from algorithms.fedmeta import FedMeta
 from algorithms.fedsam import FedSAM
 from algorithms.fixed_mask import FixedMask
+from algorithms.moon import Moon
 from algorithms.scaffold import Scaffold
 from cluster import seeding
 from tests.algorithms.masked import NaiveMasked
@@ -188,6 +190,28 @@ def test_gradients_of_other_data_are_taken_under_attack_too(method, more):
     plain, _ = seen(method, Attack())
     assert len(taken) == len(plain)
     assert not any(torch.equal(*pair) for pair in zip(taken, plain, strict=True))
+
+
+def test_what_fedmeta_adapts_to_and_learns_from_is_attacked_once():
+    """Each row in a pass of its own, at most epsilon away; that is .1 in pixels of the model's unit 2."""
+    method = FedMeta(inner_lr=0.0, support=0.5)
+    (taken, attacked), (plain, _) = (seen(method, attack, crop=2, flip=True) for attack in (PGD, Attack()))
+    assert attacked == 3 * 40
+    for one, other in zip(taken, plain, strict=True):
+        assert 0.15 < float((one - other).abs().max()) <= 0.2 + 1e-6
+
+
+def test_moons_representations_are_those_of_one_attacked_batch():
+    trainer, met = trainer_of(Moon(), attack=PGD), []
+    last = visited(FedAvg(), Attack())[1].values
+    trainer.module.register_forward_pre_hook(lambda module, inputs: met.append(inputs[0].clone()))
+    trained = trainer.visit(2, ROWS, 0.0, broadcast_of(trainer, Moon(), None, 1), {"model": last})
+    assert len(met) == 6 * (3 + 3)  # of each step three runs of the attack, then the three models
+    for step in range(0, len(met), 6):
+        assert all(torch.equal(met[step + 3], met[step + more]) for more in (4, 5))
+    total, weight = trained.measured.own["contrast"]
+    assert total > 0.0
+    assert weight == 6
 
 
 # ------------------------------------------------------------------------------- every method, and graphs

@@ -196,6 +196,11 @@ class Rpdro(Algorithm):
         """Ratios are compared across clients where they are of one adversary; losses are of classes."""
         if self.scope == "across" and self.adversary != "shared":
             yield "algorithm.scope: across compares clients by one adversary; set algorithm.adversary=shared"
+        if self.scope == "across" and config.max_update_norm is not None:
+            yield (
+                f"max_update_norm: {config.max_update_norm:g}; with algorithm.scope=across an update is sent "
+                "times its client's mean ratio, leave it out"
+            )
         if config.objective.name != "classification":
             yield f"objective.name: {config.objective.name}; rpdro weighs the losses of classes"
 
@@ -209,6 +214,15 @@ class Rpdro(Algorithm):
     def keeps(self, layout: ParameterLayout) -> Mapping[str, int]:
         """The client's own psi."""
         return {"adversary": layout.trained_size} if self.adversary == "client" else {}
+
+    def personal_weights(
+        self, weights: Tensor, received: Tensor, kept: Mapping[str, Tensor], layout: ParameterLayout
+    ) -> Tensor:
+        """What came of the training: across clients Z times as far from what was received is sent."""
+        if self.scope == "across":
+            own, start = (vector[: layout.trained_size] for vector in (weights, received))
+            own.sub_(start).div_(layout.split(weights, layout.carried)["z"]).add_(start)
+        return weights
 
     def initial_state(
         self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from algorithms.fedavg import FedAvg
-from algorithms.rpdro import Rpdro, adversary_loss, ratios_of
+from algorithms.rpdro import Rpdro, RpdroClient, adversary_loss, ratios_of
 from cluster import seeding
 from cluster.configuration.trees import ConfigError
 from tests.cluster.clients.tiny_visits import broadcast_of, trainer_of
@@ -158,6 +158,29 @@ def test_across_clients_updates_weigh_by_their_mean_ratio(cache, tmp_path):
     assert max(weights[c] / len(federation.partition.client(c)) for c in range(6)) > 1.0001
 
 
+def test_across_a_client_is_judged_by_what_it_trained(monkeypatch):
+    method = Rpdro(adversary="shared", scope="across")
+    trainer, trained = trainer_of(method), []
+    layout = trainer.layout
+    finish = RpdroClient.finish
+
+    def recording(self):
+        trained.append((self.visit.weights.clone(), self.z))
+        return finish(self)
+
+    monkeypatch.setattr(RpdroClient, "finish", recording)
+    received = method.initial_state(layout.flatten(trainer.module), layout, np.random.default_rng(0)).weights
+    adversary = layout.split(received, layout.carried)["adversary"]
+    adversary.copy_(received[: layout.trained_size])  # with a last layer that is not 0
+    sent = trainer.visit(0, ROWS, 0.0, broadcast_of(trainer, method, received.numpy(), 1))
+    ((own, z),) = trained
+    assert abs(z - 1.0) > 0.02
+    weights = torch.from_numpy(sent.values.copy())
+    weights[: layout.trained_size] += received[: layout.trained_size]
+    found = method.personal_weights(weights, received, {}, layout)[: layout.trained_size]
+    torch.testing.assert_close(found, own, atol=1e-6, rtol=1e-5)
+
+
 def test_at_first_every_client_weighs_its_samples(cache, tmp_path):
     """With f = 0 across is within, up to how differences are added."""
     options = {"name": "rpdro", "adversary": "shared", "adversary_rate": 0.0}
@@ -175,6 +198,13 @@ def test_at_first_every_client_weighs_its_samples(cache, tmp_path):
         (
             {"algorithm": {"name": "rpdro", "scope": "across"}},
             r"scope: across compares clients by one adversary",
+        ),
+        (
+            {
+                "algorithm": {"name": "rpdro", "scope": "across", "adversary": "shared"},
+                "max_update_norm": 3.0,
+            },
+            r"max_update_norm: 3; with algorithm.scope=across an update is sent times",
         ),
         ({"algorithm": {"name": "rpdro"}, "objective": {"name": "regression"}}, r"rpdro weighs the losses"),
     ],

@@ -195,6 +195,13 @@ class MaEcho(Algorithm):
             yield f"rounds: {config.rounds}; ma_echo is done after one, set rounds=1"
         if config.cohort != config.population:
             yield f"cohort: {config.cohort}; ma_echo asks all clients at once, set cohort={config.population}"
+        if config.weighting != "equal":
+            yield f"aggregation.weighting: {config.weighting}; ma_echo's models weigh the same, leave it out"
+        if config.adapter is not None and self.own_initialisation:
+            yield (
+                "adapter: it is made for its frozen base, and with ma_echo clients begin at weights of their "
+                "own; set algorithm.own_initialisation=false"
+            )
         if config.max_update_norm is not None and self.own_initialisation:
             yield (
                 f"max_update_norm: {config.max_update_norm:g}; models of their own initialisation are far "

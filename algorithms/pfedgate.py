@@ -106,12 +106,17 @@ class PFedGateClient(Client):
             slope = method.slopes(self.open.detach(), self.kept, visit.sparsity)
             (own,) = torch.autograd.grad(self.open, self.gate, along * slope)
             self.gate = self.gate.detach().sub(own, alpha=method.gate_lr)
+        self.stays = [t.clone() for t in (visit.weights, *visit.moments)] if for_gate else []
         if for_gate:
-            visit.gradient.zero_()
             return
         self.held |= self.kept
         for gradient, scale in zip(self.gradients, self.scales.tolist(), strict=True):
             gradient.mul_(scale)
+
+    def after_step(self) -> None:
+        """In an epoch for the gate neither decay, momentum nor the proximal term move W."""
+        for tensor, before in zip((self.visit.weights, *self.visit.moments), self.stays, strict=False):
+            tensor.copy_(before)
 
     def finish(self) -> Tensor | None:
         """w_i - w_t in the blocks held; keep the gate, and r on all of the client's data."""
@@ -318,6 +323,11 @@ class PFedGate(Algorithm):
             yield (
                 f"local.epochs: {config.local.epochs}, but algorithm.optimisation=alternate trains the gate "
                 "and the weights in turn, an epoch each; set an even number"
+            )
+        if self.scope == "batch" and self.gate == "scores":
+            yield (
+                "algorithm.scope: batch, but algorithm.gate=scores looks at no samples; set gate=images, or "
+                "scope=client"
             )
         if self.gate == "images" and config.objective.name == "language_model":
             yield "algorithm.gate: images looks at samples as numbers, which tokens are not; set scores"

@@ -103,7 +103,12 @@ class PruneFL(Algorithm):
         search=(0.1, 0.5),
     )
     half_life: int = hyperparameter(10000, "rounds in which drop_fraction halves", low=1, high=1000000)
-    max_density: float = hyperparameter(1.0, "largest share of the prunable weights", low=1e-4, high=1.0)
+    max_density: float = hyperparameter(
+        1.0,
+        "share of the prunable weights beyond which none come; a denser model shrinks by drop_fraction",
+        low=1e-4,
+        high=1.0,
+    )
     initial_adjustments: int = hyperparameter(
         20,
         "most adjustments of one client before round 1, of 10 steps each; 0: start dense",

@@ -191,6 +191,8 @@ def test_who_adds_does_not_matter(cache, tmp_path):
     [
         ({"rounds": 2}, r"rounds: 2; ma_echo is done after one"),
         ({"cohort": 4}, r"cohort: 4; ma_echo asks all clients at once, set cohort=6"),
+        ({"aggregation": {"weighting": "samples"}}, r"weighting: samples; ma_echo's models weigh the same"),
+        ({"adapter": {"name": "lora"}}, r"adapter: it is made for its frozen base"),
         ({"max_update_norm": 3.0}, r"max_update_norm: 3; models of their own"),
     ],
 )

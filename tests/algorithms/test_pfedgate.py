@@ -8,7 +8,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from algorithms import ParameterLayout
-from algorithms.pfedgate import PFedGate, blocks_of, looked_at
+from algorithms.core.local_optimizers import Sgd
+from algorithms.pfedgate import PFedGate, PFedGateClient, blocks_of, looked_at
+from tests.cluster.clients.tiny_visits import broadcast_of, trainer_of
 from tests.naive import NaiveFederation
 from tests.tiny_experiment import assert_same, run_inline, tiny_federation
 
@@ -212,6 +214,33 @@ def test_equals_the_naive_reference(cache, tmp_path, more):
         assert 4 < np.count_nonzero(own.arrays["scales"]) < 20
 
 
+def test_in_an_epoch_for_the_gate_nothing_moves_the_weights():
+    """Neither decay nor the momentum of the epoch before, which waits."""
+    seen = []
+
+    class Watching(PFedGateClient):
+        def after_step(self):
+            super().after_step()
+            seen.append(torch.cat([self.visit.weights, *self.visit.moments]))
+
+    class Watched(PFedGate):
+        client = Watching
+        name = ""
+
+    trainer = trainer_of(
+        Watched(optimisation="alternate"), epochs=4, optimizer=Sgd(momentum=0.9), weight_decay=0.1
+    )
+    broadcast = broadcast_of(trainer, trainer.method, None, 1)
+    trainer.visit(0, np.arange(20), 0.5, broadcast)
+    size = trainer.layout.trained_size
+    assert len(seen) == 12  # four epochs of three steps
+    start = torch.cat([torch.from_numpy(broadcast.weights[:size]), torch.zeros(size)])
+    assert all(torch.equal(after, start) for after in seen[:3])
+    assert all(torch.equal(after, seen[5]) for after in seen[6:9])
+    assert not torch.equal(seen[5], start)
+    assert not torch.equal(seen[9], seen[5])
+
+
 # -------------------------------------------------------------------------------------------- limits
 
 
@@ -282,6 +311,10 @@ def test_tiers_have_budgets_of_their_own(cache, tmp_path):
         (
             {"algorithm": {"name": "pfedgate", "optimisation": "alternate"}},
             r"local.epochs: 1, but algorithm.optimisation=alternate trains the gate and the weights in turn",
+        ),
+        (
+            {"algorithm": {"name": "pfedgate", "scope": "batch"}},
+            r"algorithm.scope: batch, but algorithm.gate=scores looks at no samples",
         ),
         (
             {

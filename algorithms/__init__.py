@@ -26,6 +26,7 @@ from algorithms.core.masks import (
     top_k_mask,
 )
 from algorithms.core.parameters import Carried, Entry, ParameterLayout
+from algorithms.core.robust import AGGREGATIONS, Aggregation
 from algorithms.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from algorithms.core.sparsity_schedules import SparsitySchedule
 
@@ -33,9 +34,11 @@ for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "AGGREGATIONS",
     "LOCAL_OPTIMIZERS",
     "SERVER_OPTIMIZERS",
     "ActivationPruning",
+    "Aggregation",
     "Algorithm",
     "Attack",
     "Carried",

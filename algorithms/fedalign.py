@@ -45,6 +45,7 @@ class FedAlign(Algorithm):
 
     name = "fedalign"
     paper = "Mendieta et al., CVPR 2022, arXiv 2111.14213"
+    shares_support = True
     departures = (
         "The local optimizer is fresh each visit; in the authors' code its momentum survives from client to "
         "client and from round to round.",

@@ -29,4 +29,5 @@ class FedAvg(Algorithm):
 
     name = "fedavg"
     paper = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
+    shares_support = True
     asynchronous = True

@@ -64,6 +64,7 @@ class FedDST(FixedMask):
     """Dynamic sparse training across clients; a_0 = 0 is ``fixed_mask``. This follows the paper."""
 
     name = "feddst"
+    shares_support = False
     paper = "Bibikar et al., AAAI 2022, arXiv 2112.09824"
     departures = (
         "The annealing starts at a_0; in the authors' code at its square (their 0.5 is 0.25 here).",

@@ -104,6 +104,7 @@ class FedReg(Algorithm):
 
     name = "fedreg"
     paper = "Xu et al., ICLR 2022, arXiv 2203.02645"
+    shares_support = True
     departures = (
         "The gradient-masking variant for privacy, off in all of the authors' settings, is left out.",
         "Pixels are clamped to their batch's range, as in the code that made the authors' tables; in the "

@@ -50,6 +50,7 @@ class FedRTS(FixedMask):
     """Every weight has a Beta posterior of being worth its place; adjusting rounds draw the mask anew."""
 
     name = "fedrts"
+    shares_support = False
     paper = "arXiv 2501.19122"
     departures = (
         "The initial mask is random; in the authors' library it holds the largest initial weights "

@@ -63,6 +63,7 @@ class FedSAM(Algorithm):
 
     name = "fedsam"
     paper = "Qu et al., ICML 2022, arXiv 2206.02618; Caldarola et al., ECCV 2022, arXiv 2203.11834"
+    shares_support = True
     departures = (
         "Plain FedSAM alone: neither momentum (MoFedSAM), nor the adaptive neighbourhood (ASAM), nor the "
         "averaged weights of Caldarola et al.",

@@ -128,6 +128,7 @@ class FixedMask(Algorithm):
     name = "fixed_mask"
     paper = "RandomMask, the control of Bibikar et al., AAAI 2022, arXiv 2112.09824"
     client = MaskedClient
+    shares_support = True
     asynchronous = True
 
     sparsity: float = hyperparameter(

@@ -55,6 +55,7 @@ class MaskedScaffold(Scaffold, FixedMask):
     """SCAFFOLD inside a mask; control variates still travel dense, 0 outside it."""
 
     name = "masked_scaffold"
+    shares_support = False
     client = _ScaffoldClient
     asynchronous = False
 
@@ -64,6 +65,7 @@ class MaskedFedDyn(FedDyn, FixedMask):
     """FedDyn inside a mask; h is 0 outside it."""
 
     name = "masked_feddyn"
+    shares_support = False
     client = _FedDynClient
     asynchronous = False
 

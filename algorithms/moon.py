@@ -86,6 +86,7 @@ class Moon(Algorithm):
 
     name = "moon"
     paper = "Li et al., CVPR 2021, arXiv 2103.16257"
+    shares_support = True
     departures = (
         "The representation is what the last layer is given, whatever the model; the authors put a "
         "projection of two linear layers before it, 256 wide, which model.projection adds to small_cnn. All "

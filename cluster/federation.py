@@ -207,6 +207,13 @@ class Federation:
         """Bytes that one client keeps between its visits."""
         return 4 * sum(self.config.method.keeps(self.layout).values())
 
+    @property
+    def updates_bytes(self) -> int:
+        """Bytes of a round's updates where the driver holds them all; a rule's vectors are twice as much."""
+        if not self.config.keeps_updates:
+            return 0
+        return self.config.cohort * 4 * self.layout.up_size * (3 if self.config.rule.keeps_updates else 1)
+
     def check_memory(self, limit: int) -> None:
         """Refuse what the driver would have to hold beyond ``limit`` bytes.
 
@@ -221,9 +228,11 @@ class Federation:
                 f"algorithm.name: with {name} each of the {clients:,} clients keeps {kept / 1e6:,.1f} MB: "
                 f"{clients * kept / 1e9:,.1f} GB, and {room}; lower partition.clients or the model's size"
             )
-        if self.config.method.keeps_updates and cohort * update > limit:
+        if self.updates_bytes > limit:
+            ours = self.config.method.keeps_updates
+            key = f"algorithm.name: {name}" if ours else f"aggregation.name: {self.config.aggregation.name}"
             raise MemoryNeeded(
-                f"algorithm.name: {name} looks at every update of a round: {cohort:,} of {update / 1e6:,.1f} "
+                f"{key} looks at every update of a round: {cohort:,} of {update / 1e6:,.1f} "
                 f"MB, and {room}; lower cohort"
             )
 

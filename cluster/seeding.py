@@ -26,6 +26,8 @@ Purpose = Literal[
     "attack",
     "robustness",
     "adapter",
+    "byzantine",
+    "privacy",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -76,6 +76,9 @@ class Algorithm:
     #: Whether clients can work out their part by themselves, from the round, their place and their budget, so
     #: that its positions need not be sent.
     submodel_known: ClassVar[bool] = False
+    #: Whether all clients of a round send the same positions, whatever their data, as models and not as
+    #: differences, and ``advance`` asks the total for its (masked) mean alone: robust rules need both.
+    shares_support: ClassVar[bool] = False
     #: Whether totals also keep every accepted update by client (``total.updates``): a cohort of models.
     keeps_updates: ClassVar[bool] = False
     #: Whether totals also keep n_i of the positions that clients name (``visit.marks``): ``total.marked``.
@@ -138,13 +141,13 @@ class Algorithm:
         """What the next round's clients are told; ``clients`` is the population's size."""
         return Instructions(round=state.round + 1, rounds=rounds)
 
-    def zero(self, grid: Grid, layout: ParameterLayout) -> Total:
-        """The total of no update, which keeps what the method asks totals for."""
+    def zero(self, grid: Grid, layout: ParameterLayout, updates: bool = False) -> Total:
+        """The total of no update, which keeps what the method asks totals for, and ``updates`` if asked."""
         return Total.zero(
             grid,
             layout,
             masked=self.masked,
-            updates=self.keeps_updates,
+            updates=updates or self.keeps_updates,
             parts=self.confined,
             marks=self.keeps_marks,
         )

@@ -24,6 +24,7 @@ from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
 from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk, HostSetup
+from cluster.simulation.byzantine import Byzantine
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
 from cluster.trained_model import TrainedModel
@@ -62,7 +63,7 @@ class ClientHost:
         self._setup = setup
         self._dataset, held_out = dataset, setup.validation
         self._validation = Split(dataset.train.inputs[held_out], dataset.train.targets[held_out], None)
-        self._method = config.method
+        self._method, self._byzantine = config.method, Byzantine(config)
         model = TrainedModel.of(config, dataset, setup.base).module
         local = config.local
         settings = LocalSettings(
@@ -249,7 +250,7 @@ class ClientHost:
         """The round's broadcast: the first copy that came, which the trainer has received already."""
         if self._total is None or self._round != broadcast.instructions.round:
             grid = Grid(broadcast.limit, broadcast.samples)
-            self._total = self._method.zero(grid, self._trainer.layout)
+            self._total = self._method.zero(grid, self._trainer.layout, updates=self.config.keeps_updates)
             self._round = broadcast.instructions.round
         if self._broadcast is None or not _same(self._broadcast, broadcast):
             self._broadcast = broadcast
@@ -277,13 +278,32 @@ class ClientHost:
         try:
             seconds = self._seconds(broadcast, assignment, len(rows))
             trained = self._trainer.visit(
-                assignment.client, rows, assignment.sparsity, broadcast, assignment.kept, part, seconds
+                assignment.client,
+                rows,
+                assignment.sparsity,
+                broadcast,
+                assignment.kept,
+                part,
+                seconds,
+                flipped=self._byzantine.flips_labels(assignment.client) and len(self._dataset.classes),
             )
+            self._corrupt(broadcast, assignment, trained)
             if self._memory is not None:
                 self._memory.check(assignment.client)
         except Exception as error:
             trained = self._skip(error, assignment.client, broadcast.instructions.round, "train")
         return trained, time.perf_counter() - started
+
+    def _corrupt(self, broadcast: Broadcast, assignment: Assignment, trained: Trained) -> None:
+        """Have an attacker send something else than what it trained."""
+        size = self._trainer.layout.trained_size
+        base = broadcast.base(assignment.part)
+        if self._method.uploads_differences or base is None:
+            base = np.zeros(size, np.float32)
+        number = broadcast.instructions.round
+        self._byzantine.corrupt(
+            assignment.client, number, trained.values[:size], base[:size], trained.support
+        )
 
     def _send(
         self, broadcast: Broadcast, assignment: Assignment, trained: Trained | str, seconds: float

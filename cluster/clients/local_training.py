@@ -130,6 +130,8 @@ class Trainer:
         kept: Mapping[str, np.ndarray] | None = None,
         part: Part | None = None,
         seconds: np.ndarray | None = None,
+        *,
+        flipped: int = 0,
     ) -> Trained:
         """Play one client: load w_t, train locally, turn the result into the update.
 
@@ -141,9 +143,12 @@ class Trainer:
             kept: What the client keeps from its last visit.
             part: The part of the model that it was sent; None for all of it.
             seconds: What weights cost its device, see :class:`Visit`; None where no device is meant.
+            flipped: Number of the classes of an attacker that learns them counted from the other end.
         """
         self._load(broadcast, part)
         visit, steps, bill = self._set_up(client, rows, sparsity, broadcast, kept)
+        if flipped:
+            visit.targets = flipped - 1 - visit.targets
         unknown = torch.zeros(len(self.layout.prunable) + 1)
         visit.seconds = unknown if seconds is None else torch.from_numpy(seconds)
         client_half = self.method.client(self.method, visit)

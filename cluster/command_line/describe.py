@@ -65,7 +65,7 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
     parts: tuple[tuple[str, str, Callable[[Federation], None]], ...] = (
         ("model", "data model adapter", lambda known: _model(console, known)),
         ("data", "data", lambda known: _partition(console, known, picture_file)),
-        ("bytes", "data model adapter algorithm", lambda known: _bytes(console, known)),
+        ("bytes", "data model adapter algorithm aggregation", lambda known: _bytes(console, known)),
         ("devices", "data model adapter algorithm", lambda known: _devices(console, known)),
         ("memory", "data model adapter algorithm", lambda known: _memory(console, known, before)),
     )
@@ -219,6 +219,11 @@ def _bytes(console: Console, federation: Federation) -> None:
         console.print(
             f"a client keeps {federation.kept_bytes / _MEGA:,.3f} MB between its visits, which never travel; "
             f"in the driver's memory at most {federation.kept_bytes * len(federation.sizes) / _MEGA:,.1f} MB"
+        )
+    if config.rule.keeps_updates:
+        console.print(
+            f"aggregation.name={config.aggregation.name}: every client weighs the same; the driver holds all "
+            f"updates of a round, at most {federation.updates_bytes / _MEGA:,.1f} MB"
         )
     base = [("the frozen base, once", federation.trained.base_bytes)] if federation.trained.base_bytes else []
     for name, size in (

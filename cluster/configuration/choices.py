@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from algorithms import (
+    AGGREGATIONS,
     LOCAL_OPTIMIZERS,
     SERVER_OPTIMIZERS,
     Algorithm,
@@ -61,6 +62,13 @@ _ATTACKS = "algorithms.core.attacks"
 KINDS: dict[str, Kind] = {
     "algorithm": Kind("the method", "algorithms:Algorithm", {}, "sparsyfed"),
     "server": Kind("what the server does with the clients' mean", "algorithms:ServerOptimizer", {}, "fedavg"),
+    "aggregation": Kind(
+        "how the server adds updates up; all but mean look at each of them, and clients then weigh the same",
+        "algorithms:Aggregation",
+        {},
+        "mean",
+        ("weighting",),
+    ),
     "partition": Kind(
         "how the training data is divided among clients",
         f"{_PARTITIONERS}:Partitioner",
@@ -180,6 +188,8 @@ def built_in(section: str) -> dict[str, Any]:
         return dict(SERVER_OPTIMIZERS)
     if section == "optimizer":
         return dict(LOCAL_OPTIMIZERS)
+    if section == "aggregation":
+        return dict(AGGREGATIONS)
     return {
         name: load_reference(f"{section}.name", reference, ChoiceError)
         for name, reference in KINDS[section].names.items()

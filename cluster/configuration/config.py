@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from algorithms import Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule
+from algorithms import Aggregation, Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule
 from cluster.configuration import attacks
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import KINDS, ChoiceError, build_choice, fields, values_of
@@ -27,8 +27,9 @@ from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.sections import (
     AdapterChoice,
-    AggregationSection,
+    AggregationChoice,
     AlgorithmChoice,
+    ByzantineSection,
     Choice,
     ClientEvaluationSection,
     DataSection,
@@ -122,7 +123,8 @@ class Config(Section):
     schedule: ScheduleChoice = Field(default_factory=ScheduleChoice)
     sampler: SamplerChoice = SamplerChoice()
     sparsity_schedule: SparsityScheduleChoice = SparsityScheduleChoice()
-    aggregation: AggregationSection = AggregationSection()
+    aggregation: AggregationChoice = Field(default_factory=AggregationChoice)
+    byzantine: ByzantineSection = ByzantineSection()
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
@@ -179,6 +181,7 @@ class Config(Section):
         """Every choice that is built when the configuration is checked."""
         yield "algorithm", self.algorithm, lambda: self.method
         yield "server", self.server, self.build_server
+        yield "aggregation", self.aggregation, lambda: self.rule
         yield "sampler", self.sampler, self.build_sampler
         yield "sparsity_schedule", self.sparsity_schedule, lambda: self.ramp
         yield "model", self.model, self.build_model
@@ -212,7 +215,19 @@ class Config(Section):
     @property
     def weighting(self) -> str:
         """What an update weighs: its ``samples``, or all ``equal``."""
-        return self.aggregation.weighting or self.method.weighting
+        return self.aggregation.weighting or ("equal" if self.rule.keeps_updates else self.method.weighting)
+
+    @cached_property
+    def rule(self) -> Aggregation:
+        """The rule by which updates are added up."""
+        rule: Aggregation = self._build("aggregation")
+        return rule
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether totals keep every update of a round."""
+        colluding = self.byzantine.share > 0.0 and self.byzantine.kind == "little_is_enough"
+        return self.method.keeps_updates or self.rule.keeps_updates or colluding
 
     def weight(self, samples: int) -> int:
         """What the update of a client with so many samples weighs."""

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from algorithms import registry
 from algorithms.core.widths import UnitMethod
+from cluster.configuration.aggregating import aggregation_problems
 from cluster.configuration.attacks import attack_problems
 from cluster.configuration.choices import ChoiceError, build_choice
 from cluster.measures import MEASURES, Measure, declared, of_objective
@@ -32,6 +33,8 @@ def problems_between(config: Any) -> list[str]:
     if not alone("algorithm"):
         problems += [*device_problems(config), *sparsity_problems(config), *adapter_problems(config)]
         problems += config.method.problems(config)
+        if not any(map(alone, ("aggregation", "objective"))):
+            problems += aggregation_problems(config)
         if not alone("schedule"):
             problems += config.build_schedule().problems(config)
     return problems

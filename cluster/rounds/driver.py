@@ -27,6 +27,7 @@ from cluster.records.kept_files import drop_unused, load_kept, save_kept
 from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder
 from cluster.references import load_reference
+from cluster.rounds.aggregating import Aggregating
 from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.ledger import Ledger, Line
@@ -77,6 +78,7 @@ class Driver:
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._clients, self._robust = ClientEvaluation(federation), RobustEvaluation(federation, _CHUNK_ROWS)
         self._setbacks, self._supports = Setbacks(), Supports()
+        self._aggregating = Aggregating(federation)
         self._stands_on = stands_on(federation)
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._final: Line = {}
@@ -148,7 +150,8 @@ class Driver:
             return replace(before, round=before.round + 1)
         self._setbacks.clear()
         share = outcome.total.samples / self._schedule.population_weight(before.round + 1)
-        return self.method.advance(before, outcome.total, self.server, self.layout, share)
+        total = self._aggregating.settle(before, outcome.total)
+        return self.method.advance(before, total, self.server, self.layout, share)
 
     def _book_keeping(self) -> None:
         """Write, measure and checkpoint the last round while the next one is already being computed."""

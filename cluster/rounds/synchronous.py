@@ -85,7 +85,8 @@ class Synchronous(Schedule):
                 report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
                 part = parts[report.client]
-                total = total or self.method.zero(Grid(broadcast.limit, broadcast.samples), layout)
+                grid = Grid(broadcast.limit, broadcast.samples)
+                total = total or self.method.zero(grid, layout, updates=self.config.keeps_updates)
                 refused = self.uplink.take(
                     total,
                     report.client,

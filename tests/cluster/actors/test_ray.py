@@ -147,6 +147,21 @@ def test_what_clients_name_beside_their_updates_gives_the_bits_of_inline(local_r
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
+def test_krum_among_attackers_gives_the_bits_of_inline(local_ray, tmp_path):
+    """Updates travel to the driver from two actors; who does harm depends on neither."""
+    small = [
+        "model.name=small_cnn",
+        "cohort=6",
+        "partition.clients=6",
+        "rounds=2",
+        "algorithm={name: fedavg}",
+    ]
+    rule = ["aggregation.name=multi_krum", "byzantine.share=0.2"]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(config(*small, *rule, *more), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+
+
 def test_adapters_give_the_bits_of_inline(local_ray, tmp_path):
     small = [
         "model.name=mlp",

@@ -1,0 +1,59 @@
+"""What does not fit together where the server looks at every update, or where some clients do harm.
+
+Functions take a whole ``Config``, whose choices can be built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from algorithms import registry
+
+
+def aggregation_problems(config: Any) -> Iterator[str]:
+    """A sentence for each."""
+    harm = config.byzantine
+    if config.rule.keeps_updates:
+        name = config.aggregation.name
+        yield from support_problems(config, "aggregation.name", name)
+        yield from config.rule.problems(config.cohort)
+        if config.aggregation.weighting == "samples":
+            yield (
+                f"aggregation.weighting: samples, and with {name} clients weigh the same: none may buy "
+                "weight by the samples that it says it has; leave it out"
+            )
+    if not harm.share:
+        found = harm.model_dump(exclude_defaults=True)
+        yield from (f"byzantine.{key}: {found[key]}, but byzantine.share is 0" for key in found)
+    elif harm.kind == "little_is_enough":
+        yield from support_problems(config, "byzantine.kind", harm.kind)
+    elif harm.kind == "label_flip":
+        if not config.build_objective().by_class:
+            yield (
+                "byzantine.kind: label_flip needs the classes of the samples, and objective.name="
+                f"{config.objective.name} has none"
+            )
+        if harm.factor is not None:
+            yield f"byzantine.factor: {harm.factor:g}, but label_flip has none; leave it out"
+
+
+def support_problems(config: Any, key: str, name: str) -> Iterator[str]:
+    """Rounds whose updates cannot be compared coordinate by coordinate.
+
+    Args:
+        config: The configuration.
+        key: The key that asks for it.
+        name: Its value.
+    """
+    if not config.method.shares_support:
+        able = ", ".join(known for known, method in registry().items() if method.shares_support)
+        yield (
+            f"{key}: {name} compares updates coordinate by coordinate, and clients of "
+            f"{config.algorithm.name} send supports or differences of their own: with Top-K per client a "
+            f"coordinate sent by fewer than half has median 0; it works with {able}"
+        )
+    if any(tier.sparsity is not None for tier in config.devices.kinds.values()):
+        yield f"{key}: {name} needs one support for all clients; leave the tiers' sparsity out"
+    if config.schedule.name != "synchronous":
+        yield f"{key}: {name} looks at every update of a round: schedule.name=synchronous"

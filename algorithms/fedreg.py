@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algorithms.core.algorithm import Algorithm
 from algorithms.core.client import Client
 from algorithms.core.hyperparameters import hyperparameter
+from algorithms.core.parameters import ParameterLayout
 
 
 class FedRegClient(Client):
@@ -148,8 +149,14 @@ class FedReg(Algorithm):
         """Modules compute between w and w_t, unless nothing asks for it."""
         return self.gamma < 1.0 or self.pseudo or self.perturbed
 
+    def lay_out(self, layout: ParameterLayout, model: nn.Module, example: Tensor) -> ParameterLayout:
+        """See :class:`Algorithm`; refuses tokens, which cannot move along a gradient."""
+        if not example.is_floating_point():
+            raise ValueError("fedreg moves samples along a gradient, which tokens do not have")
+        return super().lay_out(layout, model, example)
+
     def problems(self, config: Any) -> Iterator[str]:
-        """Generated data are of classes, and of inputs that have a gradient."""
+        """Generated data are of classes."""
         if config.objective.name != "classification":
             found = config.objective.name
             yield f"objective.name: {found}; fedreg's generated data are of classes alone"

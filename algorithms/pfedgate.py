@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algorithms.core.aggregation import Total
@@ -228,6 +228,14 @@ class PFedGate(Algorithm):
         """A block that no batch kept has not changed."""
         return True
 
+    def lay_out(self, layout: ParameterLayout, model: nn.Module, example: Tensor) -> ParameterLayout:
+        """See :class:`Algorithm`; refuses tokens to look at."""
+        if self.gate == "images" and not example.is_floating_point():
+            raise ValueError(
+                "algorithm.gate: images looks at samples as numbers, which tokens are not; set scores"
+            )
+        return super().lay_out(layout, model, example)
+
     # ---- the gate
 
     def blocks_of(self, layout: ParameterLayout) -> Blocks:
@@ -318,7 +326,7 @@ class PFedGate(Algorithm):
         """Nothing: a tier's budget is one of blocks, which each client chooses; the global model is dense."""
 
     def problems(self, config: Any) -> Iterator[str]:
-        """An epoch for the gate needs one for the weights; a gate of images needs numbers to look at."""
+        """An epoch for the gate needs one for the weights; scores look at no batch."""
         if self.optimisation == "alternate" and config.local.epochs % 2:
             yield (
                 f"local.epochs: {config.local.epochs}, but algorithm.optimisation=alternate trains the gate "
@@ -329,5 +337,3 @@ class PFedGate(Algorithm):
                 "algorithm.scope: batch, but algorithm.gate=scores looks at no samples; set gate=images, or "
                 "scope=client"
             )
-        if self.gate == "images" and config.objective.name == "language_model":
-            yield "algorithm.gate: images looks at samples as numbers, which tokens are not; set scores"

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from algorithms import hyperparameter
+from algorithms import ParameterLayout, hyperparameter
 from algorithms.fedavg import FedAvg
 from algorithms.fedreg import FedReg, FedRegClient, overlap
 from algorithms.fixed_mask import FixedMask, MaskedClient
@@ -193,3 +194,9 @@ def test_inside_a_mask_nothing_moves_outside_it():
     assert not trained.values[: len(mask)][~mask].any()
     assert trained.values[: len(mask)][mask].all()
     assert np.array_equal(trained.support, mask)
+
+
+def test_tokens_are_refused_before_anything_starts():
+    model = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"fedreg moves samples along a gradient"):
+        FedReg().lay_out(ParameterLayout.of(model), model, torch.zeros(2, 3, dtype=torch.int64))

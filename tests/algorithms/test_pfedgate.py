@@ -316,17 +316,15 @@ def test_tiers_have_budgets_of_their_own(cache, tmp_path):
             {"algorithm": {"name": "pfedgate", "scope": "batch"}},
             r"algorithm.scope: batch, but algorithm.gate=scores looks at no samples",
         ),
-        (
-            {
-                "algorithm": {"name": "pfedgate", "gate": "images"},
-                "objective": {"name": "language_model"},
-                "data": {"name": "tiny_text"},
-                "model": {"name": "transformer"},
-            },
-            r"algorithm.gate: images looks at samples as numbers",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(cache, keys, says):
     with pytest.raises(ValueError, match=says):
         tiny_federation(cache, **keys)
+
+
+def test_a_gate_of_images_looks_at_no_tokens():
+    model, tokens = nn.Linear(3, 1), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"algorithm.gate: images looks at samples as numbers"):
+        PFedGate(gate="images").lay_out(ParameterLayout.of(model), model, tokens)
+    PFedGate().lay_out(ParameterLayout.of(model), model, tokens)

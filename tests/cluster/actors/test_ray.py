@@ -106,6 +106,19 @@ def test_parts_of_the_model_give_the_bits_of_inline(local_ray, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "inline")
 
 
+def test_own_rows_new_clients_and_all_updates_give_the_bits_of_inline(local_ray, tmp_path):
+    """What is judged on two actors by rows of clients, and a server that looks at every update."""
+    small = ["model={name: mlp, hidden: [8]}", "partition.clients=8", "data.validation=0.2", "local.epochs=1"]
+    judged = "{every: 1, rows: own, after: 2, unseen: 2, shots: [2]}"
+    moon = ["rounds=3", "cohort=3", "algorithm.name=moon", f"evaluate_clients={judged}"]
+    echo = ["rounds=1", "cohort=6", "partition.clients=6", "algorithm.name=ma_echo"]
+    for kind, sections in {"moon": moon, "ma_echo": echo}.items():
+        overrides = [*small, *sections, "tracking.enabled=false"]
+        for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+            cluster.run(cluster.resolve("quickstart", [*overrides, *more]), tmp_path / kind / name)
+        assert_same_run(tmp_path / kind / "ray", tmp_path / kind / "inline")
+
+
 def test_a_language_model_gives_the_bits_of_inline(local_ray, tmp_path):
     text = ["objective.name=language_model", "data.name=tiny_text", "data.length=16", "cohort=3"]
     text += [

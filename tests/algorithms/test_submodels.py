@@ -226,3 +226,12 @@ def test_a_broadcast_tells_what_each_client_knows():
     assert broadcast.base(0) is mine
     assert broadcast.held(None) is mask is broadcast.held(1)
     assert broadcast.held(0) is held
+
+
+def test_what_an_update_cuts_of_a_part_is_held_by_nobody():
+    """A support over the weights alone speaks of no bias: those of the part all count."""
+    layout = layout_of(2, 1)
+    total = HeteroFL().zero(Grid(2.0**20, 4), layout)
+    total.fold(0, np.array([1, 0, 3], np.float32), np.array([True, False]), 2, layout)
+    assert total.mask_samples.tolist() == [2, 0, 2]
+    assert total.masked_mean().tolist() == [1, 0, 3]

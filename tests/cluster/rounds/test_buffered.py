@@ -105,10 +105,10 @@ def test_what_a_step_adds_up_to_over_each_weights_holders(cache, tmp_path, monke
     folded = []
     take = Uplink.take
 
-    def taking(self, total, client, message, samples, base, held):
+    def taking(self, total, client, message, samples, base, held, *rest):
         values = torch.from_numpy(self.decode(message, held).values.copy()).double()
         folded.append((client, values, torch.from_numpy(held), samples))
-        return take(self, total, client, message, samples, base, held)
+        return take(self, total, client, message, samples, base, held, *rest)
 
     monkeypatch.setattr(Uplink, "take", taking)
     states = run_inline(config, tmp_path / "run").states

@@ -102,6 +102,21 @@ def test_each_base_is_a_narrow_model_trained_by_itself():
         assert trained.measured.flops_dense == pytest.approx(share, rel=1e-9)
 
 
+def test_weights_between_two_bases_stay_0_all_through_a_visit():
+    method = SplitMix(bases=2)
+    trainer = trainer_of(method)
+    flat = trainer.layout.flatten(trainer.module)
+    state = method.initial_state(flat, trainer.layout, np.random.default_rng(0))
+    support = method.part([0, 1], trainer.layout).numpy()
+    parcel = Sender(trainer.layout, "float32").parcel(state)
+    part = parcel.parts[parcel.part(support, known=True, confined=True)]
+    weights = state.weights.numpy()
+    broadcast = Broadcast(weights, weights, None, TOLD, 0.2, 2.0**20, 60, parts=(part,))
+    trained = trainer.visit(0, np.arange(20), 0.0, broadcast, part=part)
+    assert (~support).any()
+    assert not trained.values[: len(support)][~support].any()
+
+
 def test_all_bases_come_equally_often_and_none_twice():
     method, model = SplitMix(), models.build("mlp", input_shape=(4,), classes=3, seed=1, hidden=[8])
     layout = laid_out(method, model, torch.randn(2, 4))

@@ -14,6 +14,8 @@ from algorithms import registry
 def aggregation_problems(config: Any) -> Iterator[str]:
     """A sentence for each."""
     harm = config.byzantine
+    if not config.left_alone("sampler") and getattr(config.build_sampler(), "varies", False):
+        yield from coin_problems(config)
     if config.rule.keeps_updates:
         name = config.aggregation.name
         yield from support_problems(config, "aggregation.name", name)
@@ -36,6 +38,15 @@ def aggregation_problems(config: Any) -> Iterator[str]:
             )
         if harm.factor is not None:
             yield f"byzantine.factor: {harm.factor:g}, but label_flip has none; leave it out"
+
+
+def coin_problems(config: Any) -> Iterator[str]:
+    """Rounds whose cohort cannot be of any size."""
+    name = config.sampler.name
+    if config.schedule.name == "buffered":
+        yield f"sampler.name: {name} draws whole rounds, and buffered has none; schedule.name=synchronous"
+    elif (asked := config.schedule.options.get("over_selection", 1.0)) > 1.0:
+        yield f"schedule.over_selection: {asked:g}, and {name} takes everybody it asks; leave it out"
 
 
 def support_problems(config: Any, key: str, name: str) -> Iterator[str]:

@@ -113,6 +113,7 @@ KINDS: dict[str, Kind] = {
             "availability": f"{_SAMPLERS}:ByAvailability",
             "size": f"{_SAMPLERS}:BySize",
             "stratified": f"{_SAMPLERS}:Stratified",
+            "poisson": f"{_SAMPLERS}:Poisson",
         },
         "uniform",
     ),

@@ -96,6 +96,7 @@ class Schedule(ABC):
         )
         self.sender = Sender(federation.layout, config.wire.downlink, federation.trained.base_bytes)
         self._sampler = config.build_sampler()
+        self.varies: bool = getattr(self._sampler, "varies", False)
         self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
         self.clock: Clock[Any] = Clock()
         self.kept = Kept(late=not method.kept_is_summed)

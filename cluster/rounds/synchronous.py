@@ -38,11 +38,14 @@ class Synchronous(Schedule):
         instructions = self.instruct(state)
         number, wanted = instructions.round, instructions.cohort or self.config.cohort
         rng = seeding.generator(self.config.seed, "cohort", number)
-        asked = self.draw(math.ceil(wanted * timing.over_selection - 1e-9), number, rng)
+        planned = math.ceil(wanted * timing.over_selection - 1e-9)
+        asked = self.draw(planned, number, rng)
+        if self.varies:
+            wanted = len(asked)
         reached = asked[self.devices.available(asked, started)]
         parcel = self.sender.parcel(state)
         # Rounds ask as many as this one: nobody's place depends on who was there.
-        before = (number - self.method.first_round) * len(asked)
+        before = (number - self.method.first_round) * (planned if self.varies else len(asked))
         assignments, bounds = self.assignments(reached, parcel, instructions, before)
         deadline = math.inf if timing.deadline is None else timing.deadline
         punctual = bounds <= deadline

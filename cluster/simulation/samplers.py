@@ -25,7 +25,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,9 @@ class SamplerError(UserError):
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
     """A way to choose clients; a plain function of the same arguments is one too."""
+
+    #: Whether more than ``count`` clients may come: every one is asked, and a round takes all who answer.
+    varies: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
@@ -106,6 +109,19 @@ class Uniform(Sampler):
     def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
         """See :class:`Sampler`."""
         return rng.choice(candidates.clients, size=count, replace=False)
+
+
+class Poisson(Sampler):
+    """A coin for each client, by itself, with the chance cohort / clients; a cohort's size varies.
+
+    Who is not available or drops out counts as asked. Nobody at all is a round without a server step.
+    """
+
+    varies = True
+
+    def __call__(self, rng: np.random.Generator, count: int, candidates: Candidates) -> np.ndarray:
+        """See :class:`Sampler`."""
+        return np.flatnonzero(rng.random(candidates.clients) < count / candidates.clients)
 
 
 class ByAvailability(Sampler):
@@ -164,6 +180,7 @@ def draw(sampler: Draw, rng: np.random.Generator, count: int, candidates: Candid
     """
     drawn = np.asarray(sampler(rng, min(count, candidates.clients), candidates))
     cohort = np.unique(drawn)
+    count = candidates.clients if getattr(sampler, "varies", False) else count
     inside = not len(cohort) or (cohort[0] >= 0 and cohort[-1] < candidates.clients)
     if drawn.ndim != 1 or len(cohort) != len(drawn) or len(drawn) > count or not inside:
         raise SamplerError(

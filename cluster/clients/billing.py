@@ -54,11 +54,13 @@ class Bill:
             absent = 1.0 - share
             self.spared += self.flops.sparse(samples, absent, np.ones(len(share)), absent)
 
-    def attack(self, samples: int) -> None:
+    def attack(self, samples: int, share: np.ndarray | None = None) -> None:
         """Note the attack on the batch of the next step's pass: its samples, once for each of its runs."""
         if not self.first:
             self.first_attacked = samples
         self.attacked += samples
+        if share is not None:
+            self.spared += self.flops.attack(samples, 1.0 - share)
 
     def more(self, samples: int, nonzeros: np.ndarray, attacked: int = 0) -> None:
         """Note a pass beside the steps, and the attack before it."""

@@ -127,7 +127,7 @@ class LocalSteps:
             self._meter.paused = True
             found, runs = attack(inputs if change is None else change(inputs), visit.targets[chosen])
             self._meter.paused = paused
-            self._bill.attack(runs * len(chosen))
+            self._bill.attack(runs * len(chosen), visit.computes)
             self._attacked = chosen, found
         return self._attacked[1]
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from algorithms.core.attacks import Pgd
 from algorithms.fjord import Fjord, FjordClient
 from tests.algorithms.test_submodels import half
 from tests.cluster.clients.tiny_visits import broadcast_of, trainer_of
@@ -25,12 +26,12 @@ class Noting(FjordClient):
         return loss
 
 
-def visited(budget, *, levels=4, lr=0.2):
+def visited(budget, *, levels=4, **settings):
     """A client's steps: trainer, what was noted, the visit's result."""
     method = type("Own", (Fjord,), {"client": Noting, "name": ""})(levels=levels, share_of="width")
     Noting.seen = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
-    trainer = trainer_of(method, model=model, weight_decay=0.0, epochs=10)
+    trainer = trainer_of(method, model=model, weight_decay=0.0, epochs=10, **settings)
     broadcast, part = (
         half(method, trainer) if budget == 0.5 else (broadcast_of(trainer, method, None, 1), None)
     )
@@ -64,6 +65,20 @@ def test_each_step_is_one_of_a_narrower_network(budget, widths):
     if budget == 0.5:
         values = layout.split(torch.from_numpy(trained.values.copy()))
         assert not values["1.weight"][4:].any()
+
+
+def test_an_attack_is_as_narrow_as_its_step():
+    """Of each run forward pass and input gradient, of the first layer too."""
+    (_, _, plain), (_, _, attacked) = visited(1.0), visited(1.0, attack=Pgd(epsilon=0.1, steps=3))
+    runs = 0.0
+    for number, (model, _, _) in enumerate(Noting.seen):
+        width = int((model[: 64 * 8].view(8, 64) != 0).any(dim=1).sum())
+        runs += 3 * (8, 8, 4)[number % 3] * 2 * 2 * (64 + 3) * width
+    for more in (
+        attacked.measured.flops_dense - plain.measured.flops_dense,
+        attacked.measured.flops_sparse.sum() - plain.measured.flops_sparse.sum(),
+    ):
+        assert more == pytest.approx(runs, rel=1e-6)
 
 
 def test_inner_units_are_trained_most_and_tiers_are_judged(cache, tmp_path):

@@ -84,7 +84,7 @@ def test_quickstart_is_described_with_model_partition_bytes_and_memory(
     # 1,437 digits over 30 clients: 47 each, 27 left over.
     assert "47 / 47 / 47 samples" in text
     assert "given to nobody 27" in text
-    assert "{name: lda, clients: 30, seed: 1337, alpha: 0.5}" in text
+    assert "{name: lda, clients: 30, seed: 1337, alpha: 0.5, order: clients}" in text
     assert "beta: 1.25" in text  # a default of the method, not written in the preset
     assert "two float64[size]" in text
     # 4 (20,794 + 650) bytes of values, and |P| H2(0.1) = 207,936 * 0.469 bits of positions: 85,776 + 12,190.

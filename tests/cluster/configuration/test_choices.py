@@ -91,8 +91,8 @@ def test_describe_of_what_is_not_there_names_the_nearest(words, says, capsys):
         ),
         (
             ["partition.shards_per_client=3"],
-            "partition.shards_per_client: lda has no such field; its fields: alpha, and of every partition "
-            "clients, seed; shards_per_client belongs to shards",
+            "partition.shards_per_client: lda has no such field; its fields: alpha, order, and of every "
+            "partition clients, seed; shards_per_client belongs to shards",
         ),
         (["partition.cleints=3"], "did you mean clients?"),
         (

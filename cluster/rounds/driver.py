@@ -190,7 +190,7 @@ class Driver:
         """Measure and evaluate the last round at once, as what it says decides whether there is another."""
         self._book_keeping()
         if self._ledger.waiting is not None:
-            chunks = self._chunks + self._clients.chunks(self.state.round, last=False)
+            chunks = self._chunks_of(self.state.round, last=False)
             outcome = self._schedule.evaluate(self.state, chunks, lambda: None)
             self._complete_line(outcome, self.state.round)
 

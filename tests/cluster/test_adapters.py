@@ -149,6 +149,18 @@ def test_buffered_rounds_bill_the_base_once(cache, tmp_path):
     assert messages == int(messages) >= 8
 
 
+def test_the_base_is_billed_to_clients_that_are_sent_a_part_of_the_adapters(cache, tmp_path):
+    # FLASC sends half of the prunable floats: 128 of A and 20 of B, and 30 of the head, and 3 biases whole.
+    flasc = {"name": "flasc", "down_sparsity": 0.5, "sparsity": 0.5}
+    run = run_inline(
+        adapted(cache, rounds=1, algorithm=flasc, adapter=SENT_WHOLE, cohort=4), tmp_path / "run"
+    )
+    (line,) = run.lines
+    assert line["comm/base_bytes_total"] == 4 * (HEADER + 4 * BASE)
+    messages = line["comm/downlink_bytes_total"] - line["comm/base_bytes_total"]
+    assert 0 < messages < 4 * (HEADER + 4 * TRAINED)
+
+
 @pytest.mark.parametrize("name", ["sparsyfed", "zerofl", "fixed_mask", "flash", "feddst", "fedef", "ssfl"])
 def test_every_kind_of_method(cache, tmp_path, name):
     adapter = {**LORA, "b_init": 0.01}

@@ -126,6 +126,16 @@ def test_an_interrupted_run_attacks_as_one_that_was_not(cache, tmp_path):
     assert all("robust_gap" in line for line in lines)
 
 
+def test_a_run_that_watches_for_its_end_is_attacked_in_the_same_rounds(cache, tmp_path):
+    def lines(name, **stop):
+        config = tiny_federation(cache, rounds=3, evaluate_attack={"every": 1, **PGD}, stop=stop)
+        return under_attack(run_inline(config, tmp_path / name).lines)
+
+    watched = lines("watched", metric="test/robust_accuracy", target=1.0)
+    assert watched == lines("plain")
+    assert all(line.keys() == KEYS for line in watched)
+
+
 def test_actors_give_the_bits_of_inline(cache, tmp_path, start_ray):
     start_ray(3)  # two actors and room for the driver
     tree = tiny_federation(

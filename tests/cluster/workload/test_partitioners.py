@@ -204,7 +204,7 @@ def test_lda_in_turns_is_distributed_as_it_is_told():
 
 
 def test_in_turns_no_client_is_last():
-    """At alpha 0.1 the last clients meet empty classes, far from their own mixtures; in turns all do alike."""
+    """At alpha 0.1 the last clients meet empty classes, far from their mixtures; in turns all do alike."""
     labels, alpha, clients = balanced(), 0.1, 20
     late = {}
     for order in ("clients", "shuffled"):

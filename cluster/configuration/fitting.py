@@ -153,8 +153,9 @@ def stop_problems(config: Any) -> Iterator[str]:
         return
     if stop.patience is not None and (measure.better is None or measure.grows):
         yield f"stop.patience: neither more nor less of {key} is better; watch another stop.metric"
-    if measure.when == "evaluate_attack.every" and not config.evaluate_attack.every:
-        yield f"stop.metric: {key} is not measured without attacks; set evaluate_attack.every"
+    section, _, option = measure.when.partition(".")
+    if section in ("evaluate_attack", "evaluate_clients") and not getattr(getattr(config, section), option):
+        yield f"stop.metric: {key} is not measured; set {measure.when}"
     if key is not None and key.startswith("test/") and config.evaluate_on == "validation":
         yield f"stop.metric: {key} is not measured with evaluate_on=validation"
     if key is not None and key.startswith("val/") and not config.data.validation:

@@ -95,6 +95,8 @@ def digest_of(flat: Mapping[str, Any]) -> str:
     if relevant.get("model.name") in ("timm", "transformers"):
         files |= {"model.folder", "model.config"}
     for key in files & relevant.keys():  # wherever they lie
+        if relevant[key] is None:
+            continue
         relevant[key] = content_of(relevant[key])
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 

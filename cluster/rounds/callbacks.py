@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,14 +63,14 @@ class Callbacks:
             arrays = {key: array.clone() for key, array in state.arrays.items()}
             own = replace(state, weights=state.weights.clone(), mask=mask, arrays=arrays)
             with _naming(f"{name}, round {line['round']}"):
-                callback.on_round(MappingProxyType(dict(line)), own)
+                callback.on_round(MappingProxyType(copy.deepcopy(dict(line))), own)
 
     def end(self, result: Mapping[str, Any]) -> None:
         """Tell that the run has ended."""
         for name, callback in self._named.items():
             if hasattr(callback, "on_end"):
                 with _naming(f"{name}, the end"):
-                    callback.on_end(MappingProxyType(dict(result)))
+                    callback.on_end(MappingProxyType(copy.deepcopy(dict(result))))
 
 
 @contextmanager

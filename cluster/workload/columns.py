@@ -18,10 +18,12 @@ import numpy as np
 from cluster.references import DataError
 from cluster.workload import cache
 from cluster.workload.labels import names_of
-from cluster.workload.tables import Table, choose_column, is_numeric, is_text, numbers
+from cluster.workload.tables import Table, as_float32, choose_column, is_numeric, is_text, numbers
 
 #: What pandas writes of an index that it was not told to leave out: a row's number, which says nothing.
 _INDEX = re.compile(r"__index_level_\d+__")
+#: So many texts are categories in however few rows; more have to come twice each on the mean.
+_FEW = 20
 
 
 def write_columns(
@@ -85,7 +87,9 @@ def _standardised(name: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.
             f"{_place(name, tables['train'])}: numbers from {train.min():g} to {train.max():g} have the "
             f"standard deviation {deviation:g} in float64; scale them"
         )
-    columns = {split: ((own - mean) / deviation).astype(np.float32)[:, None] for split, own in values.items()}
+    with np.errstate(over="ignore"):
+        scaled = {split: (own - mean) / deviation for split, own in values.items()}
+    columns = {split: as_float32(own, _place(name, tables[split]))[:, None] for split, own in scaled.items()}
     return columns, {"mean": mean, "deviation": deviation}
 
 
@@ -98,13 +102,20 @@ def _one_hot(name: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.ndarr
         categories = categories or sorted(set(values))
         if len(categories) == 1:
             raise _constant(name, table, repr(categories[0]))
+        if split == "train" and len(categories) > max(_FEW, len(values) // 2):
+            raise DataError(
+                f"{_place(name, table)} holds {len(categories):,} texts in {len(values):,} rows, too many "
+                "for categories: leave it out (data.columns names the columns that are inputs), or learn of "
+                "the texts themselves (objective.name=sequence_classification)"
+            )
         code = {category: index for index, category in enumerate(categories)}
         if unknown := sorted(set(values) - code.keys()):
             raise DataError(
                 f"{_place(name, table)} holds {unknown[:5]}, which the training split does not: "
                 f"{categories[:20]}{' ...' * (len(categories) > 20)}"
             )
-        columns[split] = np.eye(len(categories), dtype=np.float32)[[code[value] for value in values]]
+        columns[split] = np.zeros((len(values), len(categories)), np.float32)
+        columns[split][np.arange(len(values)), [code[value] for value in values]] = 1.0
     return columns, {"categories": categories}
 
 

@@ -57,7 +57,7 @@ def build(
         except ModelError:
             raise
         except (TypeError, ValueError) as error:
-            images = "" if len(input_shape) == 3 else "; mlp and linear take tables, transformer takes text"
+            images = "" if len(input_shape) == 3 else "; mlp and linear take tables, transformers text"
             shape = list(input_shape)
             raise ModelError(
                 f"model: {name} cannot be built with {options} for inputs {shape}: {error}{images}"

@@ -117,7 +117,8 @@ def prepare(
         _refuse(of_images, "beside data.columns")
     excluded = {"exclude_classes": list(exclude_classes) or None}
     if targets == "tokens":
-        _refuse({"label_column": label_column, **excluded}, "for text that is foretold")
+        labels = "objective.name=sequence_classification learns labels of texts"
+        _refuse({"label_column": label_column, **excluded}, f"for text that is foretold ({labels})")
     elif targets != "classes":
         _refuse(excluded, f"where targets are {targets.replace('_', ' ')}")
     of_tables = {**by_key, **of_images, "text_column": text_column, "columns": columns, **excluded}

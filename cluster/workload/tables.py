@@ -138,7 +138,7 @@ def digest(table: Table) -> str:
     import pyarrow
     import xxhash
 
-    hashed = xxhash.xxh3_128(repr(table.schema).encode())
+    hashed = xxhash.xxh3_128(table.schema.serialize())  # names of classes too, which its text cuts off
     for name in table.schema.names:
         for part in table.parts:
             for values in part.batches(name):
@@ -214,6 +214,20 @@ def numbers(table: Table, column: str, place: str) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(found))[0])
         value = "no value" if np.isnan(found[row]) else f"the value {found[row]}"
         raise DataError(f"{place}: row {row} has {value}; allowed are finite numbers")
+    return found
+
+
+def as_float32(values: np.ndarray, place: str) -> np.ndarray:
+    """Finite numbers, float64 [rows], as float32.
+
+    Raises:
+        DataError: One is beyond what float32 holds, naming the row.
+    """
+    with np.errstate(over="ignore"):  # told below
+        found = values.astype(np.float32)
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise DataError(f"{place}: row {row} becomes {values[row]:g}, more than float32 holds; scale them")
     return found
 
 

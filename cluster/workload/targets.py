@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.references import DataError
 from cluster.workload.labels import LabelCodes, names_of
-from cluster.workload.tables import Table, numbers
+from cluster.workload.tables import Table, as_float32, numbers
 
 
 def read_targets(
@@ -51,8 +51,14 @@ def _classes(column: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.nda
 def _numbers(column: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.ndarray], list[str]]:
     values = {}
     for split, table in tables.items():
-        values[split] = numbers(table, column, f"targets in column {column!r} of {table.place}")
-    return {split: own.astype(np.float32) for split, own in values.items()}, []
+        place = f"targets in column {column!r} of {table.place}"
+        if any(part.names(column) is not None for part in table.parts):
+            raise DataError(
+                f"{place} are codes of named classes, which are no quantities; set "
+                "objective.name=classification, or name another data.label_column"
+            )
+        values[split] = as_float32(numbers(table, column, place), place)
+    return values, []
 
 
 def _label_sets(column: str, tables: Mapping[str, Table]) -> tuple[dict[str, np.ndarray], list[str]]:

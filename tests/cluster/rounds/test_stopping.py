@@ -1,5 +1,6 @@
 """What ends a run early, and what a user's own callbacks are told of it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -149,6 +150,8 @@ def test_a_comparison_takes_the_end_that_a_rule_set(cache, tmp_path, whole):
         ({"metric": "test/loss"}, "stop.metric: ends nothing without stop.target or stop.patience"),
         ({"metric": "train/lr", "patience": 2}, "neither more nor less of train/lr is better"),
         ({"metric": "val/accuracy", "target": 0.5}, "set data.validation"),
+        ({"metric": "test/robust_accuracy", "target": 0.5}, "not measured; set evaluate_attack.every"),
+        ({"metric": "clients/accuracy_gain", "target": 0.5}, "not measured; set evaluate_clients.after"),
     ],
 )
 def test_a_rule_that_cannot_be_is_refused(cache, stop, message):
@@ -166,8 +169,9 @@ class Listener:
     ended: ClassVar[list] = []
 
     def on_round(self, line, state):
-        self.told.append((dict(line), state.round, state.weights.clone()))
+        self.told.append((copy.deepcopy(dict(line)), state.round, state.weights.clone()))
         state.weights.zero_()
+        line["sparsity/layers"].clear()
 
     def on_end(self, result):
         self.ended.append(dict(result))

@@ -1,6 +1,7 @@
 """Tables of numbers and categories: inputs by hand and by a naive reference, targets, what is refused."""
 
 import datetime
+import json
 import math
 import random
 import statistics
@@ -16,6 +17,7 @@ from cluster.references import DataError, UserError
 from cluster.workload import cache as stored
 from cluster.workload.datasets import open_dataset
 from cluster.workload.preparing import prepare
+from cluster.workload.tables import digest, given_table
 from tests.tiny_experiment import run_inline
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -158,6 +160,13 @@ def test_classes_are_left_out_with_their_rows(tmp_path):
         ({}, {"age": ["old"]}, {}, r"'age' of .*test.parquet: row 0 holds 'old'; allowed are numbers"),
         ({"colour": ["red", None, "blue"]}, {}, {}, r"column 'colour' of .*: row 1 has no value"),
         ({}, {"colour": ["green"]}, {}, r"test.parquet holds \['green'\], which the train.*'blue', 'red'"),
+        ({}, {"age": [1e60]}, {}, r"column 'age' of .*test.parquet: row 0 becomes .*more than float32"),
+        (
+            {"y": [1.0, 2.0, 1e60]},
+            {"y": [1.0]},
+            {"targets": "numbers", "label_column": "y"},
+            r"row 2 becomes 1e\+60, more than float32 holds; scale them",
+        ),
         ({}, {"colour": [4]}, {}, r"column 'colour' of .*test.parquet: row 0 has the value 4"),
         ({}, {"label": ["maybe"]}, {}, r"\['maybe'\], which the training split does not: \['n', 'y'\]"),
         (
@@ -188,6 +197,33 @@ def test_a_bad_table_says_so(tmp_path, train, test, options, message):
     with pytest.raises(DataError, match=message) as raised:
         prepared(folder, tmp_path / "cache", **options)
     assert "\n" not in str(raised.value)
+
+
+def test_texts_of_nearly_every_row_its_own_are_no_categories(tmp_path):
+    rows = 50
+    table = {"said": [f"text {row % 30}" for row in range(rows)], "label": [0, 1] * 25}
+    folder = written(tmp_path / "set", table, table)
+    with pytest.raises(DataError, match=r"holds 30 texts in 50 rows, too many .*sequence_classification"):
+        prepared(folder, tmp_path / "cache")
+
+
+def test_codes_of_named_classes_are_no_quantities(tmp_path):
+    feature = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["n", "y"]}}}}
+    table = pa.table({"age": [1, 3, 5], "label": [0, 1, 0]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+    folder = written(tmp_path / "set", table, table)
+    with pytest.raises(DataError, match=r"named classes, which are no quantities; set objective.name=class"):
+        prepared(folder, tmp_path / "cache", targets="numbers")
+
+
+def test_a_table_is_known_by_the_names_of_its_classes_too():
+    def known(last):
+        names = [f"class {number}" for number in range(99)] + [last]
+        feature = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+        table = pa.table({"label": [0, 99]}).replace_schema_metadata({"huggingface": json.dumps(feature)})
+        return digest(given_table("mine", table))
+
+    assert known("cat") == known("cat") != known("dog")
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,10 @@ def test_without_a_minimum_nothing_changes():
             ["data.group_column=speaker"],
             "data.group_column = 'speaker' has no meaning for data.name = 'tiny_",
         ),
-        (["model.name=small_cnn"], r"small_cnn cannot be built .*\[64\].* transformer takes text"),
+        (
+            ["model.name=small_cnn"],
+            r"small_cnn cannot be built .*\[64\].* mlp and linear take tables",
+        ),
         (["model.name=mlp"], r"model.name = 'mlp' fails on inputs of shape \[2, 64\]"),
         (["partition.clients=9", "cohort=1"], "have only 8 groups, and 'natural' never splits one"),
         (["partition.min_samples=1000"], "partition.min_samples = 1000 but the largest of 8 groups has"),

@@ -86,4 +86,4 @@ def test_the_published_defaults():
     for kind in (FedAdagrad, FedAdam, FedYogi):
         optimizer = kind()
         assert (optimizer.lr, optimizer.momentum, optimizer.beta2, optimizer.tau) == (0.01, 0.9, 0.99, 1e-3)
-    assert list(SERVER_OPTIMIZERS) == ["fedavg", "fedadagrad", "fedadam", "fedyogi"]
+    assert list(SERVER_OPTIMIZERS) == ["fedavg", "fedadagrad", "fedadam", "fedyogi", "fedadamw"]

@@ -187,7 +187,8 @@ def test_calls_are_guided_not_shorter_than_worth_it_and_bounded_in_time():
 
 
 def test_a_chunk_of_the_evaluation_costs_what_such_chunks_have_cost():
-    costs, central, own = CostModel(), EvaluationChunk("test", 0, 5), EvaluationChunk("test", 0, 5, client=1)
+    costs, central = CostModel(), EvaluationChunk("test", 0, 5)
+    own = EvaluationChunk("test", 0, 5, client=1, after=0)
     assert costs.chunk_seconds(central) == 0
     costs.learn_chunks([replace(central, seconds=1.0), replace(central, seconds=2.0)])
     assert costs.chunk_seconds(central) == pytest.approx(1.5)

@@ -29,7 +29,7 @@ from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
 from cluster.workload import models
 from tests.cluster.clients.tiny_visits import METHODS, play, trainer_of
-from tests.tiny_experiment import tiny_federation
+from tests.tiny_experiment import asked_for, tiny_federation
 
 #: Distance of a GPU's result from the CPU's after two rounds, over the distance that the model moved. Inputs
 #: that are off by a part in a million change it by 1e-6, where a threshold falls on another value by 3e-4.
@@ -74,7 +74,7 @@ def the_device_agrees_with_the_cpu(algorithm: str, device: torch.device, folder:
     options |= {"bases": 2} if "bases" in declared else {}
     ends, start = [], None
     for kind in ("cpu", device.type):
-        config = _config(folder, kind, algorithm={"name": algorithm, **options})
+        config = _config(folder, kind, algorithm={"name": algorithm, **options}, **asked_for(algorithm))
         driver = _driver(config, folder / f"on-{kind}-{len(ends)}")
         start = driver.state.weights.numpy().copy()
         driver.run()

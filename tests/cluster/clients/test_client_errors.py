@@ -25,10 +25,10 @@ def config(tmp_path):
 def failing(monkeypatch):
     visit = Trainer.visit
 
-    def fail(self, client, rows, sparsity, broadcast, *rest):
+    def fail(self, client, rows, sparsity, broadcast, *rest, **more):
         if (broadcast.instructions.round, client) == (2, 2):
             raise ValueError("planted failure")
-        return visit(self, client, rows, sparsity, broadcast, *rest)
+        return visit(self, client, rows, sparsity, broadcast, *rest, **more)
 
     monkeypatch.setattr(Trainer, "visit", fail)
 
@@ -78,7 +78,7 @@ def test_a_run_that_stopped_at_a_failing_client_resumes_without_it(config, faili
 
 @pytest.fixture
 def all_failing(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("planted failure")
 
     monkeypatch.setattr(Trainer, "visit", fail)

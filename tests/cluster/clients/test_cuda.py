@@ -42,11 +42,11 @@ def test_graphs_that_compute_something_else_are_found(tmp_path, monkeypatch):
 def test_a_device_that_computes_something_else_is_found(tmp_path, monkeypatch):
     visit, devices = Trainer.visit, []
 
-    def second_device_learns_faster(self, client, rows, sparsity, broadcast, *kept):
+    def second_device_learns_faster(self, client, rows, sparsity, broadcast, *kept, **more):
         if self not in devices:
             devices.append(self)
         lr = broadcast.lr * (1.0 if self is devices[0] else 1.2)
-        return visit(self, client, rows, sparsity, replace(broadcast, lr=lr), *kept)
+        return visit(self, client, rows, sparsity, replace(broadcast, lr=lr), *kept, **more)
 
     monkeypatch.setattr(Trainer, "visit", second_device_learns_faster)
     with pytest.raises(AssertionError, match=r"differ by .* of the way moved, .* allowed is 0"):

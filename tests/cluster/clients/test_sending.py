@@ -84,10 +84,10 @@ def test_a_client_that_fails_to_train_is_skipped_and_the_one_before_it_is_folded
 ):
     visit = Trainer.visit
 
-    def fail(self, number, *rest):
+    def fail(self, number, *rest, **more):
         if number == 2:
             raise ValueError("planted failure")
-        return visit(self, number, *rest)
+        return visit(self, number, *rest, **more)
 
     monkeypatch.setattr(Trainer, "visit", fail)
     cluster.run(tiny_federation(tmp_path, cohort=6, on_client_error="skip"), tmp_path / "run")

@@ -13,7 +13,7 @@ from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
 from tests.cluster.clients.tiny_visits import trainer_of
-from tests.tiny_experiment import tiny_federation
+from tests.tiny_experiment import asked_for, tiny_federation
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ MORE = {
 def after_three_rounds(tmp_path, method):
     """What is made once is made by then; FedDST's next round is one of its readjustments."""
     section = {"name": method, **MORE.get(method, {})}
-    config = tiny_federation(tmp_path, algorithm=section, rounds=5, on_client_error="skip")
+    options = {"rounds": 5, "on_client_error": "skip", **asked_for(method)}
+    config = tiny_federation(tmp_path, algorithm=section, **options)
     federation = Federation.of(config)
     engine = InlineEngine(federation.setup())
     driver = Driver(RunFolder.create(tmp_path / "run", config), federation, engine)
@@ -53,7 +54,7 @@ def after_three_rounds(tmp_path, method):
     return driver
 
 
-@pytest.mark.parametrize("method", sorted(algorithms.registry()))
+@pytest.mark.parametrize("method", sorted(algorithms.registry().keys() - {"ma_echo"}))  # one round is its all
 def test_nothing_of_a_visit_waits_for_the_garbage_collector(tmp_path, method, request):
     driver = after_three_rounds(tmp_path, method)
     left_behind = request.getfixturevalue("left_behind")

@@ -81,8 +81,8 @@ def test_integer_buffers_are_restored_at_each_start(cache, tmp_path):
     trainer, counts = engine._host._trainer, []
     visit = trainer.visit
 
-    def counting(client, *arguments):
-        trained = visit(client, *arguments)
+    def counting(client, *arguments, **more):
+        trained = visit(client, *arguments, **more)
         seen = dict(trainer.module.named_buffers())["1.num_batches_tracked"]
         counts.append((int(seen), trained.measured.steps))
         return trained

@@ -220,10 +220,10 @@ def test_a_client_that_fails_in_its_evaluation_ends_the_run_or_stays_without_a_n
 ):
     visit = Trainer.visit
 
-    def fail(self, client, rows, sparsity, broadcast, *rest):
+    def fail(self, client, rows, sparsity, broadcast, *rest, **more):
         if (broadcast.instructions.round, client) == (2, 3):  # which judges round 1
             raise ValueError("planted failure")
-        return visit(self, client, rows, sparsity, broadcast, *rest)
+        return visit(self, client, rows, sparsity, broadcast, *rest, **more)
 
     monkeypatch.setattr(Trainer, "visit", fail)
     options = {"rounds": 1, "cohort": 6, "evaluate_clients": ALL}

@@ -47,7 +47,7 @@ def test_budgets_are_respected_and_reported(method, tmp_path):
 
 
 def test_a_method_with_one_sparsity_refuses_tiers():
-    with pytest.raises(ConfigError, match=r"fixed_mask has one sparsity .* flash, .*sparsyfed, topk"):
+    with pytest.raises(ConfigError, match=r"fixed_mask has one sparsity .* flash, .*sparsyfed, .*topk"):
         config("algorithm.name=fixed_mask")
 
 

@@ -56,9 +56,9 @@ def test_clients_train_on_the_partition_of_the_round(cache, tmp_path):
     engine, seen = InlineEngine(federation.setup()), {}
     visit = engine._host._trainer.visit
 
-    def recording(client, rows, sparsity, broadcast, *kept):
+    def recording(client, rows, sparsity, broadcast, *kept, **more):
         seen[broadcast.instructions.round, client] = rows.tolist()
-        return visit(client, rows, sparsity, broadcast, *kept)
+        return visit(client, rows, sparsity, broadcast, *kept, **more)
 
     engine._host._trainer.visit = recording
     Driver(RunFolder.create(tmp_path / "run", config), federation, engine).run()

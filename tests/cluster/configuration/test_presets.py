@@ -27,7 +27,7 @@ NARROW = {
     "transformer": ["model.width=16", "model.layers=1"],
     "timm": ["model.config={embed_dims: [8,8,16,16], depths: [1,1,1,1], num_heads: [1,1,2,2]}"],
     "mlp": ["model.hidden=[100]"],
-    "small_cnn": ["model.channels=[4,6]", "model.hidden=16", "model.groups=2"],
+    "small_cnn": ["model.channels=[8,16]", "model.hidden=16", "model.groups=8"],  # eight bases divide it
 }
 
 

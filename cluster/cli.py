@@ -101,8 +101,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
     """Every run of a grid, then their table; 1 where one failed, 130 where they were stopped."""
+    from cluster.command_line.figures import shown
     from cluster.command_line.grid_progress import GridDisplay, conclude_grid
-    from cluster.command_line.progress import shown
     from cluster.execution import complete
     from cluster.grid import run_grid
 
@@ -183,7 +183,8 @@ def _follow(
     work: Callable[[RunDisplay], Result],
 ) -> int:
     """Show a run while it works and what it left; shared by ``run`` and ``resume``."""
-    from cluster.command_line.progress import RunDisplay, conclude, shown
+    from cluster.command_line.figures import shown
+    from cluster.command_line.progress import RunDisplay, conclude
     from cluster.records.run_folder import RunFolder
     from cluster.rounds.conduct import RunGoesOn
     from cluster.rounds.ledger import ReplayError
@@ -246,7 +247,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     console = _console()
     with _busy(console, "comparing"):
         from cluster import compare
-        from cluster.command_line.progress import shown
+        from cluster.command_line.figures import shown
 
         tracked = arguments.store or arguments.filter or (sources and not Path(sources[0]).is_dir())
         if tracked and len(sources) != 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from cluster.actors.ray_session import connected
-from cluster.command_line.progress import shown
+from cluster.command_line.figures import shown
 from cluster.configuration.trees import flatten
 from cluster.federation import Federation
 from cluster.records import tracking

@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cluster.command_line.progress import duration, place, shown
+from cluster.command_line.figures import duration, shown
+from cluster.command_line.progress import place
 from tuning.coordinator import Job, Outcome
 from tuning.protocol import MethodResult
 from tuning.report import Table

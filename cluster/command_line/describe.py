@@ -17,7 +17,8 @@ from rich.text import Text
 
 from algorithms.core.masks import cut_to_top_k, target_count
 from cluster import seeding
-from cluster.command_line.progress import local_actors, place, shown
+from cluster.command_line.figures import shown
+from cluster.command_line.progress import local_actors, place
 from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations, held_shares

@@ -22,7 +22,8 @@ from cluster.configuration.choices import (
     names,
 )
 from cluster.configuration.config import Config
-from cluster.configuration.sections import AdapterChoice, AvailabilityChoice, OptimizerChoice
+from cluster.configuration.device_sections import AvailabilityChoice
+from cluster.configuration.sections import AdapterChoice, OptimizerChoice
 from cluster.configuration.trees import presets
 from cluster.references import did_you_mean, is_file, is_folder
 

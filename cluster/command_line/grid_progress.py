@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from cluster.command_line.progress import duration, evaluated, final_text, percent
+from cluster.command_line.figures import duration, evaluated, percent
+from cluster.command_line.progress import final_text
 from cluster.configuration.config import Config
 from cluster.execution import Result
 from cluster.grid import Grid, Outcome, table

@@ -22,8 +22,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from cluster.command_line.figures import amount, duration, evaluated, megabytes, number, percent, shown
 from cluster.configuration.config import Config
-from cluster.measures import Measure
 from cluster.records.run_folder import RunFolder
 from cluster.records.sqlite_store import sqlite_uri
 from cluster.workload.objectives import selecting, selects_of
@@ -346,53 +346,6 @@ def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:
         on = " stop_after=null" if ended else ""
         steps.append(("go on", f"sparsyfed resume {shown(result.folder)}{on}"))
     return steps
-
-
-# ------------------------------------------------------------------------------------- how values are written
-
-
-def duration(seconds: float | None) -> str:
-    """Minutes and seconds, such as 1:05 or 2:00:01; a dash for None."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def percent(share: float | None) -> str:
-    """A share as percent with one digit; a dash for None."""
-    return "-" if share is None else f"{100 * share:.1f}%"
-
-
-def number(value: float | None, form: str) -> str:
-    """A number in ``form``; a dash for None."""
-    return "-" if value is None else format(value, form)
-
-
-def megabytes(line: Line, direction: str) -> str:
-    """Megabytes so far in one direction, with about three digits."""
-    value = line[f"comm/{direction}_bytes_total"] / 1e6
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
-
-
-def amount(value: float, unit: str) -> str:
-    """A quantity with two decimals and the decimal prefix that fits, such as 12.40 MB."""
-    step = next((step for step in range(6) if value < 1000.0 ** (step + 1)), 6)
-    return f"{value / 1000.0**step:.2f} {('', 'k', 'M', 'G', 'T', 'P', 'E')[step]}{unit}"
-
-
-def shown(path: Path) -> str:
-    """A path as a user would type it here."""
-    absolute = path.absolute()
-    near = absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
-    return shlex.quote(str(near))
-
-
-def evaluated(line: Line, selects: Measure) -> float | None:
-    """What selects in a round's line, on test data where that is read; None where nothing was evaluated."""
-    value: float | None = line.get(f"test/{selects.key}", line.get(f"val/{selects.key}"))
-    return value
 
 
 def _short(value: Any) -> str:

@@ -11,15 +11,8 @@ from rich.table import Table
 
 from cluster.actors.ray_session import ClusterError, connection
 from cluster.actors.remote import driver_at, drivers, follow, how_to_come_back, progress_of
-from cluster.command_line.progress import (
-    RunDisplay,
-    announce,
-    conclude,
-    duration,
-    evaluated,
-    final_text,
-    shown,
-)
+from cluster.command_line.figures import duration, evaluated, shown
+from cluster.command_line.progress import RunDisplay, announce, conclude, final_text
 from cluster.configuration.config import Config, validate
 from cluster.execution import Result
 from cluster.rounds.conduct import RunGoesOn

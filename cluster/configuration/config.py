@@ -7,7 +7,6 @@ environment variable changes a result. Every mistake is one line: the key, what 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, partial
@@ -20,6 +19,7 @@ from algorithms import Aggregation, Algorithm, LocalOptimizer, ServerOptimizer, 
 from cluster.configuration import attacks
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import KINDS, ChoiceError, build_choice, fields, values_of
+from cluster.configuration.device_sections import DevicesSection, ShiftSection
 from cluster.configuration.earlier import earlier_keys
 from cluster.configuration.fitting import problems_between
 from cluster.configuration.foreign import references_in
@@ -33,7 +33,6 @@ from cluster.configuration.sections import (
     Choice,
     ClientEvaluationSection,
     DataSection,
-    DevicesSection,
     Gpus,
     Label,
     LocalSection,
@@ -44,7 +43,6 @@ from cluster.configuration.sections import (
     ScheduleChoice,
     Section,
     ServerChoice,
-    ShiftSection,
     SparsityScheduleChoice,
     StopSection,
     TrackingSection,
@@ -325,19 +323,8 @@ class Config(Section):
         return build_choice(section, choice.name, choice.options)
 
     def learning_rate(self, round_number: int) -> float:
-        """The rate of a round, from 1: lr0 where lr_final is unset or is reached inside every visit.
-
-        Exponential: lr0 (lrT / lr0)^(t / T), falling on beyond T. Cosine, which stays at lrT:
-        lrT + (lr0 - lrT) (1 + cos(pi t / T)) / 2.
-        """
-        local = self.local
-        if local.lr_final is None or local.lr_schedule == "cosine_visit":
-            return local.lr
-        share = round_number / (local.lr_horizon or self.rounds)
-        if local.lr_schedule == "cosine":
-            share = min(1.0, share)
-            return local.lr_final + (local.lr - local.lr_final) * (1.0 + math.cos(math.pi * share)) / 2.0
-        return float(local.lr * (local.lr_final / local.lr) ** share)
+        """The rate of a round, from 1; see :meth:`LocalSection.rate`."""
+        return self.local.rate(round_number, self.rounds)
 
     @property
     def partition_seed(self) -> int:

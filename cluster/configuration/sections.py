@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -12,8 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from cluster.configuration.choices import KINDS
 from cluster.configuration.plain_yaml import as_text, as_value
-from cluster.configuration.profiles import PROFILES
-from cluster.configuration.trees import merge
 from cluster.references import UserError, did_you_mean, in_home, is_file, is_folder
 
 
@@ -62,7 +61,7 @@ class PathError(UserError):
     """Nothing can lie at a path that is called so."""
 
 
-def _from_anywhere(value: str | None) -> str | None:
+def from_anywhere(value: str | None) -> str | None:
     """An absolute path: actors and a later resume run in other working directories."""
     return None if value is None else str(in_home(value, PathError).absolute())
 
@@ -136,15 +135,15 @@ class DataSection(Section):
     validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of train held out before partitioning")
     cache: str | None = Field(None, description="folder of decoded data; default ~/.cache/sparsyfed")
 
-    _absolute = field_validator("path", "cache")(_from_anywhere)
+    _absolute = field_validator("path", "cache")(from_anywhere)
 
     @field_validator("tokenizer")
     @classmethod
-    def _tokenizer_from_anywhere(cls, value: str | None) -> str | None:
+    def _tokenizerfrom_anywhere(cls, value: str | None) -> str | None:
         if value is None or value in TOKENIZERS:
             return value
         if value.startswith(("/", ".", "~")) or is_file(value) or is_folder(value):
-            return _from_anywhere(value)
+            return from_anywhere(value)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
             raise ValueError(
                 f"allowed are {', '.join(TOKENIZERS)}, a tokenizer.json or a folder with one, or a hub "
@@ -206,6 +205,24 @@ class LocalSection(Section):
     proximal: float = Field(0.0, ge=0.0, description="mu of FedProx: mu/2 |w - w_t|^2 in the local loss")
     augment: AugmentSection = AugmentSection()
 
+    def rate(self, round_number: int, rounds: int) -> float:
+        """The rate of a round, from 1: lr0 where lr_final is unset or is reached inside every visit.
+
+        Exponential: lr0 (lrT / lr0)^(t / T), falling on beyond T. Cosine, which stays at lrT:
+        lrT + (lr0 - lrT) (1 + cos(pi t / T)) / 2.
+
+        Args:
+            round_number: The round t.
+            rounds: T where lr_horizon is unset.
+        """
+        if self.lr_final is None or self.lr_schedule == "cosine_visit":
+            return self.lr
+        share = round_number / (self.lr_horizon or rounds)
+        if self.lr_schedule == "cosine":
+            share = min(1.0, share)
+            return self.lr_final + (self.lr - self.lr_final) * (1.0 + math.cos(math.pi * share)) / 2.0
+        return float(self.lr * (self.lr_final / self.lr) ** share)
+
     def problems(self) -> list[str]:
         """What is wrong with the schedule of the learning rate."""
         if self.lr_schedule.startswith("cosine") and self.lr_final is None:
@@ -215,21 +232,6 @@ class LocalSection(Section):
         if self.lr_schedule == "cosine_visit" and self.lr_horizon is not None:
             return ["local.lr_horizon: counts rounds, and cosine_visit ends with every visit; leave it out"]
         return []
-
-
-class AvailabilityChoice(Choice):
-    """When a tier's devices can be asked to train."""
-
-    name: str = "always"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_a_path_from_anywhere(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, Mapping) and value.get("path") is not None:
-            return {**value, "path": _from_anywhere(as_text(value["path"]))}
-        return value
 
 
 class ClientEvaluationSection(Section):
@@ -266,76 +268,6 @@ class ClientEvaluationSection(Section):
         if not self.every and (self.clients or self.after or self.unseen or self.groups):
             return ["evaluate_clients.every: 0, so no client is judged; set it to a number of rounds"]
         return []
-
-
-class TierSection(Section):
-    """One kind of device; the figures are the medians of its devices."""
-
-    share: float = Field(ge=0.0, le=1.0, description="share of the clients")
-    compute: float = Field(22.5e9, gt=0.0, description="FLOP/s that training reaches")
-    memory: float = Field(3e9, gt=0.0, description="bytes that training may take")
-    uplink: float = Field(11.22e6, gt=0.0, description="bit/s")
-    downlink: float = Field(35.96e6, gt=0.0, description="bit/s")
-    latency: float = Field(0.04, ge=0.0, description="seconds a visit, beside transfers and training")
-    dropout: float = Field(0.0, ge=0.0, le=1.0, description="chance to download the model and never answer")
-    spread: float = Field(0.0, ge=0.0, le=3.0, description="sigma of log compute and of log bandwidth")
-    availability: AvailabilityChoice = Field(default_factory=AvailabilityChoice)
-    sparsity: float | None = Field(
-        None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
-    )
-    cpus: float | None = Field(None, gt=0.0, description="CPUs of an actor of the tier's own kind")
-    gpus: Gpus | None = Field(None, description="GPUs of an actor of the tier's own kind")
-    label: Label | None = Field(None, description="labels of the nodes of the tier's own actors")
-
-    @property
-    def own_kind(self) -> bool:
-        """Whether the tier's clients run on actors of their own kind."""
-        return not (self.cpus is None and self.gpus is None and self.label is None)
-
-
-class DevicesSection(Section):
-    """The devices that clients are; without tiers they are all alike (``uniform``)."""
-
-    profile: Literal["uniform", "phones", "edge-boxes"] | None = Field(
-        None, description="built-in tiers; keys of devices.tiers go on top"
-    )
-    flops: Literal["dense", "sparse"] = Field(
-        "dense", description="FLOPs that take time: all, or those that a device spares by zeros not counted"
-    )
-    tiers: dict[str, TierSection] = Field(default_factory=dict, description="kinds of devices by name")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _on_top_of_profile(cls, value: Any) -> Any:
-        known = PROFILES.get(str(value.get("profile"))) if isinstance(value, dict) else None
-        own = (value.get("tiers") or {}) if known else None
-        if not known or not isinstance(own, dict):
-            return value
-        tiers = dict(own)
-        for name, tier in known.items():
-            on_top = own.get(name, {})
-            tiers[name] = merge(tier, on_top) if isinstance(on_top, dict) else on_top
-        # The profile's tiers first, in its order.
-        return {**value, "tiers": {name: tiers[name] for name in dict.fromkeys([*known, *own])}}
-
-    @property
-    def kinds(self) -> dict[str, TierSection]:
-        """The tiers by name: those given, else the one of ``uniform``."""
-        uniform = PROFILES["uniform"]
-        return self.tiers or {name: TierSection.model_validate(tier) for name, tier in uniform.items()}
-
-
-class ShiftSection(Section):
-    """A change of who holds which data in mid-run."""
-
-    round: int | None = Field(None, ge=2, description="first round on the new data; null: no shift")
-    every: int | None = Field(None, ge=1, description="shift again every so many rounds; null: once")
-    partition: dict[str, Any] = Field(
-        default_factory=dict, description="keys of partition that change; by default the seed alone"
-    )
-    classes: int | None = Field(
-        None, ge=1, description="train on so many classes only, the next ones after each shift (rotating)"
-    )
 
 
 class StopSection(Section):
@@ -409,15 +341,15 @@ class ModelChoice(Choice):
         None, description="safetensors file to begin with instead of the common initialisation"
     )
 
-    _absolute = field_validator("weights")(_from_anywhere)
+    _absolute = field_validator("weights")(from_anywhere)
 
     @model_validator(mode="before")
     @classmethod
-    def _with_paths_from_anywhere(cls, value: Any) -> Any:
+    def _with_pathsfrom_anywhere(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or value.get("name") not in ("timm", "transformers"):
             return value
         paths = {key: value[key] for key in ("folder", "config") if isinstance(value.get(key), str)}
-        return {**value, **{key: _from_anywhere(as_text(path)) for key, path in paths.items()}}
+        return {**value, **{key: from_anywhere(as_text(path)) for key, path in paths.items()}}
 
 
 class AdapterChoice(Choice):

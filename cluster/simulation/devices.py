@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster import seeding
 from cluster.configuration.config import Config
-from cluster.configuration.sections import TierSection
+from cluster.configuration.device_sections import TierSection
 from cluster.simulation.availability import Always, Availability
 from cluster.simulation.clock import Device, DeviceError
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cluster.configuration.config import Config
-from cluster.configuration.sections import PartitionSection, ShiftSection
+from cluster.configuration.device_sections import ShiftSection
+from cluster.configuration.sections import PartitionSection
 from cluster.measures import Measure
 
 Line = Mapping[str, Any]

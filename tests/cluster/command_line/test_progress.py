@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 import cluster
-from cluster.command_line.progress import RunDisplay, amount, duration, emptied, final_text, refusals
+from cluster.command_line.figures import amount, duration
+from cluster.command_line.progress import RunDisplay, emptied, final_text, refusals
 from cluster.measures import as_values
 from cluster.workload.objectives import Regression
 

@@ -32,7 +32,7 @@ def test_periods():
 
 
 def shifted_section(**keys):
-    from cluster.configuration.sections import ShiftSection
+    from cluster.configuration.device_sections import ShiftSection
 
     return ShiftSection(**keys)
 

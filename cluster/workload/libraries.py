@@ -105,9 +105,10 @@ class Transformers(_OfLibrary):
     """A model of transformers with logits, by its class or type (extra `transformers`).
 
     Of a type, images get its classifier and texts its causal language model. Vocabulary, number of labels,
-    size and channels of images, and padding (the token that fills texts up) are the data's where
-    `config` does not say them; `config` of a folder keeps its vocabulary. `Conv1D`, as GPT-2 calls its linear
-    layers, becomes a linear layer with the weight transposed.
+    size and channels of images, and padding (the token that fills texts up) are the data's where `config`
+    does not say them; a folder keeps its vocabulary, and where that lacks the boundary of the data's texts,
+    its own token for that stands in. `Conv1D`, as GPT-2 calls its linear layers, becomes a linear layer with
+    the weight transposed.
     """
 
     architecture: str | None = hyperparameter(
@@ -138,13 +139,45 @@ class Transformers(_OfLibrary):
             config = kind.config_class(**{**of_data, **options})
             if hasattr(config, "use_cache"):
                 config.use_cache = False
+            padding, stands_in = getattr(config, "pad_token_id", None), None
+            known = (classes if foretells else vocabulary) if len(input_shape) == 1 else 0
+            if self.folder is not None and known and hasattr(config, "vocab_size"):
+                padding, stands_in = known - 1, self._stand_in(config, known, foretells)
+                if not foretells:
+                    config.pad_token_id = padding if stands_in is None else stands_in
             model = self._filled(kind, config)
         _replace_conv1d(model)
-        padding = getattr(config, "pad_token_id", None)
         # A subclass keeps the names of the tensors, so that the library can load what a run has saved.
         model.__class__ = type(kind.__name__, (_Logits, kind), {})
         model.masked = padding if len(input_shape) == 1 and not foretells else None
+        model.boundary = None if stands_in is None else (known - 1, stands_in)
+        model.foretold = classes if foretells else None
         return model
+
+    def _stand_in(self, config: Any, known: int, foretells: bool) -> int | None:
+        """The folder's token for the boundary of texts; None where its vocabulary has the boundary itself.
+
+        Args:
+            config: The folder's configuration.
+            known: Tokens of the data, the last one the boundary.
+            foretells: Whether tokens are foretold, so that it begins texts; else it fills them up.
+        """
+        if config.vocab_size >= known:
+            return None
+        if config.vocab_size < known - 1:
+            raise ModelError(
+                f"model.folder = {self.folder} knows {config.vocab_size} tokens, and data.tokenizer gives "
+                f"{known - 1}; name the folder's own tokenizer"
+            )
+        order = ("bos", "eos", "pad") if foretells else ("pad", "eos", "bos")
+        own = [getattr(config, f"{name}_token_id", None) for name in order]
+        found = next((token for token in own if isinstance(token, int) and token >= 0), None)
+        if found is None:
+            raise ModelError(
+                f"model.folder = {self.folder} names no token for where texts "
+                f"{'begin' if foretells else 'end'}; set model.config.{order[0]}_token_id"
+            )
+        return found
 
     def _filled(self, kind: Any, config: Any) -> Any:
         """The model with the library's initialisation, or the folder's weights, checked name by name."""
@@ -173,16 +206,25 @@ class _Logits:
 
     Attributes:
         masked: The token that fills texts up; None where attention is to see all.
+        boundary: The data's boundary and what the model knows in its place; None where it knows it.
+        foretold: How many tokens are foretold: no text holds the boundary or what only the model knows.
     """
 
     masked: int | None
+    boundary: tuple[int, int] | None
+    foretold: int | None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, ...] to logits [B, ...]."""
         given = {self.main_input_name: inputs}  # type: ignore[attr-defined]
         if self.masked is not None:
             given["attention_mask"] = (inputs != self.masked).long()
+        if self.boundary is not None:
+            given[self.main_input_name] = torch.where(inputs == self.boundary[0], self.boundary[1], inputs)  # type: ignore[attr-defined]
         logits: Tensor = super().forward(**given, return_dict=True).logits  # type: ignore[misc]
+        if self.foretold is not None and logits.shape[-1] != self.foretold:
+            least = torch.finfo(logits.dtype).min
+            logits = nn.functional.pad(logits, (0, self.foretold - logits.shape[-1]), value=least)
         return logits
 
 

@@ -135,6 +135,46 @@ def test_padding_of_a_text_is_seen_by_nobody(transformers):
         assert not torch.allclose(model(text), model(short))
 
 
+def test_a_folder_without_the_boundary_of_texts_has_its_own_token_in_its_place(transformers, tmp_path):
+    # 16 tokens of the folder and of its tokenizer; 16 is the data's boundary, which begins and fills texts.
+    config = transformers.GPT2Config(vocab_size=16, bos_token_id=3, eos_token_id=3, **GPT2)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path / "gpt2")
+    model = of_transformers(folder=str(tmp_path / "gpt2"), classes=17).eval()
+    text = tokens(vocabulary=16)
+    text[:, 0] = 16
+    seen = torch.where(text == 16, 3, text)
+    logits = model(text)
+    torch.testing.assert_close(logits[..., :16], plain(seen).logits, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits.softmax(-1)[..., :16], plain(seen).logits.softmax(-1))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), seen.flatten()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+    form = {k: v for k, v in IMAGE_TYPE.items() if k != "patch_size"}
+    config = transformers.BertConfig(vocab_size=16, pad_token_id=0, num_labels=3, **form)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    build = models.build_choice("model", "transformers", {"folder": str(tmp_path / "bert")}).build
+    model = build((8,), 3, vocabulary=17).eval()
+    text = tokens(vocabulary=16)
+    text[:, 5:] = 16
+    torch.testing.assert_close(model(text), model(text[:, :5]), atol=1e-6, rtol=1e-5)
+    with pytest.raises(
+        ModelError, match=r"knows 16 tokens, and data.tokenizer gives 20; name the folder's own"
+    ):
+        build((8,), 3, vocabulary=21)
+
+
+def test_a_folder_that_knows_the_boundary_keeps_it_as_padding(transformers, tmp_path):
+    form = {k: v for k, v in IMAGE_TYPE.items() if k != "patch_size"}
+    config = transformers.BertConfig(vocab_size=20, pad_token_id=0, num_labels=3, **form)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    build = models.build_choice("model", "transformers", {"folder": str(tmp_path / "bert")}).build
+    model = build((8,), 3, vocabulary=17).eval()
+    text = tokens(vocabulary=16)
+    text[:, 5:] = 16
+    torch.testing.assert_close(model(text), model(text[:, :5]), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["sparsyfed", "zerofl"])
 def test_gpt2_learns_text_and_its_file_begins_another_run(transformers, cache, tmp_path, method):
     text = {

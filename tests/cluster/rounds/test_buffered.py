@@ -225,7 +225,7 @@ def test_only_methods_whose_updates_stand_alone_take_part(cache):
     alone = {"fedavg", "fedef", "fedrolex", "fedsam", "fiarse", "fixed_mask", "heterofl", "sparsyfed", "topk"}
     assert alone < set(ABLE)
     assert not {"feddst", "flash", "scaffold", "feddyn", "ssfl"} & set(ABLE)
-    with pytest.raises(ConfigError, match=r"flash needs all .* works with .*fedavg, fedef, fedrolex, fedsam"):
+    with pytest.raises(ConfigError, match=r"flash needs all .* works with .*fedavg, .*fedrolex, fedsam"):
         asynchronous(cache, algorithm={"name": "flash"})
     with pytest.raises(ConfigError, match="feddst needs all clients"):
         asynchronous(cache, algorithm={"name": "feddst"})

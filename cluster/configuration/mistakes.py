@@ -34,6 +34,9 @@ def in_plain_words(error: ValidationError, root: type[Section], above: str = "")
             near = nearest(mistake["loc"][-1], known)
             hint = f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else ""
             lines.append(f"{where}: unknown key; known here: {', '.join(known)}{hint}")
+        elif mistake["type"] == "tuple_type":
+            found = mistake["input"]
+            lines.append(f"{where}: a list, found {_short(found)}; write {where}=[{found}]")
         elif mistake["type"] == "model_type":
             named = f"{where}.name={mistake['input']}" if where in KINDS else f"{where}.<key>=<value>"
             lines.append(

@@ -325,7 +325,7 @@ def test_refusals_are_one_line(overrides, says):
 
 
 def test_a_model_that_does_not_fit_ends_before_anything_starts(cache):
-    with pytest.raises(ModelError, match=r"adapter.rank: 11 is more than 3 has"):
+    with pytest.raises(ModelError, match=r"adapter.rank: 11 is more than layer '3' has"):
         Federation.of(adapted(cache, adapter={"name": "lora", "rank": 11}))
 
 

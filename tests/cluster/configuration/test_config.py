@@ -83,6 +83,11 @@ def test_a_file_that_is_no_configuration(tmp_path, text, found):
     assert "bad.yaml" in text
 
 
+@pytest.mark.parametrize(("key", "value"), [("data.columns", "age"), ("callbacks", "my:Class")])
+def test_what_is_a_list_says_so(key, value):
+    assert message([f"{key}={value}"]) == f"{key}: a list, found '{value}'; write {key}=[{value}]"
+
+
 def test_a_dump_is_read_back_the_same():
     config = resolve("quickstart", ["algorithm.min_activation_density=1e-7", "server.name=fedadam"])
     text = yaml.safe_dump(config.dump(), sort_keys=False)

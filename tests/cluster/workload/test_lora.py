@@ -278,7 +278,7 @@ def small_cnn():
         (
             mlp(12),
             {"rank": 13},
-            "adapter.rank: 13 is more than 1 has, with 64 inputs and 12 outputs; .* 1 to 12",
+            "adapter.rank: 13 is more than layer '1' has, with 64 inputs and 12 outputs; .* 1 to 12",
         ),
         (decoder(), {"layers": ("qeury",)}, "'qeury' names no linear layer of Decoder.* did you mean query?"),
         (decoder(), {"layers": ("query", "blocks.0.attention.kye")}, "did you mean blocks.0.attention.key?"),

@@ -20,7 +20,7 @@ class AvailabilityChoice(Choice):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_a_pathfrom_anywhere(cls, value: Any) -> Any:
+    def _with_a_path_from_anywhere(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, Mapping) and value.get("path") is not None:

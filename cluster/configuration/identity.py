@@ -98,6 +98,10 @@ def digest_of(flat: Mapping[str, Any]) -> str:
         if relevant[key] is None:
             continue
         relevant[key] = content_of(relevant[key])
+    tokenizer = relevant.get("data.tokenizer")
+    if isinstance(tokenizer, str) and os.path.isabs(tokenizer):
+        inside = os.path.join(tokenizer, "tokenizer.json")
+        relevant["data.tokenizer"] = content_of(inside if os.path.isdir(tokenizer) else tokenizer)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 

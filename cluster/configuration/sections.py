@@ -139,7 +139,7 @@ class DataSection(Section):
 
     @field_validator("tokenizer")
     @classmethod
-    def _tokenizerfrom_anywhere(cls, value: str | None) -> str | None:
+    def _tokenizer_from_anywhere(cls, value: str | None) -> str | None:
         if value is None or value in TOKENIZERS:
             return value
         if value.startswith(("/", ".", "~")) or is_file(value) or is_folder(value):
@@ -345,7 +345,7 @@ class ModelChoice(Choice):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_pathsfrom_anywhere(cls, value: Any) -> Any:
+    def _with_paths_from_anywhere(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or value.get("name") not in ("timm", "transformers"):
             return value
         paths = {key: value[key] for key in ("folder", "config") if isinstance(value.get(key), str)}

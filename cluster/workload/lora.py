@@ -116,8 +116,9 @@ class Lora(Adapter):
             inputs, width = layer.in_features, layer.out_features
             if self.rank > min(inputs, width):
                 raise ModelError(
-                    f"adapter.rank: {self.rank} is more than layer {name!r} has, with {inputs} inputs and {width} "
-                    f"outputs; allowed are 1 to {min(inputs, width)}, or leave it out of adapter.layers"
+                    f"adapter.rank: {self.rank} is more than layer {name!r} has, with {inputs} inputs and "
+                    f"{width} outputs; allowed are 1 to {min(inputs, width)}, or leave it out of "
+                    "adapter.layers"
                 )
             a = torch.empty(self.rank, inputs).uniform_(-1.0, 1.0, generator=generator) / math.sqrt(inputs)
             # Drawn in any case, so that A is the same whatever b_init is.

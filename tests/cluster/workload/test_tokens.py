@@ -74,6 +74,17 @@ def test_it_is_known_by_its_content(tmp_path):
     assert prepared(tmp_path, tmp_path / "other").vocabulary[2] == "and"
 
 
+def test_an_experiment_is_known_by_its_content(tmp_path):
+    def digest(place):
+        text = ["objective.name=language_model", "data.name=tiny_text", "model.name=transformer"]
+        return resolve("quickstart", [*text, "partition.name=iid", f"data.tokenizer={place}"]).digest()
+
+    first, second = saved(tmp_path / "one" / "tokenizer.json"), saved(tmp_path / "two" / "tokenizer.json")
+    assert digest(first) == digest(second) == digest(second.parent)
+    second.write_text(second.read_text().replace('"be"', '"bee"'))
+    assert digest(first) != digest(second)
+
+
 def test_a_repository_is_asked_for_its_file(tmp_path, monkeypatch):
     import huggingface_hub
 

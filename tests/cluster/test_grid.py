@@ -346,8 +346,8 @@ def test_a_partition_is_varied_by_its_own_keys_only(tmp_path):
         "iid-mlp", "iid-small_cnn", "shards-mlp", "shards-small_cnn",
     ]  # fmt: skip
     assert {name: config.partition.options for name, config in runs.items() if "mlp" in name} == {
-        "lda-alpha0.1-mlp": {"alpha": 0.1},
-        "lda-alpha1-mlp": {"alpha": 1.0},
+        "lda-alpha0.1-mlp": {"alpha": 0.1, "order": "clients"},
+        "lda-alpha1-mlp": {"alpha": 1.0, "order": "clients"},
         "iid-mlp": {},
         "shards-mlp": {"shards_per_client": 3},
     }

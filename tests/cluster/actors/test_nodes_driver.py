@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from tests.cluster.actors.three_nodes import assert_same_run, config, inline
 
 
 def test_the_driver_killed_in_mid_run_resumes_on_the_same_cluster(nodes, place, tmp_path):
-    settings = config(place, model={"name": "tests.cluster.actors.test_nodes_driver:SlowModel"}, actors=2)
+    slow = {"name": "tests.cluster.actors.test_nodes_driver:SlowModel"}
+    settings = config(place, rounds=6, model=slow, actors=2)  # a busy machine may take a round to kill it
     cluster.run(inline(settings), tmp_path / "inline")
 
     def kill_the_driver():
@@ -35,7 +37,7 @@ def test_the_driver_killed_in_mid_run_resumes_on_the_same_cluster(nodes, place, 
     with pytest.raises(ClusterError, match="sparsyfed resume"):
         cluster.run(settings, tmp_path / "run")
     killer.join()
-    assert len(RunFolder(tmp_path / "run").rounds()) < 3
+    assert len(RunFolder(tmp_path / "run").rounds()) < 6
     cluster.resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "inline")
 
@@ -59,12 +61,16 @@ def test_a_detached_run_is_left_listed_attached_to_and_stopped(nodes, place, tmp
     (tmp_path / "experiment.yaml").write_text(json.dumps(settings.dump()))
     command = [sys.executable, "-m", "cluster", "run", str(tmp_path / "experiment.yaml"), "rounds=5000"]
     command += [f"address={nodes.address}", "--output", str(tmp_path / "long")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("round "):
+    for _ in range(3):  # Ray loses a worker that starts on an overloaded machine now and then
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("round "):
+                break
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=120)
+        if "the driver died" not in complaints:
             break
-    process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=120)
+        shutil.rmtree(tmp_path / "long", ignore_errors=True)
     assert process.returncode == 130, complaints
     (name,) = remote.drivers()
     assert f"the run goes on; see it with: sparsyfed attach {name} --address {nodes.address}" in complaints

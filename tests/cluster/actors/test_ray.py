@@ -80,7 +80,7 @@ def test_one_actor_a_client(local_ray, tmp_path):
 
 def test_a_table_and_classes_of_texts_give_the_bits_of_inline(local_ray, tmp_path):
     few = ["rounds=2", "cohort=3", "partition.clients=6", "local.epochs=1", "tracking.enabled=false"]
-    table = ["data.name=tests.cluster.workload.test_columns:tables", "data.label_column=likes"]
+    table = ["data.name=tests.cluster.workload.test_column_runs:tables", "data.label_column=likes"]
     table += ["objective.name=multilabel", "partition.name=iid", "model.name=mlp", "model.hidden=[8]"]
     text = ["objective.name=sequence_classification", "data.name=tiny_text", "data.length=16"]
     text += ["model.name=transformer_classifier", "model.layers=1", "model.width=16", "model.heads=2"]

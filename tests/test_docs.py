@@ -147,3 +147,9 @@ def test_the_page_of_measures_is_that_of_the_table():
 def test_every_method_is_listed_and_has_its_paragraph(name):
     assert f"`{name}`" in (ROOT / "README.md").read_text()
     assert f"**`{name}`**" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_every_file_of_rows_is_spoken_of():
+    text = (ROOT / "docs" / "results.md").read_text()
+    rows = sorted((ROOT / "docs" / "results").glob("*.csv"))
+    assert [file.name for file in rows if file.name not in text] == []

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from cluster.compare.reading import find_folders
+from cluster.configuration.config import Config
+from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.statistics import mean_interval
 
@@ -55,6 +57,9 @@ class Row:
         clients: Mean accuracy of clients after local training, percent.
         worst: The same of the worst tenth.
         entropy_mb: What of mb_up random masks of the layers' densities need.
+        up_bits: Bits that a client sent for each weight of the model, a round.
+        memory_mb: Megabytes that training takes on a client, and what it keeps between its visits.
+        consensus: Agreement of a cohort's masks, the mean from round 2 on.
     """
 
     preset: str
@@ -80,11 +85,17 @@ class Row:
     clients: float | None = None
     worst: float | None = None
     entropy_mb: float | None = None
+    up_bits: float | None = None
+    memory_mb: float | None = None
+    consensus: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
-_OPTIONAL = ("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb")
+_OPTIONAL = (
+    *("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb"),
+    *("up_bits", "memory_mb", "consensus"),
+)
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
 
@@ -111,6 +122,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "GFLOP sparse": ("gflop_sparse", _sum("{:,.0f}")),
     "client cut": ("client_cut", "{:,.0f}".format),
     "regrowth": ("regrowth", "{:,.0f}".format),
+    "bits up": ("up_bits", "{:.2f}".format),
+    "client MB": ("memory_mb", "{:,.1f}".format),
+    "consensus": ("consensus", "{:.2f}".format),
 }
 
 
@@ -118,7 +132,12 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def rows_of(
-    folders: Iterable[Path], *, rounds: Sequence[int] = (), preset: str = "", label: str | None = None
+    folders: Iterable[Path],
+    *,
+    rounds: Sequence[int] = (),
+    preset: str = "",
+    label: str | None = None,
+    more: Sequence[str] = (),
 ) -> list[Row]:
     """Rows of the finished runs among and below ``folders``.
 
@@ -127,6 +146,7 @@ def rows_of(
         rounds: After which rounds; by default each run's last.
         preset: What their experiment is called; by default the name of the folder above a run's.
         label: What their method is called; by default its name.
+        more: Which of the figures that few tables show: up_bits, memory_mb, consensus.
     """
     rows = []
     for path in find_folders(folders):
@@ -140,7 +160,7 @@ def rows_of(
             if not until or until[-1]["round"] != number:
                 print(f"left out: {path} has no round {number}", file=sys.stderr)
                 continue
-            figures = _figures(until)
+            figures = _figures(until) | {name: _MORE[name](config, until) for name in more}
             rows.append(
                 Row(
                     preset=preset or path.parent.name,
@@ -187,6 +207,28 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "client_cut": mean(lambda line: line.get("masks/client_cut")),
         "regrowth": mean(lambda line: line.get("masks/regrowth")),
     }
+
+
+def _up_bits(_: Config, lines: Sequence[Mapping[str, Any]]) -> float:
+    return 32 * lines[-1]["comm/uplink_bytes_total"] / sum(line["comm/dense_bytes"] for line in lines)
+
+
+def _memory_mb(config: Config, _: Sequence[Mapping[str, Any]]) -> float:
+    federation = Federation.of(config)
+    return (federation.training_bytes + federation.kept_bytes) / 1e6
+
+
+def _consensus(_: Config, lines: Sequence[Mapping[str, Any]]) -> float | None:
+    values = [line["masks/consensus"] for line in lines if line["round"] > 1 and "masks/consensus" in line]
+    return float(np.mean(values)) if values else None
+
+
+#: What `--more` collects.
+_MORE: dict[str, Callable[[Config, Sequence[Mapping[str, Any]]], float | None]] = {
+    "up_bits": _up_bits,
+    "memory_mb": _memory_mb,
+    "consensus": _consensus,
+}
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -288,6 +330,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--preset", default="", help="what the runs' experiment is called")
     result.add_argument("--label", help="what the runs' method is called")
+    result.add_argument("--more", nargs="+", choices=_MORE, default=[], help="collect these figures too")
     return result
 
 
@@ -295,7 +338,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print tables or rows; 2 for a file that holds no rows."""
     options = parser().parse_args(arguments)
     if options.collect:
-        found = rows_of(options.collect, rounds=options.rounds, preset=options.preset, label=options.label)
+        found = rows_of(
+            options.collect,
+            rounds=options.rounds,
+            preset=options.preset,
+            label=options.label,
+            more=options.more,
+        )
         print(as_csv(found), end="")
         return 0
     try:

@@ -140,3 +140,17 @@ def test_a_file_that_holds_no_rows_is_one_line(tmp_path, capsys):
     assert results.main([str(tmp_path / "absent.csv")]) == 2
     with pytest.raises(SystemExit, match="2"):
         results.main([])
+
+
+def test_few_tables_show_more(tmp_path):
+    folder = finished_run(tmp_path / "grid" / "a")
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"comm/dense_bytes": 4e6 * line["round"], "masks/consensus": 0.25 * line["round"]}
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = results.rows_of([folder], more=["up_bits", "consensus", "memory_mb"])
+    # 6 MB of the 24 MB that dense float32 models take; rounds 2 and 3 alone.
+    assert (row.up_bits, row.consensus) == (8.0, 0.625)
+    # The quickstart: w, theta, w_t and the gradient of 625,782 weights, SparsyFed's step, and a batch.
+    assert row.memory_mb == pytest.approx(3.8, abs=0.05)
+    assert results.read(file_of(tmp_path, results.as_csv([row])))[0].up_bits == 8.0

@@ -33,12 +33,15 @@ _STARTS = re.compile(r"\b(start_ray|subprocess|multiprocessing|three_nodes|chaos
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what starts Ray or a process, so that ``pytest -m "not ray"`` is quick."""
-    for path in {item.path for item in items}:
-        if _STARTS.search(path.read_text(encoding="utf-8")):
-            for item in items:
-                if item.path == path:
-                    item.add_marker("ray")
+    """Mark what starts Ray or a process, so that ``pytest -m "not ray"`` is quick.
+
+    With ``-n`` one worker plays all of it, one after another, and the others share the rest by file.
+    """
+    starts = {path: _STARTS.search(path.read_text(encoding="utf-8")) for path in {item.path for item in items}}
+    for item in items:
+        if starts[item.path]:
+            item.add_marker("ray")
+        item.add_marker(pytest.mark.xdist_group("ray" if starts[item.path] else item.path.as_posix()))
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,14 @@ class Algorithm:
         """
         return 1.0 if self.recordable else 0.0
 
+    @property
+    def mean_alone(self) -> bool:
+        """Whether ``advance`` needs nothing of the total but its (masked) mean, as under ``privacy.dp``.
+
+        There votes and counts are those of the support that all share: they tell nothing of any client.
+        """
+        return (self.asynchronous or self.shares_support) and not self.confined and not self.kept_is_summed
+
     # ---- server half
 
     def initial_state(

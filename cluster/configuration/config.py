@@ -25,6 +25,7 @@ from cluster.configuration.fitting import problems_between
 from cluster.configuration.foreign import references_in
 from cluster.configuration.identity import digest_of
 from cluster.configuration.mistakes import in_plain_words
+from cluster.configuration.private import PrivacySection
 from cluster.configuration.sections import (
     AdapterChoice,
     AggregationChoice,
@@ -123,6 +124,7 @@ class Config(Section):
     sparsity_schedule: SparsityScheduleChoice = SparsityScheduleChoice()
     aggregation: AggregationChoice = Field(default_factory=AggregationChoice)
     byzantine: ByzantineSection = ByzantineSection()
+    privacy: PrivacySection = PrivacySection()
     shift: ShiftSection = ShiftSection()
     wire: WireSection = WireSection()
     tracking: TrackingSection = TrackingSection()
@@ -163,13 +165,6 @@ class Config(Section):
             problems += filter(None, [problem(key, address)])
         if self.evaluate_on == "validation" and not self.data.validation:
             problems.append("evaluate_on: validation, but no data is held out; set data.validation=0.1")
-        if self.stop_after is not None and self.stop_after > self.rounds:
-            problems.append(f"stop_after: {self.stop_after} is beyond rounds: {self.rounds}")
-        if self.detached and (self.address == "local" or self.execution == "inline"):
-            problems.append(
-                f"detached: needs a cluster that outlives this process, found address: {self.address}, "
-                f"execution: {self.execution}; set address=auto or host:port and execution=ray"
-            )
         problems = problems or problems_between(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -213,7 +208,8 @@ class Config(Section):
     @property
     def weighting(self) -> str:
         """What an update weighs: its ``samples``, or all ``equal``."""
-        return self.aggregation.weighting or ("equal" if self.rule.keeps_updates else self.method.weighting)
+        equal = self.rule.keeps_updates or self.privacy.dp.asked
+        return self.aggregation.weighting or ("equal" if equal else self.method.weighting)
 
     @cached_property
     def rule(self) -> Aggregation:

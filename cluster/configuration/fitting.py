@@ -16,6 +16,7 @@ from algorithms.core.widths import UnitMethod
 from cluster.configuration.aggregating import aggregation_problems
 from cluster.configuration.attacks import attack_problems
 from cluster.configuration.choices import ChoiceError, build_choice
+from cluster.configuration.private import privacy_problems
 from cluster.measures import MEASURES, Measure, declared, of_objective
 from cluster.references import did_you_mean
 
@@ -23,7 +24,7 @@ from cluster.references import did_you_mean
 def problems_between(config: Any) -> list[str]:
     """All of them; what needs code that is not to be imported is left out."""
     alone = config.left_alone
-    problems = [*shift_problems(config), *own_problems(config)]
+    problems = [*ending_problems(config), *shift_problems(config), *own_problems(config)]
     if not problems and not any(map(alone, ("objective", "partition"))):
         problems += class_problems(config)
     if not alone("objective"):
@@ -35,9 +36,21 @@ def problems_between(config: Any) -> list[str]:
         problems += config.method.problems(config)
         if not any(map(alone, ("aggregation", "objective"))):
             problems += aggregation_problems(config)
+            problems += privacy_problems(config)
         if not alone("schedule"):
             problems += config.build_schedule().problems(config)
     return problems
+
+
+def ending_problems(config: Any) -> Iterator[str]:
+    """An end beyond the planned one, or a run that cannot outlive the process that started it."""
+    if config.stop_after is not None and config.stop_after > config.rounds:
+        yield f"stop_after: {config.stop_after} is beyond rounds: {config.rounds}"
+    if config.detached and (config.address == "local" or config.execution == "inline"):
+        yield (
+            f"detached: needs a cluster that outlives this process, found address: {config.address}, "
+            f"execution: {config.execution}; set address=auto or host:port and execution=ray"
+        )
 
 
 def sparsity_problems(config: Any) -> Iterator[str]:

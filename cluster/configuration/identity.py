@@ -82,6 +82,12 @@ _ADDED = {
     "objective.name": "classification",
     "partition.min_samples": 1,
     "partition.order": "clients",
+    "privacy.dp.accountant": "rdp",
+    "privacy.dp.adaptive": False,
+    "privacy.dp.clip": None,
+    "privacy.dp.delta": 1e-5,
+    "privacy.dp.epsilon": None,
+    "privacy.dp.noise_multiplier": None,
     "sparsity_schedule.name": "constant",
 }
 

@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items):
 
     With ``-n`` one worker plays all of it, one after another, and the others share the rest by file.
     """
-    starts = {path: _STARTS.search(path.read_text(encoding="utf-8")) for path in {item.path for item in items}}
+    paths = {item.path for item in items}
+    starts = {path: _STARTS.search(path.read_text(encoding="utf-8")) for path in paths}
     for item in items:
         if starts[item.path]:
             item.add_marker("ray")

@@ -14,7 +14,8 @@ from cluster.command_line.figures import shown
 from cluster.configuration.trees import flatten
 from cluster.federation import Federation
 from cluster.records import tracking
-from cluster.records.outputs import benchmark_name, with_tracking
+from cluster.records.introduction import benchmark_name
+from cluster.records.outputs import with_tracking
 from cluster.rounds.conduct import TRACKING_DEADLINE_S, stop_on_signal
 from tuning.coordinator import Coordinator
 from tuning.folder import StudyFolder

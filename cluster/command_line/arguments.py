@@ -89,8 +89,8 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         Run an experiment: a preset or a YAML file, with any of its keys overridden.
 
         Its folder then holds config.yaml, rounds.jsonl (one object a round, written as it happens),
-        result.json, model.safetensors, pictures and checkpoints. Ctrl-C ends it after the round in progress,
-        and `sparsyfed resume` continues it to the same result.""",
+        result.json, model.safetensors, its card README.md, pictures and checkpoints. Ctrl-C ends it after the
+        round in progress, and `sparsyfed resume` continues it to the same result.""",
         details=run_details,
     )
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")

@@ -32,8 +32,21 @@ def group_name(config: Config) -> str:
     return f"{_method(config)} {config.model_copy(update={'seed': 0}).digest()[:6]}"
 
 
+def benchmark_name(config: Config) -> str:
+    """Data and partition, as in ``cifar10-lda0.1``; runs of one benchmark are compared in one experiment."""
+    data = config.data.path or config.data.name
+    partition = config.partition
+    alpha = "" if partition.skew is None else f"{partition.skew:g}"
+    return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
+
+
 def description(config: Config, folder: Path) -> str:
-    """What a run is, in Markdown: method, data, training, and the command that continues it."""
+    """What a run is, in Markdown: its facts, and the command that continues it."""
+    return "  \n".join([*facts(config), f"`sparsyfed resume {folder}`"])
+
+
+def facts(config: Config) -> list[str]:
+    """What a run is, in Markdown, a line each: method, data and model, training, what it is judged by."""
     selects = selecting(config)
     method, data, partition, local = config.method, config.data, config.partition, config.local
     # What is zero, off or none goes without saying; the parameters have it all.
@@ -43,7 +56,7 @@ def description(config: Config, folder: Path) -> str:
         if (value := getattr(method, parameter.name))
     ]
     alpha = "" if partition.skew is None else f" {partition.skew:g}"
-    lines = [
+    return [
         f"**{config.algorithm.name}**, seed {config.seed}" + (f": {', '.join(settings)}" if settings else ""),
         f"{Path(data.path or data.name).name}, {partition.name}{alpha} over {partition.clients} clients, "
         f"{config.cohort} a round; {config.model.name}"
@@ -53,9 +66,7 @@ def description(config: Config, folder: Path) -> str:
         + (f" to {local.lr_final:g}" if local.lr_final is not None else "")
         + (f"; server {config.server.name}" if config.server.name != "fedavg" else ""),
         f"judged by {selects.title}: {lowered(selects.meaning).rstrip('.')} ({selects.better} is better)",
-        f"`sparsyfed resume {folder}`",
     ]
-    return "  \n".join(lines)
 
 
 def final_scalars(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

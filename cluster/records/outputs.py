@@ -99,7 +99,8 @@ def write_artifacts(folder: RunFolder, federation: Federation) -> list[Path]:
         layers[-1].write_text("\n".join(rows) + "\n", encoding="utf-8")
     clients = [path for path in [folder.path / "clients.csv"] if path.exists()]
     models = [path for path in (folder.model_file, folder.adapter_file) if path.exists()]
-    tables = [folder.path / "config.yaml", folder.rounds_file, *models, *layers, *clients]
+    card = [path for path in [folder.card_file] if path.exists()]
+    tables = [folder.path / "config.yaml", folder.rounds_file, *card, *models, *layers, *clients]
     return tables + (_pictures(folder, federation, lines) if installed("matplotlib") else [])
 
 
@@ -169,7 +170,9 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "source": source,
     }
     name = section.run_name or introduction.run_name(config)
-    target = tracking.TrackingTarget(section.uri, section.experiment or benchmark_name(config), name)
+    target = tracking.TrackingTarget(
+        section.uri, section.experiment or introduction.benchmark_name(config), name
+    )
     return tracking.Tracker(folder.path, target, params=_parameters(config), tags=tags, dataset=dataset)
 
 
@@ -182,14 +185,6 @@ def _parameters(config: Config) -> dict[str, Any]:
         for field in fields(section, name)
     }
     return absent | introduction.in_short(config) | config.flat()
-
-
-def benchmark_name(config: Config) -> str:
-    """Data and partition, as in ``cifar10-lda0.1``; runs of one benchmark are compared in one experiment."""
-    data = config.data.path or config.data.name
-    partition = config.partition
-    alpha = "" if partition.skew is None else f"{partition.skew:g}"
-    return f"{Path(data).name.replace(':', '.')}-{partition.name}{alpha}"
 
 
 def with_tracking(config: Config, root: Path) -> Config:
@@ -210,7 +205,7 @@ def with_tracking(config: Config, root: Path) -> Config:
 def default_folder(config: Config) -> Path:
     """A new folder under ``runs/``, named after benchmark, method, seed and time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    what = f"{benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}"
+    what = f"{introduction.benchmark_name(config)}-{config.algorithm.name.split(':')[-1]}-s{config.seed}"
     name = f"{file_name(what)}-{stamp}"
     path, copy = Path("runs") / name, 1
     while path.exists():

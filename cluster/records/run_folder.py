@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, rounds.jsonl, result.json, model.safetensors, checkpoints/."""
+"""A run's folder: config.yaml, rounds.jsonl, result.json, model.safetensors, README.md, checkpoints/."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ class RunFolder:
     def model_file(self) -> Path:
         """Effective weights that load into the plain module."""
         return self.path / "model.safetensors"
+
+    @property
+    def card_file(self) -> Path:
+        """What the model is and how good, as model hubs show it."""
+        return self.path / "README.md"
 
     @property
     def adapter_file(self) -> Path:

@@ -26,7 +26,7 @@ from cluster.references import UserError
 _SMALL = ("config.yaml", "tracking.json", "rounds.jsonl")
 
 #: What a finished run leaves.
-_FINAL = ("result.json", "model.safetensors", "adapter.safetensors")
+_FINAL = ("result.json", "model.safetensors", "adapter.safetensors", "README.md")
 
 _logger = logging.getLogger("sparsyfed.shared_storage")
 

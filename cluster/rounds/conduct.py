@@ -18,6 +18,7 @@ from cluster.disk import naming, told_by_path
 from cluster.federation import Federation
 from cluster.records import tracking
 from cluster.records.introduction import final_scalars
+from cluster.records.model_card import write_card
 from cluster.records.outputs import (
     make_tracker,
     summary_of,
@@ -92,6 +93,7 @@ def _conduct(
             folder.write_result(summary)
             callbacks.end(summary)
             with naming(folder.path):
+                write_card(folder, config, federation.dataset, summary, last)
                 artifacts = write_artifacts(folder, federation)
         except BaseException as error:
             if tracker is not None:

@@ -24,6 +24,7 @@ from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically
 from cluster.records.kept_files import drop_unused, load_kept, save_kept
+from cluster.records.model_file import model_bytes, model_metadata
 from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder
 from cluster.references import load_reference
@@ -111,8 +112,8 @@ class Driver:
                 break
             self._round()
         self._finish()
-        self.save_model()
         line = self._ledger.line(self.state.round)
+        self._save_model(line | self._final)
         self._setbacks.check(line, self.config.learning_rate(self.state.round))
         return line | self._final
 
@@ -301,7 +302,7 @@ class Driver:
             self._setbacks.failed = int(driver.get("failed_rounds", 0))
         return stored.state
 
-    def save_model(self) -> None:
+    def _save_model(self, line: Line) -> None:
         """Write the effective weights, with which the plain module reproduces the logged metrics.
 
         Of an adapter both: the plain module with what was trained merged into it, and that alone.
@@ -315,7 +316,8 @@ class Driver:
             write_atomically(self.folder.adapter_file, save(trained, {"adapter_config": json.dumps(told)}))
             adapter.merge(model)
         tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-        write_atomically(self.folder.model_file, save(tensors))
+        said = model_metadata(self.config, line)
+        write_atomically(self.folder.model_file, model_bytes(tensors, said))
 
 
 def make_schedule(federation: Federation, engine: Engine, method: Algorithm) -> Schedule:

@@ -54,6 +54,7 @@ def test_run_shows_its_rounds_and_leaves_every_file(capsys: pytest.CaptureFixtur
     assert {p.name for p in Path("mine").iterdir()} == {
         "config.yaml", ".config.yaml.here", "rounds.jsonl", "result.json", "model.safetensors", "checkpoints",
         "partition.png", "curves.png", "devices.png", "sparsity_per_layer.csv", "flops_per_layer.csv",
+        "README.md",
     }  # fmt: skip
     lines = [json.loads(line) for line in Path("mine/rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]

@@ -12,8 +12,7 @@ from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, read_experiment, read_folder
 from cluster.configuration.config import resolve
 from cluster.records import tracking, tracking_store
-from cluster.records.introduction import in_short
-from cluster.records.outputs import benchmark_name
+from cluster.records.introduction import benchmark_name, in_short
 from cluster.records.tracking import Tracker, TrackingTarget
 from tests.cluster.compare.made import write_run
 

@@ -52,6 +52,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_to_the_same_bits(shared, 
         "rounds.jsonl",
         "result.json",
         "model.safetensors",
+        "README.md",
         "checkpoints/round-000002.safetensors",
         "checkpoints/round-000003.safetensors",
     }

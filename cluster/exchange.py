@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from algorithms import Instructions
+from algorithms import Grid, Instructions
 from cluster.configuration.config import Config
 from cluster.measured import Measured
 from cluster.references import UserError
@@ -77,7 +77,8 @@ class ClientReport:
     ``visit_s`` is simulated, infinite where nothing arrived. ``late`` updates are left out; ``folded`` ones
     are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
     it sent nothing, and ``refused`` says why. ``kept`` is what the client keeps for its next visit, and
-    ``kept_if_late``, where it is not empty, what it keeps instead if its update is late.
+    ``kept_if_late``, where it is not empty, what it keeps instead if its update is late. ``clamped`` counts
+    values that it cut to the limit of the round's grid.
     """
 
     client: int
@@ -95,6 +96,7 @@ class ClientReport:
     skipped: bool = False
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept_if_late: Mapping[str, np.ndarray] = field(default_factory=dict)
+    clamped: int = 0
 
     @property
     def samples(self) -> int:
@@ -158,6 +160,7 @@ class Broadcast:
         lr: Learning rate of the round.
         limit: Largest magnitude an update may hold (see ``Grid``).
         samples: Samples of the whole cohort.
+        bits: Bits of a word of the round's grid, or None (see ``Grid``).
         period: Number of shifts of the data so far, which tells who holds what.
         kept: What the clients keep that are evaluated after local training, by client and name.
         parts: The parts of the model that clients were sent who have no room for all of it.
@@ -173,6 +176,12 @@ class Broadcast:
     period: int = 0
     kept: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     parts: Sequence[Part] = ()
+    bits: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The round's grid."""
+        return Grid(self.limit, self.samples, self.bits)
 
     def base(self, part: int | None) -> np.ndarray | None:
         """What the distance of an update is measured from, float32[size]: what was received, of which part.

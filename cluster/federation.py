@@ -24,6 +24,7 @@ from cluster.references import DataError, UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
 from cluster.trained_model import TrainedModel
+from cluster.transport.words import check_cohort
 from cluster.workload.datasets import Dataset, open_dataset, stratified_split
 from cluster.workload.inputs import pixels_of, to_input
 from cluster.workload.models import ModelError, check_model
@@ -69,6 +70,8 @@ class Federation:
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
         federation.check_attacks()
         federation.check_memory(_half_of_memory())
+        weights = federation.sizes if config.weighting == "samples" else np.ones_like(federation.sizes)
+        check_cohort(config.wire.bits, weights, config.cohort)
         Devices(config).check({name: federation.tier_bytes(name) for name in config.devices.kinds})
         return federation
 

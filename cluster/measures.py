@@ -138,6 +138,9 @@ MEASURES: tuple[Measure, ...] = (
     Measure("comm/base_bytes_total", "base sent so far", "bytes",
             "What sent down holds of the frozen base, which a client is sent before its first model.",
             "lower", when="adapter"),
+    Measure("comm/clamped_values", "values clamped", "values",
+            "Values of updates that clients cut to the limit of the round's grid: 16 times the next power of "
+            "two from the largest global weight.", "lower", when="wire.grid"),
     Measure("flops/dense", "dense training cost", "FLOP",
             "Training FLOPs of all clients if no zero were exploited.", "lower"),
     Measure("flops/sparse", "training cost", "FLOP",

@@ -23,30 +23,86 @@ from algorithms.core.parameters import ParameterLayout
 #: client has diverged, and its update is refused like a non-finite one.
 GROWTH_LIMIT = 2.0**20
 
+#: The same on a grid of one word, where every doubling costs a bit: values beyond it are clamped.
+WORD_GROWTH_LIMIT = 2.0**4
+
 _BLOCK = 1 << 14  # floats a block: the temporaries of one block stay in the cache
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The round's common grid.
+    """The round's common grid: two float64 levels, or multiples of the unit of one word of k bits.
+
+    On a grid of words a client itself multiplies, rounds and clamps (:meth:`words`), and any sum of a round
+    is a whole number of units below 2**(k-1): it can be taken modulo 2**k.
 
     Attributes:
         limit: Largest magnitude of a value that may be added.
         samples: Upper bound of the sum of all n_i, hence of the number of terms.
+        bits: Bits k of the word; None for the two levels.
     """
 
     limit: float
     samples: int
+    bits: int | None = None
 
     @classmethod
-    def for_round(cls, global_weights: np.ndarray, samples: int) -> Grid:
+    def for_round(cls, global_weights: np.ndarray, samples: int, bits: int | None = None) -> Grid:
         """The grid for updates of ``global_weights`` by clients with ``samples`` samples together.
 
-        The resolution is about 2**-60 of the largest global weight: finer than float32 by far.
+        The resolution of two levels is about 2**-60 of the largest global weight: finer than float32 by far.
+        A word leaves k - 5 bits, less those of ``samples``, below the largest global weight.
         """
         largest = float(np.abs(global_weights).max(initial=0.0))
         exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
-        return cls(GROWTH_LIMIT * 2.0**exponent, max(1, samples))
+        growth = GROWTH_LIMIT if bits is None else WORD_GROWTH_LIMIT
+        return cls(growth * 2.0**exponent, max(1, samples), bits)
+
+    @classmethod
+    def most_samples(cls, bits: int) -> int:
+        """The samples of a cohort of whose largest global weight a word still holds the unit."""
+        return int(2.0 ** (bits - 1) / WORD_GROWTH_LIMIT) - 1
+
+    def words(self, values: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
+        """n_i w_i in whole units of one word, int64[n], and how many values were clamped to the limit.
+
+        Args:
+            values: float32[n].
+            samples: n_i.
+
+        Raises:
+            OverflowError: A value is not finite.
+        """
+        if not np.isfinite(values).all():
+            raise OverflowError("a value is not finite")
+        terms = values.astype(np.float64)
+        clamped = int(np.count_nonzero(np.abs(terms) > self.limit))
+        np.clip(terms, -self.limit, self.limit, out=terms)
+        terms *= samples
+        high, low = self.integers(terms)
+        return high * self.ratio + low, clamped
+
+    def integers(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 ``terms`` as whole numbers of coarse and of fine units, int64[n] each; they are used up."""
+        high, low = self.split(terms)
+        coarse, fine = self.units
+        return (high / coarse).astype(np.int64), (low / fine).astype(np.int64)
+
+    def parts(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whole units of one word, int64[n], as (high, low), float64[n] each: their sum without rounding."""
+        coarse, fine = self.units
+        high = words // self.ratio
+        return high * coarse, (words - high * self.ratio) * fine
+
+    def values(self, words: np.ndarray, samples: int) -> np.ndarray:
+        """What :meth:`words` were made of, as near as they tell, float32[n]."""
+        high, low = self.parts(words)
+        return ((high + low) / samples).astype(np.float32)
+
+    @cached_property
+    def ratio(self) -> int:
+        """Fine units of a coarse one."""
+        return int(self.units[0] / self.units[1])
 
     def split(self, terms: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Round float64 ``terms`` to (high, low), multiples of the coarse and of the fine unit.
@@ -65,13 +121,24 @@ class Grid:
 
     @cached_property
     def _constants(self) -> tuple[float, float]:
-        # Adding 1.5 * 2**52 units rounds a float64 to a whole number of units. The coarse unit is chosen so
-        # that |sum of terms| <= 2**51 units; what is left of a term is at most half a coarse unit.
+        # Adding 1.5 * 2**52 units rounds a float64 to a whole number of units.
+        coarse, fine = self.units
+        return 1.5 * 2.0**52 * coarse, 1.5 * 2.0**52 * fine
+
+    @cached_property
+    def units(self) -> tuple[float, float]:
+        """The coarse and the fine unit; a word counts fine ones."""
+        if self.bits is not None:
+            # |sum of terms| < 2**bits, as samples < 2**samples.bit_length(): no sum is 2**(k-1) units.
+            bits = math.ceil(math.log2(self.limit)) + self.samples.bit_length()
+            unit = 2.0 ** (bits + 1 - self.bits)
+            return max(unit, 2.0 ** (bits - 51)), unit
+        # The coarse unit is chosen so that |sum of terms| <= 2**51 units; what is left of a term is at most
+        # half a coarse unit.
         bits = math.ceil(math.log2(self.limit * self.samples)) + 1
         coarse_unit = 2.0 ** (bits - 52)
         rest_bits = math.ceil(math.log2(coarse_unit * self.samples)) + 1
-        fine_unit = 2.0 ** (rest_bits - 52)
-        return 1.5 * 2.0**52 * coarse_unit, 1.5 * 2.0**52 * fine_unit
+        return coarse_unit, 2.0 ** (rest_bits - 52)
 
 
 @dataclass
@@ -152,7 +219,7 @@ class Total:
 
         Args:
             client: Index of the client.
-            values: float32[up_size], 0 outside the support.
+            values: float32[up_size], 0 outside the support, or int64[up_size] of :meth:`Grid.words`.
             support: bool[prunable], or bool[trained] of a client that holds a part of the model; None when
                 everything was sent.
             samples: n_i, the number of samples the client trained on.
@@ -165,7 +232,7 @@ class Total:
         """
         spoken = layout.prunable_size if support is None else len(support)
         if support is None:
-            self._check(values)
+            self._check(values, samples)
             self._add(slice(0, spoken), values[:spoken], samples)
             self.votes += 1
             self.layer_counts += [samples * entry.size for entry in layout.prunable]
@@ -174,11 +241,9 @@ class Total:
         else:
             positions = np.flatnonzero(support) if positions is None else positions
             kept = values[positions]
-            self._check(kept)
-            self._check(values[spoken:])
-            terms = kept.astype(np.float64)
-            terms *= samples
-            high, low = self.grid.split(terms)
+            self._check(kept, samples)
+            self._check(values[spoken:], samples)
+            high, low = self._parts(kept, samples)
             _add_at(self.high, positions, high)
             _add_at(self.low, positions, low)
             self.votes += support[: layout.prunable_size]
@@ -193,7 +258,7 @@ class Total:
         self.samples += samples
         insort(self.clients, client)
         if self.updates is not None:
-            own = values.copy()
+            own = values.copy() if values.dtype == np.float32 else self.grid.values(values, samples)
             own.flags.writeable = False  # as out of the object store
             self.updates = dict(sorted({**self.updates, client: (own, samples)}.items()))
 
@@ -248,14 +313,29 @@ class Total:
         result[:counted] = (summed / np.maximum(self.mask_samples, 1)).astype(np.float32)
         return result
 
-    def _check(self, values: np.ndarray) -> None:
+    def _check(self, values: np.ndarray, samples: int) -> None:
         limit = self.grid.limit
+        if values.dtype == np.int64:  # whole units of n_i w_i; no device that clamps sends more
+            limit = samples * limit / self.grid.units[1]
         # NaN fails the comparison too.
         if len(values) and not (values.max() <= limit and values.min() >= -limit):
             raise OverflowError(f"a value is not finite or exceeds {limit:.3g}")
 
+    def _parts(self, values: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """n_i w_i on the grid, float64[n] each."""
+        if values.dtype == np.int64:
+            return self.grid.parts(values)
+        terms = values.astype(np.float64)
+        terms *= samples
+        return self.grid.split(terms)
+
     def _add(self, span: slice, values: np.ndarray, samples: int) -> None:
         highs, lows = self.high[span], self.low[span]
+        if values.dtype == np.int64:
+            high, low = self.grid.parts(values)
+            highs += high
+            lows += low
+            return
         terms, out = np.empty((2, min(_BLOCK, len(values))))
         for start in range(0, len(values), _BLOCK):
             block = slice(start, min(start + _BLOCK, len(values)))

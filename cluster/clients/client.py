@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import Grid, Total
+from algorithms import Total
 from algorithms.core.masks import target_count
 from cluster import seeding
 from cluster.clients.billing import seconds_of_weights
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
+from cluster.clients.uplinks import make_uplink, no_update
 from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, EvaluationChunk, HostSetup
 from cluster.simulation.byzantine import Byzantine
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import period_of
 from cluster.trained_model import TrainedModel
 from cluster.transport.downlink import Part
-from cluster.transport.uplink import Uplink
+from cluster.transport.uplink import Posted, Sending, Withheld
 from cluster.workload.datasets import Split, open_dataset
 from cluster.workload.inputs import from_read_only
 from cluster.workload.objectives import Sums
@@ -84,13 +85,7 @@ class ClientHost:
         self._trainer = Trainer(
             model, self._method, settings, dataset.train, self._device, config.build_objective()
         )
-        self._uplink = Uplink(
-            self._trainer.layout,
-            config.wire.uplink,
-            differences=self._method.uploads_differences,
-            max_update_norm=config.max_update_norm,
-            parts=self._method.confined,
-        )
+        self._uplink = make_uplink(config, self._trainer.layout)
         self._sending = ThreadPoolExecutor(1, "uplink") if self._device.type == "cuda" else None
         self._total: Total | None = None
         self._round = -1
@@ -249,8 +244,7 @@ class ClientHost:
     def _start_round(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast: the first copy that came, which the trainer has received already."""
         if self._total is None or self._round != broadcast.instructions.round:
-            grid = Grid(broadcast.limit, broadcast.samples)
-            self._total = self._method.zero(grid, self._trainer.layout, updates=self.config.keeps_updates)
+            self._total = no_update(self.config, self._trainer.layout, broadcast)
             self._round = broadcast.instructions.round
         if self._broadcast is None or not _same(self._broadcast, broadcast):
             self._broadcast = broadcast
@@ -315,28 +309,29 @@ class ClientHost:
         try:
             marks = [time.perf_counter()]
             held, known = broadcast.held(assignment.part), self._known
-            posted = self._uplink.encode(trained.values, trained.support, held, known, trained.marks)
+            measured, withheld = trained.measured, None
+            sending = Sending(assignment.client, self.config.weight(measured.samples), broadcast.grid)
+            try:
+                posted = self._uplink.encode(
+                    trained.values, trained.support, held, known, trained.marks, sending
+                )
+            except Withheld as own:
+                posted, withheld = Posted(b"", 0, 0.0), str(own)
             marks.append(time.perf_counter())
             stage = "decode"
-            received = self._uplink.decode(posted.message, held, known)
+            received = None if withheld else self._uplink.decode(posted.message, held, known)
             marks.append(time.perf_counter())
             stage = "fold"
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
-            measured = trained.measured
             flops = measured.flops_sparse_total if sparse else measured.flops_dense
             visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
             late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
-            refused = None
-            if here and not late:
+            refused = None if late else withheld
+            if here and not late and received is not None:
                 assert self._total is not None
-                refused = self._uplink.fold(
-                    self._total,
-                    assignment.client,
-                    received,
-                    self.config.weight(measured.samples),
-                    broadcast.base(assignment.part),
-                )
+                base = broadcast.base(assignment.part)
+                refused = self._uplink.fold(self._total, sending.client, received, sending.samples, base)
             marks.append(time.perf_counter())
         except Exception as error:
             reason = self._skip(error, assignment.client, broadcast.instructions.round, stage)
@@ -354,9 +349,10 @@ class ClientHost:
             visit_s=visit_s,
             late=late,
             folded=here and not late and refused is None,
-            message=None if here or late else posted.message,
+            message=None if here or late or withheld else posted.message,
             kept=trained.kept,
             kept_if_late=trained.kept_if_late,
+            clamped=posted.clamped,
         )
 
     def _failed(self, broadcast: Broadcast, assignment: Assignment, reason: str) -> ClientReport:

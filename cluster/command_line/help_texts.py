@@ -126,7 +126,7 @@ def _keys(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
             continue
         meaning = field.description or ""
         if options := _literals(kind):
-            meaning = ", ".join(options) + (f": {meaning}" if meaning else "")
+            meaning = ", ".join(map(str, options)) + (f": {meaning}" if meaning else "")
         default = "..."
         if not field.is_required():
             value = field.get_default(call_default_factory=True)

@@ -40,6 +40,20 @@ def aggregation_problems(config: Any) -> Iterator[str]:
             yield f"byzantine.factor: {harm.factor:g}, but label_flip has none; leave it out"
 
 
+def grid_problems(config: Any) -> Iterator[str]:
+    """Updates that cannot be written on a grid of words."""
+    bits, form = config.wire.bits, config.wire.uplink
+    if bits is None:
+        return
+    if form != "float32":
+        yield f"wire.grid: {bits}, and values travel as its words; leave wire.uplink={form} out"
+    if config.schedule.name != "synchronous":
+        yield (
+            f"wire.grid: {bits}, and clients of {config.schedule.name} rounds write on no common grid; "
+            "set schedule.name=synchronous, or wire.grid=exact"
+        )
+
+
 def coin_problems(config: Any) -> Iterator[str]:
     """Rounds whose cohort cannot be of any size."""
     name = config.sampler.name

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from algorithms import registry
 from algorithms.core.widths import UnitMethod
-from cluster.configuration.aggregating import aggregation_problems
+from cluster.configuration.aggregating import aggregation_problems, grid_problems
 from cluster.configuration.attacks import attack_problems
 from cluster.configuration.choices import ChoiceError, build_choice
 from cluster.configuration.private import privacy_problems
@@ -25,6 +25,7 @@ def problems_between(config: Any) -> list[str]:
     """All of them; what needs code that is not to be imported is left out."""
     alone = config.left_alone
     problems = [*ending_problems(config), *shift_problems(config), *own_problems(config)]
+    problems += grid_problems(config)
     if not problems and not any(map(alone, ("objective", "partition"))):
         problems += class_problems(config)
     if not alone("objective"):

@@ -89,6 +89,7 @@ _ADDED = {
     "privacy.dp.epsilon": None,
     "privacy.dp.noise_multiplier": None,
     "sparsity_schedule.name": "constant",
+    "wire.grid": "exact",
 }
 
 

@@ -315,6 +315,15 @@ class WireSection(Section):
 
     uplink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     downlink: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    grid: Literal["exact", 64, 48, 32] = Field(
+        "exact",
+        description="what updates are added up on: exact, or words of so many bits, which then travel",
+    )
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a value of an update on a grid of words; None where floats travel."""
+        return None if self.grid == "exact" else self.grid
 
 
 class TrackingSection(Section):

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from algorithms import Algorithm, Grid, Instructions, ServerState
+from cluster.clients.uplinks import make_uplink
 from cluster.exchange import Assignment, Broadcast, EvaluationChunk
 from cluster.federation import Federation
 from cluster.flops import held_shares
@@ -28,7 +29,6 @@ from cluster.simulation.samplers import Candidates, draw
 from cluster.simulation.shift import period_of
 from cluster.transport import wire
 from cluster.transport.downlink import Holders, Parcel, Sender
-from cluster.transport.uplink import Uplink
 from cluster.workload.inputs import from_read_only
 
 #: Simulated seconds after which the server asks again when nobody answers and there is no deadline.
@@ -87,13 +87,7 @@ class Schedule(ABC):
         config = self.config = federation.config
         self.timing = config.build_schedule()
         self.devices = Devices(config)
-        self.uplink = Uplink(
-            federation.layout,
-            config.wire.uplink,
-            differences=method.uploads_differences,
-            max_update_norm=config.max_update_norm,
-            parts=method.confined,
-        )
+        self.uplink = make_uplink(config, federation.layout)
         self.sender = Sender(federation.layout, config.wire.downlink, federation.trained.base_bytes)
         self._sampler = config.build_sampler()
         self.varies: bool = getattr(self._sampler, "varies", False)
@@ -177,7 +171,7 @@ class Schedule(ABC):
             clients: Who is to train, int64[n].
             chunks: What the model is to be evaluated on.
         """
-        sizes = self.sizes(instructions.round)[clients]
+        config, sizes = self.config, self.sizes(instructions.round)[clients]
         samples = int(sizes.sum()) if self.config.weighting == "samples" else len(clients)
         kept = {c.client: own for c in chunks if c.client is not None and (own := self.kept.of(c.client))}
         return Broadcast(
@@ -186,8 +180,9 @@ class Schedule(ABC):
             mask=parcel.mask,
             instructions=instructions,
             lr=self.config.learning_rate(max(1, instructions.round)),
-            limit=Grid.for_round(parcel.exact, samples).limit,
+            limit=Grid.for_round(parcel.exact, samples, config.wire.bits).limit,
             samples=samples,
+            bits=config.wire.bits,
             period=period_of(self.config.shift, instructions.round),
             kept=kept,
             parts=tuple(parcel.parts),

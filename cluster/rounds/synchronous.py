@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from algorithms import Grid, ServerState
+from algorithms import ServerState
 from cluster import seeding
+from cluster.clients.uplinks import no_update
 from cluster.exchange import Broadcast, EvaluationChunk
 from cluster.rounds.engine import Outcome
 from cluster.rounds.schedule import IDLE_S, Round, Schedule
@@ -76,6 +77,8 @@ class Synchronous(Schedule):
             "clients/dropped": int(gone.sum()),
             "clients/late": len(arrivals) - len(first),
         }
+        if broadcast.bits is not None:
+            metrics["comm/clamped_values"] = sum(report.clamped for report in outcome.reports)
         return Round(outcome, self.downlink(sent, parcel), metrics, prepared)
 
     def _settle(
@@ -88,8 +91,7 @@ class Synchronous(Schedule):
                 report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
                 part = parts[report.client]
-                grid = Grid(broadcast.limit, broadcast.samples)
-                total = total or self.method.zero(grid, layout, updates=self.config.keeps_updates)
+                total = total or no_update(self.config, layout, broadcast)
                 refused = self.uplink.take(
                     total,
                     report.client,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from algorithms import ParameterLayout, Total
+from algorithms import Grid, ParameterLayout, Total
 from cluster.transport import wire
 
 
@@ -23,11 +23,32 @@ class Posted:
         message: Its bytes.
         nonzero_bytes: Four bytes a nonzero value, the paper's accounting.
         density: Share of the prunable weights that travel.
+        clamped: Values that were cut to the limit of the round's grid.
     """
 
     message: bytes
     nonzero_bytes: int
     density: float
+    clamped: int = 0
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What a client knows of its round when it sends, where values are written on the round's grid.
+
+    Attributes:
+        client: Its index.
+        samples: Its weight, n_i.
+        grid: The round's grid.
+    """
+
+    client: int
+    samples: int
+    grid: Grid
+
+
+class Withheld(Exception):
+    """A client's own update does not fit the round's grid, and it does not send it; says why."""
 
 
 class Uplink:
@@ -39,6 +60,7 @@ class Uplink:
         differences: Whether updates are w_i - w_t over the trained span.
         max_update_norm: Distance from w_t beyond which an update is refused; None: no limit.
         parts: Whether clients send the part of the model that they hold.
+        bits: Of a word of the round's grid, in whole units of which values travel; None for floats.
     """
 
     def __init__(
@@ -49,6 +71,7 @@ class Uplink:
         differences: bool,
         max_update_norm: float | None,
         parts: bool = False,
+        bits: int | None = None,
     ) -> None:
         self.shape = wire.Shape.of(layout, "up", parts=parts)
         self._lean = self.shape
@@ -60,7 +83,8 @@ class Uplink:
         self._layout, self._format = layout, value_format
         self._differences, self._limit = differences, max_update_norm
         # Every update is decoded into the same memory: fresh pages cost as much as the decoding.
-        self._decoded = np.empty(self.shape.size, np.float32)
+        self._decoded = np.empty(self.shape.size, np.int64 if bits else np.float32)
+        self._bits = bits
 
     def encode(
         self,
@@ -69,6 +93,7 @@ class Uplink:
         held: np.ndarray | None,
         known: np.ndarray | None = None,
         marks: np.ndarray | None = None,
+        sending: Sending | None = None,
     ) -> Posted:
         """An update as bytes.
 
@@ -78,14 +103,28 @@ class Uplink:
             held: What both sides know: the mask, bool[prunable], or the client's part, bool[trained].
             known: Values that both sides work out, float32[trained], or None.
             marks: Positions that are named beside it, bool[prunable], or None.
+            sending: Who sends, where values travel as words of a grid.
+
+        Raises:
+            Withheld: A value is not finite, and there are no words for it.
         """
+        clamped = 0
+        if self._bits:
+            assert sending is not None
+            known = None
+            try:
+                values, clamped = sending.grid.words(values[: self.shape.size], sending.samples)
+            except OverflowError as error:
+                raise Withheld(f"its update cannot be averaged: {error}") from None
         shape, prunable = self.shape, self._layout.prunable_size
         if not values[self._lean.size : shape.size].any():
             shape = self._lean
         values = values[: shape.size]
         if shape.prunable > prunable:
             support = _within(held, support, shape.prunable)
-        message = wire.encode(values, support, shape, held=held, known=known, value_format=self._format)
+        message = wire.encode(
+            values, support, shape, held=held, known=known, value_format=self._format, bits=self._bits
+        )
         if marks is not None:
             message += wire.encode(
                 self._no_values,
@@ -95,7 +134,7 @@ class Uplink:
                 known=self._no_values,
             )
         sent = prunable if support is None else int(np.count_nonzero(support[:prunable]))
-        return Posted(message, wire.nonzero_bytes(values, shape), sent / prunable)
+        return Posted(message, wire.nonzero_bytes(values, shape), sent / prunable, clamped)
 
     def decode(
         self, message: bytes, held: np.ndarray | None, known: np.ndarray | None = None
@@ -105,8 +144,8 @@ class Uplink:
         shape = self._lean if floats == self._lean.size else self.shape
         whole = message if first == len(message) else message[:first]
         out = self._decoded[: shape.size]
-        received = wire.decode(whole, shape, held=held, known=known, out=out)
-        self._decoded[shape.size :] = 0.0
+        received = wire.decode(whole, shape, held=held, known=known, out=out, bits=self._bits)
+        self._decoded[shape.size :] = 0
         received = replace(received, values=self._decoded)
         if first >= len(message):
             return received
@@ -131,6 +170,8 @@ class Uplink:
         values, limit = received.values, self._limit
         if limit is not None and base is not None:
             trained = self._layout.trained_size
+            if self._bits:
+                values = total.grid.values(values, samples)
             reference = 0.0 if self._differences else base[:trained]
             distance = float(np.linalg.norm(values[:trained].astype(np.float64) - reference))
             if not distance <= limit:
@@ -140,7 +181,7 @@ class Uplink:
         try:
             total.fold(
                 client,
-                values,
+                received.values,
                 received.support,
                 samples,
                 self._layout,

@@ -17,6 +17,8 @@ it loses near density 0.001 (one code word is over half of the bytes of ``runs``
 Where the receiver can work out all trained values that would travel (``known``), none do: the message is its
 support and the float buffers, whatever the value format.
 
+On a grid of words (``bits``) all values, buffers included, are whole numbers of so many bits each.
+
 Every bit of the header and the support is read: a decoder refuses padding that is not zero, a run that does
 not end, a frame of nothing or with anything behind it, and run lengths in wider planes than they need.
 """
@@ -43,9 +45,11 @@ from cluster.transport.wire_values import (
     to_bytes,
     write_values,
 )
+from cluster.transport.words import WORD_BITS, pack, unpack
 
 # The place in these tuples is the code in the header: append, never reorder.
 _LAYOUTS = ("dense", "shared", "relative", "bitmap", "runs", "planes")
+_FORMATS = (*VALUE_FORMATS, *(f"word{bits}" for bits in WORD_BITS))
 _LEANING = ("shared", "relative")  # readable only with the support they were written against
 _MAGIC, _VERSION = b"SpFd", 2
 
@@ -55,13 +59,13 @@ class Message:
     """What a receiver reads.
 
     Attributes:
-        values: float32[size]; positions outside the support are +0.0.
+        values: float32[size], int64[size] of words; positions outside the support are +0.0.
         support: bool[prunable], or None when every position is kept.
         positions: Where the support is true, in order, or None with it.
         marks: Positions that a second message names, bool[prunable]; None where there is none.
     """
 
-    values: Floats
+    values: np.ndarray
     support: Mask | None
     positions: Positions | None = None
     marks: Mask | None = None
@@ -92,25 +96,26 @@ def dense_bytes(shape: Shape) -> int:
     return 4 * shape.size
 
 
-def nonzero_bytes(values: Floats, shape: Shape) -> int:
+def nonzero_bytes(values: np.ndarray, shape: Shape) -> int:
     """Bytes as the paper counts them: 4 for each nonzero prunable weight, positions free, the rest dense."""
     # Comparing first: numpy counts booleans several times as fast as floats.
     return 4 * (int(np.count_nonzero(values[: shape.prunable] != 0)) + shape.size - shape.prunable)
 
 
 def encode(
-    values: Floats,
+    values: np.ndarray,
     support: Mask | None,
     shape: Shape,
     *,
     held: Mask | None = None,
     known: Floats | None = None,
     value_format: ValueFormat = "float32",
+    bits: int | None = None,
 ) -> bytes:
     """Write a message in the cheapest layout; the same arguments always give the same bytes.
 
     Args:
-        values: float32[size]; prunable values outside the support are not sent.
+        values: float32[size], or int64[size] with ``bits``; prunable ones outside the support are not sent.
         support: bool[prunable], positions to keep whatever their value; None keeps all.
         shape: The spans of the vector.
         held: bool[prunable] support the receiver already holds, or None; where it equals the support, only
@@ -120,11 +125,12 @@ def encode(
         value_format: How trained parameters are written; float buffers are always float32. float32 is exact;
             float16 and bfloat16 round to nearest even and saturate instead of overflowing; int8 rounds to
             multiples of the layer's max|value| / 127. What is not finite stays so (int8: as a NaN layer).
+        bits: Of a word of a grid, where nothing is ``known``; None where values are floats.
 
     Raises:
         ValueError: An argument of wrong shape or type.
     """
-    _check_array("values", values, np.float32, shape.size)
+    _check_array("values", values, np.int64 if bits else np.float32, shape.size)
     for name, mask in (("support", support), ("held", held)):
         if mask is not None:
             _check_array(name, mask, np.bool_, shape.prunable)
@@ -143,16 +149,16 @@ def encode(
     trained = _sent(values, positions, shape)
     pieces: list[bytes | memoryview] = [where]
     told = known is not None and _same_bits(trained, _sent(known, positions, shape))
-    if told:
-        value_format = "float32"
+    if bits:
+        pieces += [pack(trained, bits), pack(values[shape.trained :], bits)]
     else:
-        pieces += write_values(trained, value_format, positions, shape)
-    pieces.append(to_bytes(values[shape.trained :], "<f4"))
+        pieces += [] if told else write_values(trained, value_format, positions, shape)
+        pieces.append(to_bytes(values[shape.trained :], "<f4"))
     header = _HEADER.pack(
         _MAGIC,
         _VERSION,
         _LAYOUTS.index(layout),
-        VALUE_FORMATS.index(value_format),
+        _FORMATS.index(f"word{bits}" if bits else "float32" if told else value_format),
         told,
         shape.prunable if positions is None else positions.size,
         shape.prunable,
@@ -172,7 +178,8 @@ def decode(
     *,
     held: Mask | None = None,
     known: Floats | None = None,
-    out: Floats | None = None,
+    out: np.ndarray | None = None,
+    bits: int | None = None,
 ) -> Message:
     """Read a message; nothing is written to ``out`` before the whole message has been found valid.
 
@@ -181,7 +188,8 @@ def decode(
         shape: The spans of the vector, as the sender knew them.
         held: bool[prunable] support this receiver holds, or None.
         known: float32[trained] values that it works out, or None.
-        out: Contiguous float32[size] to fill and return as the values; a new array when None.
+        out: Contiguous array to fill and return as the values; a new one when None.
+        bits: Of a word of a grid, where values are such and no floats.
 
     Raises:
         WireError: Truncated, damaged or trailing bytes, a vector of another shape, or another
@@ -192,10 +200,12 @@ def decode(
         _check_array("held", held, np.bool_, shape.prunable)
     if known is not None:
         _check_array("known", known, np.float32, shape.trained)
-    if out is None:
-        out = np.empty(shape.size, np.float32)
-    _check_array("out", out, np.float32, shape.size)
+    out = np.empty(shape.size, np.int64 if bits else np.float32) if out is None else out
+    _check_array("out", out, np.int64 if bits else np.float32, shape.size)
     header, payload = _open(data)
+    found = _FORMATS[header.value_format]
+    if found not in ([f"word{bits}"] if bits else VALUE_FORMATS):
+        raise WireError(f"a message of {found}, where {f'word{bits}' if bits else 'floats'} is expected")
     if (header.prunable, header.size, header.shape_checksum) != (shape.prunable, shape.size, shape.checksum):
         raise WireError(
             f"the message is for {header.size} floats, {header.prunable} of them prunable; this receiver has "
@@ -204,14 +214,18 @@ def decode(
     where, content = payload[: header.support_bytes], payload[header.support_bytes :]
     _check_leaning(header, held, known)
     positions = _read_support(header, where, shape, held)
-    if header.told:
-        assert known is not None
-        read_values(content, "float32", 0, positions, shape)
-        trained: np.ndarray = _sent(known, positions, shape)
+    rest, count = shape.size - shape.trained, shape.trained
+    count += 0 if positions is None else positions.size - shape.prunable
+    if bits:
+        words = unpack(content, bits, count + rest)
+        trained, out[shape.trained :] = words[:count], words[count:]
     else:
-        count = shape.trained if positions is None else positions.size + shape.trained - shape.prunable
-        trained = read_values(content, VALUE_FORMATS[header.value_format], count, positions, shape)
-    buffers = content[len(content) - 4 * (shape.size - shape.trained) :]
+        told = _sent(known, positions, shape) if header.told and known is not None else None
+        trained = read_values(
+            content, VALUE_FORMATS[header.value_format], count if told is None else 0, positions, shape
+        )
+        trained = trained if told is None else told
+        out[shape.trained :] = np.frombuffer(content[len(content) - 4 * rest :], "<f4")
 
     support = None
     if positions is None:
@@ -219,10 +233,9 @@ def decode(
     else:
         support = np.zeros(shape.prunable, np.bool_)
         support[positions] = True
-        out[: shape.prunable] = 0.0
+        out[: shape.prunable] = 0
         out[positions] = trained[: positions.size]
         out[shape.prunable : shape.trained] = trained[positions.size :]
-    out[shape.trained :] = np.frombuffer(buffers, "<f4")
     return Message(out, support, positions)
 
 
@@ -245,7 +258,7 @@ def describe(data: bytes) -> dict[str, Any]:
     header, payload = _open(data)
     return {
         "layout": _LAYOUTS[header.layout],
-        "value_format": VALUE_FORMATS[header.value_format],
+        "value_format": _FORMATS[header.value_format],
         "told": bool(header.told),
         "kept": header.kept,
         "prunable": header.prunable,
@@ -263,7 +276,7 @@ def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
         raise ValueError(f"{name} must be {expected}, found {array.dtype.name}{list(array.shape)}")
 
 
-def _sent(values: Floats, positions: Positions | None, shape: Shape) -> Floats:
+def _sent(values: np.ndarray, positions: Positions | None, shape: Shape) -> np.ndarray:
     """The trained values that travel."""
     if positions is None:
         return values[: shape.trained]
@@ -314,7 +327,7 @@ def _open(data: bytes) -> tuple[_Header, memoryview]:
     payload = view[_PAYLOAD:]
     if checksum(view[: _HEADER.size], payload) != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
         raise WireError("the checksum does not match: the message was damaged on its way")
-    if header.layout >= len(_LAYOUTS) or header.value_format >= len(VALUE_FORMATS) or header.told > 1:
+    if header.layout >= len(_LAYOUTS) or header.value_format >= len(_FORMATS) or header.told > 1:
         raise WireError(f"unknown layout {header.layout} or value format {header.value_format}")
     if header.told and header.value_format:
         raise WireError("the message has no values, and a format of values")

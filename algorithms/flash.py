@@ -159,6 +159,11 @@ class Flash(Algorithm):
         """0 with ``sensitivity``, which has a stage of its own."""
         return 0 if self.stage1 == "sensitivity" else 1
 
+    @property
+    def mean_alone(self) -> bool:
+        """With one mask for good, ranked after round 1; all layers are then as dense as each other."""
+        return self.stage1 == "magnitude" and not self.refresh_interval
+
     # ---- server half
 
     def initial_state(

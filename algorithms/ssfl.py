@@ -80,6 +80,11 @@ class SSFL(Algorithm):
         """|gradient x weight| of a zero is 0: it is in no mask."""
         return False
 
+    @property
+    def mean_alone(self) -> bool:
+        """Of scores as of models."""
+        return True
+
     # ---- server half
 
     def initial_state(
@@ -115,7 +120,13 @@ class SSFL(Algorithm):
 
     def problems(self, config: Any) -> Iterator[str]:
         """Scores are divided by what the server multiplies them with."""
-        if config.weighting != "samples":
+        if config.privacy.dp.asked:
+            if self.saliency_weighting != "samples":
+                yield (
+                    f"algorithm.saliency_weighting: {self.saliency_weighting} divides scores by samples, and "
+                    "with privacy.dp all clients weigh the same anyhow; leave it out"
+                )
+        elif config.weighting != "samples":
             yield (
                 f"aggregation.weighting: {config.weighting}, and ssfl weighs by samples, its scores as "
                 f"algorithm.saliency_weighting says ({self.saliency_weighting}); leave it out"

@@ -164,6 +164,7 @@ class Broadcast:
         period: Number of shifts of the data so far, which tells who holds what.
         kept: What the clients keep that are evaluated after local training, by client and name.
         parts: The parts of the model that clients were sent who have no room for all of it.
+        clip: What updates are cut to, so that totals are of their differences; None: they are not.
     """
 
     weights: np.ndarray
@@ -177,6 +178,7 @@ class Broadcast:
     kept: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     parts: Sequence[Part] = ()
     bits: int | None = None
+    clip: float | None = None
 
     @property
     def grid(self) -> Grid:

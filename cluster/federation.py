@@ -20,6 +20,7 @@ from cluster.configuration.choices import build_choice
 from cluster.configuration.config import Config
 from cluster.exchange import EvaluationChunk, HostSetup
 from cluster.flops import LayerFlops, count_activations, held_units
+from cluster.guarantee import check_guarantee
 from cluster.references import DataError, UserError, default_cache
 from cluster.simulation.devices import Devices
 from cluster.simulation.shift import partition_of, period_of, rows_of
@@ -68,6 +69,7 @@ class Federation:
         """
         federation = cls.divided(config)
         _ = federation.layout  # a model that does not fit the data fails here, before anything starts
+        check_guarantee(config, federation.layout)
         federation.check_attacks()
         federation.check_memory(_half_of_memory())
         weights = federation.sizes if config.weighting == "samples" else np.ones_like(federation.sizes)

@@ -51,7 +51,7 @@ class Measure:
     @property
     def grows(self) -> bool:
         """Whether it adds up since the run began, so that to reach a value is to have spent it."""
-        return self.key.endswith("_total") or self.key == "time/simulated_s"
+        return self.key.endswith("_total") or self.key in ("time/simulated_s", "privacy/epsilon")
 
     @property
     def scale(self) -> float:
@@ -193,6 +193,12 @@ MEASURES: tuple[Measure, ...] = (
     Measure("shift/recovery_rounds", "rounds to recover", "rounds",
             "Rounds on the new data until what selects was as good on test data as before; null until"
             " then.", "lower", when="after a shift"),
+    Measure("privacy/epsilon", "epsilon", "",
+            "What all models so far tell of one client at most, at privacy.dp.delta; null: anything.",
+            "lower", when="privacy.dp"),
+    Measure("privacy/clip", "clip", "", "What the round's updates were cut to.", when="privacy.dp"),
+    Measure("privacy/clipped", "clipped updates", "share",
+            "Share of the round's updates that were cut.", when="privacy.dp"),
     Measure("method/<name>", "a method's own", "",
             "A number that the method measures, by the name it gives.",
             when="methods with measures of their own"),

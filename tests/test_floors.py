@@ -15,10 +15,11 @@ FLOORS = (
     "algorithms",
     "cluster",  # its version; the public names are loaded when they are asked for
     "cluster.references",
-    "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.measures",
+    "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.measures"
+    " cluster.accounting",
     "cluster.configuration",
     "cluster.workload cluster.transport cluster.simulation",
-    "cluster.measured cluster.trained_model",
+    "cluster.measured cluster.trained_model cluster.guarantee",
     "cluster.exchange",
     "cluster.federation",
     "cluster.clients cluster.records",

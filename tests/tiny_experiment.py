@@ -131,12 +131,12 @@ def run_inline(config: Config, folder: Path) -> InlineRun:
     host, states = engine._host, []
     fold = host._uplink.fold
 
-    def recording_fold(total: Any, client: int, received: Any, samples: int, base: Any) -> Any:
+    def recording_fold(total: Any, client: int, received: Any, *rest: Any) -> Any:
         values = layout.split(torch.from_numpy(received.values.copy()))
         support = received.support
         by_name = None if support is None else layout.split(torch.from_numpy(support.copy()), layout.prunable)
         uploads[host._round, client] = (values, by_name)
-        return fold(total, client, received, samples, base)
+        return fold(total, client, received, *rest)
 
     host._uplink.fold = recording_fold
     driver = Driver(

@@ -159,6 +159,7 @@ class Total:
         clients: Indices of the clients folded in, ascending.
         updates: Every update by client, ascending, float32[up_size], read-only, and its n_i; only kept where
             a method asks for it.
+        unclipped: Updates that were within the clip, where there is one: ``algorithms.core.clipping``.
     """
 
     grid: Grid
@@ -171,6 +172,7 @@ class Total:
     clients: list[int] = field(default_factory=list)
     updates: dict[int, tuple[np.ndarray, int]] | None = None
     marked: np.ndarray | None = None
+    unclipped: int = 0
 
     @classmethod
     def zero(
@@ -287,6 +289,7 @@ class Total:
         if self.marked is not None and other.marked is not None:
             self.marked += other.marked
         self.samples += other.samples
+        self.unclipped += other.unclipped
         self.clients = sorted(self.clients + other.clients)
         if self.updates is not None and other.updates is not None:
             self.updates = dict(sorted({**self.updates, **other.updates}.items()))

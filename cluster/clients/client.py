@@ -331,7 +331,9 @@ class ClientHost:
             if here and not late and received is not None:
                 assert self._total is not None
                 base = broadcast.base(assignment.part)
-                refused = self._uplink.fold(self._total, sending.client, received, sending.samples, base)
+                refused = self._uplink.fold(
+                    self._total, sending.client, received, sending.samples, base, broadcast.clip
+                )
             marks.append(time.perf_counter())
         except Exception as error:
             reason = self._skip(error, assignment.client, broadcast.instructions.round, stage)

@@ -22,6 +22,7 @@ from cluster.command_line.progress import local_actors, place
 from cluster.configuration.config import Config
 from cluster.federation import Federation
 from cluster.flops import count_activations, held_shares
+from cluster.guarantee import noise_of, planned_events, spent
 from cluster.records.run_folder import RunFolder
 from cluster.references import is_file, is_folder
 from cluster.simulation.clock import Device
@@ -67,6 +68,7 @@ def describe_config(console: Console, config: Config, picture_file: Path | None 
         ("model", "data model adapter", lambda known: _model(console, known)),
         ("data", "data", lambda known: _partition(console, known, picture_file)),
         ("bytes", "data model adapter algorithm aggregation", lambda known: _bytes(console, known)),
+        ("privacy", "data model adapter algorithm", lambda known: _privacy(console, known)),
         ("devices", "data model adapter algorithm", lambda known: _devices(console, known)),
         ("memory", "data model adapter algorithm", lambda known: _memory(console, known, before)),
     )
@@ -271,6 +273,27 @@ def _parts(console: Console, federation: Federation, parcel: Parcel) -> None:
             f"{federation.tier_bytes(name) / _MEGA:,.1f}",
         )
     console.print(table)
+
+
+def _privacy(console: Console, federation: Federation) -> None:
+    """How much noise goes where, and what all rounds will have told of one client."""
+    config, dp = federation.config, federation.config.privacy.dp
+    if not dp.asked:
+        return
+    noise, clients = noise_of(config), config.population
+    events = planned_events(config, noise)
+    empty = (1.0 - min(1.0, config.cohort / clients)) ** clients
+    _heading(console, "privacy", f"of a whole client, by {config.cohort} coins of {clients:,}")
+    for key, text in (
+        ("clip", f"{dp.clip:g}{', following the median norm' * dp.adaptive}"),
+        ("noise", f"{noise:g} x clip on the sum of updates: on the mask that all share, else on all"),
+        ("epsilon", f"{spent(config, events):.3g} after {sum(event.count for event in events)} rounds, "
+                    f"at delta {dp.delta:g}, by {dp.accountant}"
+                    + ("" if dp.epsilon is None else f"; the run ends within {dp.epsilon:g}")),
+        ("nobody", f"a round in {1 / empty:,.3g} asks no client and leaves the model as it is"
+                   if empty > 1e-300 else "every round asks somebody"),
+    ):  # fmt: skip
+        console.print(f"{key:<11} {text}")
 
 
 def _devices(console: Console, federation: Federation) -> None:

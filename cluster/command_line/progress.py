@@ -132,8 +132,9 @@ class RunDisplay:
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        heads = ("round", self._selects.title, "loss", "sparsity", "up MB", "down MB", "seconds")
-        for head in heads:
+        heads = ["round", self._selects.title, "loss", "sparsity", "up MB", "down MB", "seconds"]
+        private = self._config.privacy.dp.asked
+        for head in [*heads, *["epsilon"] * private]:
             table.add_column(head, justify="right", no_wrap=True)
         for line in self._lines[-_ROUNDS_SHOWN:]:
             table.add_row(
@@ -144,6 +145,7 @@ class RunDisplay:
                 number(line["comm/uplink_bytes"] / 1e6, ".2f"),
                 number(line["comm/downlink_bytes"] / 1e6, ".2f"),
                 number(line["time/round_s"], ".2f"),
+                *[number(line["privacy/epsilon"], ".3g")] * private,
             )
         return table
 
@@ -160,7 +162,7 @@ class RunDisplay:
             ProgressBar(total=self._last, completed=self._done),
             Text(f"{self._selects.title[:3]} {self._selects.text(self._value)}", style="bold green"),
             Text(f"sparse {percent(line['sparsity/global'])}"),
-            Text(f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB"),
+            Text(f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB{_epsilon(line)}"),
             Text(f"{duration(time.monotonic() - self._started)} eta {duration(remaining)}", style="dim"),
         )
         return grid
@@ -180,7 +182,7 @@ class RunDisplay:
             f"round {line['round']:>{width}}/{self._last}"
             f"  {self._selects.title} {self._selects.text(evaluated(line, self._selects)):>6}"
             f"  loss {number(line['train/loss'], '.3f')}  sparsity {percent(line['sparsity/global'])}"
-            f"  up {megabytes(line, 'uplink')} MB  down {megabytes(line, 'downlink')} MB"
+            f"  up {megabytes(line, 'uplink')} MB  down {megabytes(line, 'downlink')} MB{_epsilon(line)}"
             f"  simulated {duration(line['time/simulated_s'])}"
             f"  {duration(time.monotonic() - self._started)}{left}"
         )
@@ -188,6 +190,11 @@ class RunDisplay:
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
         self._console.file.flush()
+
+
+def _epsilon(line: Line) -> str:
+    """What all models so far tell of one client, where they are private."""
+    return f"  epsilon {number(line['privacy/epsilon'], '.3g')}" if "privacy/epsilon" in line else ""
 
 
 def announce(console: Console, config: Config, folder: Path, title: str) -> None:

@@ -13,9 +13,6 @@ from pydantic import Field
 from algorithms import registry
 from cluster.configuration.sections import Section
 
-#: Andrew et al., section 2: noise on the count of updates below the clip, as a share of the cohort.
-COUNT_NOISE = 1 / 20
-
 
 class DPSection(Section):
     """Client-level differential privacy of the models: of what one client adds, at most ``clip`` counts."""
@@ -63,17 +60,10 @@ def privacy_problems(config: Any) -> Iterator[str]:
 
 
 def _amounts(config: Any) -> Iterator[str]:
-    """Noise that nobody set, or that leaves nothing for the updates."""
+    """Noise that nobody set."""
     dp = config.privacy.dp
     if dp.noise_multiplier is None and dp.epsilon is None:
         yield "privacy.dp: without noise; set privacy.dp.noise_multiplier, or privacy.dp.epsilon"
-    most = 2 * COUNT_NOISE * config.cohort
-    if dp.adaptive and dp.noise_multiplier is not None and dp.noise_multiplier >= most:
-        yield (
-            f"privacy.dp.adaptive: the count of updates below the clip takes all of the noise with cohort: "
-            f"{config.cohort} and privacy.dp.noise_multiplier: {dp.noise_multiplier:g}; allowed are cohorts "
-            f"above {dp.noise_multiplier / (2 * COUNT_NOISE):g}"
-        )
 
 
 def _mechanism(config: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ from cluster.rounds.client_evaluation import ClientEvaluation
 from cluster.rounds.engine import Engine, Outcome
 from cluster.rounds.ledger import Ledger, Line
 from cluster.rounds.metrics import Supports, added_up, evaluation_metrics, round_metrics, time_metrics
+from cluster.rounds.private import Private
 from cluster.rounds.robust_evaluation import RobustEvaluation
 from cluster.rounds.schedule import Round, Schedule, Snapshot
 from cluster.rounds.setbacks import Setbacks
@@ -79,7 +80,7 @@ class Driver:
         self._chunks = federation.evaluation_chunks(_CHUNK_ROWS)
         self._clients, self._robust = ClientEvaluation(federation), RobustEvaluation(federation, _CHUNK_ROWS)
         self._setbacks, self._supports = Setbacks(), Supports()
-        self._aggregating = Aggregating(federation)
+        self._aggregating, self._private = Aggregating(federation), Private.of(federation)
         self._stands_on = stands_on(federation)
         self._after: Callable[[], None] | None = None  # what is left to do about the last round
         self._final: Line = {}
@@ -108,6 +109,8 @@ class Driver:
             if self._stop is not None:
                 self._settle()
                 self.stopped_by = self._stop.reason(self._ledger.lines)
+            if self._private is not None and not self.stopped_by:
+                self.stopped_by = self._private.exhausted(self._schedule.instruct(self.state))
             if self.stopped_by or (self._should_stop() and self.state.round >= self.method.first_round):
                 break
             self._round()
@@ -128,7 +131,7 @@ class Driver:
         if not result.outcome.evaluating:
             self._complete_line(result.outcome, before.round)
         worked = time.perf_counter()
-        self._before, self.state = before, self._advance(before, result.outcome)
+        self._before, self.state = before, self._advance(before, result)
         stepped = time.perf_counter()
         times = {
             "time/round_s": stepped - started,
@@ -144,14 +147,19 @@ class Driver:
 
         self._after = after
 
-    def _advance(self, before: ServerState, outcome: Outcome) -> ServerState:
+    def _advance(self, before: ServerState, result: Round) -> ServerState:
         """The server's state after a round; without an update all but its number stays."""
-        if outcome.total is None:
+        outcome = result.outcome
+        total = None if outcome.total is None else self._aggregating.settle(before, outcome.total)
+        if self._private is not None:
+            total = self._private.release(before, total, self._schedule.instruct(before))
+            self._schedule.clip = self._private.clip
+            result.metrics.update(self._private.line)
+        if outcome.total is None or total is None:
             self._setbacks.count(before.round + 1, outcome.reports)
             return replace(before, round=before.round + 1)
         self._setbacks.clear()
         share = outcome.total.samples / self._schedule.population_weight(before.round + 1)
-        total = self._aggregating.settle(before, outcome.total)
         return self.method.advance(before, total, self.server, self.layout, share)
 
     def _book_keeping(self) -> None:
@@ -263,6 +271,8 @@ class Driver:
             "failed_rounds": self._setbacks.failed,
             "rules": RULES,
         }
+        if self._private is not None:
+            driver["privacy"] = self._private.dump()
         save_checkpoint(
             place,
             Checkpoint(
@@ -296,6 +306,9 @@ class Driver:
             driver["simulated_s"], held, driver["flight"], dict(stored.bases), kept, installed
         )
         self._schedule.restore(snapshot, stored.state)
+        if self._private is not None:
+            self._private.load(driver["privacy"])
+            self._schedule.clip = self._private.clip
         self._setbacks.refused = int(driver["refused_rounds"])
         # What made the clients fail may be cured: where rounds are left, they are asked anew.
         if stored.state.round >= self._last:

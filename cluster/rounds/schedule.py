@@ -92,6 +92,7 @@ class Schedule(ABC):
         self._sampler = config.build_sampler()
         self.varies: bool = getattr(self._sampler, "varies", False)
         self._sizes: dict[int, np.ndarray] = {}  # of the last period that was asked for
+        self.clip = config.privacy.dp.clip  # of the next broadcast; the driver's to change
         self.clock: Clock[Any] = Clock()
         self.kept = Kept(late=not method.kept_is_summed)
 
@@ -186,6 +187,7 @@ class Schedule(ABC):
             period=period_of(self.config.shift, instructions.round),
             kept=kept,
             parts=tuple(parcel.parts),
+            clip=self.clip,
         )
 
     def assignments(

@@ -100,6 +100,7 @@ class Synchronous(Schedule):
                     broadcast.base(part),
                     broadcast.held(part),
                     self.known(broadcast.weights),
+                    broadcast.clip,
                 )
                 report = replace(report, refused=refused, message=None)
             outcome.reports[place] = report

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from algorithms import Grid, ParameterLayout, Total
+from algorithms.core.clipping import fold_clipped
 from cluster.transport import wire
 
 
@@ -156,7 +157,13 @@ class Uplink:
 
     @np.errstate(invalid="ignore")  # a signalling NaN is far away like any other
     def fold(
-        self, total: Total, client: int, received: wire.Message, samples: int, base: np.ndarray | None
+        self,
+        total: Total,
+        client: int,
+        received: wire.Message,
+        samples: int,
+        base: np.ndarray | None,
+        clip: float | None = None,
     ) -> str | None:
         """Fold a decoded update into ``total``; returns why it was refused, if it was.
 
@@ -166,6 +173,7 @@ class Uplink:
             received: What :meth:`decode` returned.
             samples: Its weight, n_i.
             base: What the client received, float32[size]; None where no model was sent.
+            clip: What its difference is cut to; None: it is not.
         """
         values, limit = received.values, self._limit
         if limit is not None and base is not None:
@@ -179,6 +187,10 @@ class Uplink:
                     f"its update is {distance:.3g} away from the global model, max_update_norm is {limit:g}"
                 )
         try:
+            if clip is not None:
+                start = None if self._differences else base
+                fold_clipped(total, client, values, received.support, start, clip, self._layout)
+                return None
             total.fold(
                 client,
                 received.values,
@@ -201,9 +213,10 @@ class Uplink:
         base: np.ndarray | None,
         held: np.ndarray | None,
         known: np.ndarray | None = None,
+        clip: float | None = None,
     ) -> str | None:
         """Decode and fold a message; see :meth:`fold`."""
-        return self.fold(total, client, self.decode(message, held, known), samples, base)
+        return self.fold(total, client, self.decode(message, held, known), samples, base, clip)
 
 
 def _within(part: np.ndarray | None, support: np.ndarray | None, trained: int) -> np.ndarray | None:

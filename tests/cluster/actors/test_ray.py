@@ -175,6 +175,16 @@ def test_krum_among_attackers_gives_the_bits_of_inline(local_ray, tmp_path):
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
+def test_private_rounds_give_the_bits_of_inline(local_ray, tmp_path):
+    """Clipped where they are folded, on two actors, by a clip that moves every round; noise at the driver."""
+    pytest.importorskip("dp_accounting", reason="epsilon is composed by dp-accounting, the extra dp")
+    small = ["model.name=small_cnn", "cohort=4", "partition.clients=8", "rounds=3", "sampler.name=poisson"]
+    dp = ["privacy.dp={clip: 0.3, noise_multiplier: 0.3, adaptive: true}", "algorithm.name=fixed_mask"]
+    for name, more in {"ray": ["actors=2"], "inline": ["execution=inline"]}.items():
+        cluster.run(config(*small, *dp, *more), tmp_path / name)
+    assert_same_run(tmp_path / "ray", tmp_path / "inline")
+
+
 def test_adapters_give_the_bits_of_inline(local_ray, tmp_path):
     small = [
         "model.name=mlp",

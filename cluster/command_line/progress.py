@@ -145,7 +145,7 @@ class RunDisplay:
                 number(line["comm/uplink_bytes"] / 1e6, ".2f"),
                 number(line["comm/downlink_bytes"] / 1e6, ".2f"),
                 number(line["time/round_s"], ".2f"),
-                *[number(line["privacy/epsilon"], ".3g")] * private,
+                *([number(line["privacy/epsilon"], ".3g")] if private else []),
             )
         return table
 

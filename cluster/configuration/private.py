@@ -83,6 +83,8 @@ def _mechanism(config: Any) -> Iterator[str]:
             f"max_update_norm: {config.max_update_norm:g}, and who is refused tells of its data; leave it "
             "out, privacy.dp.clip bounds what an update can do"
         )
+    if config.wire.bits is not None:
+        yield f"wire.grid: {config.wire.bits}, and {needs} values to clip, not their words: wire.grid=exact"
     if config.aggregation.name != "mean":
         yield f"aggregation.name: {config.aggregation.name}, and {needs} the sum of all updates: mean"
     if config.aggregation.weighting == "samples":

@@ -176,6 +176,7 @@ ON = ["sampler.name=poisson", "privacy.dp.clip=1", "privacy.dp.noise_multiplier=
         ([*ON, "schedule.over_selection=1.3"], "schedule.over_selection: 1.3, and"),
         ([*ON, "schedule.name=buffered"], "schedule.name: buffered, and privacy.dp needs whole rounds"),
         ([*ON, "max_update_norm=3"], "max_update_norm: 3, and who is refused tells of its data"),
+        ([*ON, "wire.grid=64"], "wire.grid: 64, and privacy.dp needs values to clip"),
         ([*ON, "aggregation.name=median"], "aggregation.name: median, and privacy.dp needs the sum"),
         ([*ON, "aggregation.weighting=samples"], "aggregation.weighting: samples, and privacy.dp"),
         ([*ON, "byzantine.share=0.2", "byzantine.kind=little_is_enough"], "looks at what others send"),

@@ -9,7 +9,7 @@ Also accuracy by iteration, and of each client alone. The mean has the head's ru
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +29,14 @@ ITERATIONS = (0, 1, 2, 5, 10, 20, 30, 60)
 
 def main() -> None:
     """Print a table."""
-    overrides = ["execution=inline", "tracking.enabled=false", *sys.argv[1:]]
-    config = resolve("ma-echo", overrides)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.one_shot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the preset ma-echo")
+    overrides = parser.parse_args().overrides
+    config = resolve("ma-echo", ["execution=inline", "tracking.enabled=false", *overrides])
     federation = Federation.of(config)
     engine = InlineEngine(federation.setup())
     totals = []

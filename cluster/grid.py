@@ -85,7 +85,8 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
     """The runs of a grid, or None where ``source`` is a single experiment.
 
     Raises:
-        ConfigError: A key or value of the grid is wrong, or two of its runs have one name.
+        ConfigError: A key or value of the grid is wrong, two of its runs have one name, or two names mean the
+            same run.
     """
     tree = load_tree(source)
     if "grid" not in tree:
@@ -98,6 +99,13 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
         raise ConfigError(f"{source}: runs_at_once: expected a whole number from 1, found {at_once!r}")
     overrides = [override for override in overrides if not override.startswith("runs_at_once=")]
     runs = {name: validate(point) for name, point in points(source, tree, overrides).items()}
+    seen: dict[str, str] = {}
+    for name, config in runs.items():
+        if (other := seen.setdefault(config.model_dump_json(), name)) != name:
+            raise ConfigError(
+                f"{source}: grid: {other} and {name} are one and the same run; a piece does not undo what an "
+                "override, the experiment or what it extends has set: write the key out in both"
+            )
     if at_once is not None and at_once > 1 and any(c.execution == "inline" for c in runs.values()):
         raise ConfigError(f"{source}: runs_at_once: {at_once} runs side by side need execution=ray")
     return Grid(runs, at_once)

@@ -10,7 +10,7 @@ from cluster.actors import ray_session
 from cluster.actors.ray_session import ClusterError
 from cluster.cli import main
 from cluster.configuration.config import resolve
-from cluster.configuration.trees import ConfigError
+from cluster.configuration.trees import ConfigError, load_tree, presets
 from cluster.grid import expand, run_grid, shares_of, table
 from cluster.records.run_folder import RunFolder, comparable
 from cluster.rounds.setbacks import DivergedError
@@ -169,6 +169,24 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
     path = written(tmp_path, f"{BASE}\ngrid: {{a: {{x y: {{seed: 1}}, x_y: {{seed: 2}}}}}}")
     with pytest.raises(ConfigError, match="two runs are named x_y"):
         expand(path)
+
+
+def test_two_names_of_one_run_are_refused(tmp_path):
+    """A piece goes on top of what the experiment says: without a key of its own it does not undo it."""
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "extends: quickstart\nalgorithm: {name: sparsyfed, beta: 1.5}\n"
+        "grid:\n  method:\n    steep: {algorithm: {name: sparsyfed, beta: 1.5}}\n"
+        "    default: {algorithm: {name: sparsyfed}}\n  seed: [0, 1]\n"
+    )
+    with pytest.raises(ConfigError, match="steep-seed0 and default-seed0 are one and the same run"):
+        expand(path)
+    assert len(expand(path, ["method=[default]"]).runs) == 2
+
+
+@pytest.mark.parametrize("preset", [name for name in presets() if "grid" in load_tree(name)])
+def test_the_runs_of_every_preset_differ(preset):
+    assert expand(preset).runs
 
 
 # -------------------------------------------------------------------------------------------------- runs

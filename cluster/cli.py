@@ -205,18 +205,21 @@ def _follow(
 
 def _sync(arguments: argparse.Namespace) -> int:
     from cluster.records import tracking
+    from cluster.records.outbox import TITLES
 
-    console = _console()
-    with _busy(console, "delivering to MLflow"):
-        report = tracking.sync(Path(arguments.folder), deadline_s=arguments.timeout)
-    if not report.complete:
-        print(
-            f"error: {report.rounds_in_total} rounds are in MLflow, not yet all: {report.problem}",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"MLflow has all {report.rounds_in_total} rounds of run {report.run_id}; {report.rounds} are new")
-    return 0
+    console, folder, status = _console(), Path(arguments.folder), 0
+    for sink in tracking.sinks_of(folder):
+        title = TITLES[sink]
+        with _busy(console, f"delivering to {title}"):
+            report = tracking.sync(folder, sink, deadline_s=arguments.timeout)
+        if not report.complete:
+            behind = f"error: {report.rounds_in_total} rounds are in {title}, not yet all: {report.problem}"
+            print(behind, file=sys.stderr)
+            status = 1
+            continue
+        of = f" of run {report.run_id}" if report.run_id else ""
+        print(f"{title} has all {report.rounds_in_total} rounds{of}; {report.rounds} are new")
+    return status
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -261,11 +261,13 @@ def _preflight(config: Config, begun: Config | None = None) -> Federation:
             "execution: ray, and Ray is not installed here; install it (pip install 'ray[default]'), or set "
             "execution=inline"
         )
-    if config.tracking.enabled and config.tracking.uri is not None:
+    if config.tracking.enabled:
         try:
-            tracking.check(config.tracking.uri)
+            if config.tracking.uri is not None:
+                tracking.check(config.tracking.uri)
+            tracking.check_also(config.tracking.also)
         except tracking.TrackingError as error:
-            if begun is None or begun.tracking.uri != config.tracking.uri:
+            if begun is None or begun.tracking != config.tracking:
                 raise
             _logger.warning("%s. The run goes on; `sparsyfed sync` delivers what waits", error)
     federation = Federation.of(config)

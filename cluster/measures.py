@@ -232,7 +232,8 @@ RESULTS: tuple[Measure, ...] = (
     Measure("torch", "torch", "", "Version of torch."),
     Measure("cpu_capability", "instruction set", "", "Vector instructions that torch uses."),
     Measure("mlflow_run_id", "MLflow run", "", "Id of the run in MLflow.", when="tracking"),
-    Measure("tracking_delivered", "delivered", "", "Whether MLflow has everything.", when="tracking"),
+    Measure("tracking_delivered", "delivered", "",
+            "Whether MLflow, and what else is tracked to, has everything.", when="tracking"),
     Measure("checkpoint_uri_behind", "shared storage behind", "",
             "True where shared storage lacks the end.", when="checkpoint_uri, where it cannot be reached"),
 )  # fmt: skip

@@ -152,8 +152,8 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "sync",
         "deliver to MLflow what it missed",
         """
-        Deliver to MLflow what it missed of a run while its server was away: rounds, final values, pictures.
-        Nothing is sent twice; it may be repeated.""",
+        Deliver to MLflow, and to what else tracking.also names, what it missed of a run while its server was
+        away: rounds, final values, pictures. Nothing is sent twice; it may be repeated.""",
         epilog=examples(
             "sparsyfed sync runs/digits-lda0.5-sparsyfed-s0-20260101-120000",
             "for run in runs/*/; do sparsyfed sync $run; done",

@@ -341,10 +341,12 @@ def _next_steps(config: Config, result: Result) -> list[tuple[str, str]]:
             steps.append(("compare", "sparsyfed ui" + ("" if root == "runs" else f" --root {root}")))
         else:
             steps.append(("compare", f"sparsyfed ui --store {shlex.quote(uri)}"))
-        if not result.summary.get("tracking_delivered", False):
-            steps.append(
-                ("MLflow", f"has not everything yet; deliver it: sparsyfed sync {shown(result.folder)}")
-            )
+    if not result.summary.get("tracking_delivered", True):
+        sinks = ["MLflow"] * (uri is not None) + list(config.tracking.also)
+        behind = (
+            f"{' or '.join(sinks)} has not everything yet; deliver it: sparsyfed sync {shown(result.folder)}"
+        )
+        steps.append(("tracking", behind))
     if result.summary.get("stopped_by"):
         rule = "target" if config.stop.target is not None else "patience"
         steps.append(("go on", f"sparsyfed resume {shown(result.folder)} stop.{rule}=null"))

@@ -333,6 +333,9 @@ class TrackingSection(Section):
     uri: str | None = Field(None, description="tracking server or store; default sqlite in the output root")
     experiment: str | None = Field(None, description="default: data and partition, e.g. digits-lda0.5")
     run_name: str | None = Field(None, description="default: <method>-<sparsity>-s<seed>")
+    also: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="sinks beside MLflow, each an extra: an event file, Weights & Biases"
+    )
     tags: dict[str, str] = Field(default_factory=dict)
 
 

@@ -144,9 +144,9 @@ def missing_packages(config: Config) -> str | None:
 
 
 def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> tracking.Tracker | None:
-    """What delivers the run to MLflow, or None where tracking is off."""
+    """What delivers the run to MLflow and other sinks, or None where tracking is off."""
     section = config.tracking
-    if not section.enabled or section.uri is None:
+    if not section.enabled or (section.uri is None and not section.also):
         return None
     tags = {
         "method": config.algorithm.name,
@@ -170,10 +170,15 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "source": source,
     }
     name = section.run_name or introduction.run_name(config)
-    target = tracking.TrackingTarget(
-        section.uri, section.experiment or introduction.benchmark_name(config), name
+    experiment = section.experiment or introduction.benchmark_name(config)
+    return tracking.Tracker(
+        folder.path,
+        tracking.TrackingTarget(section.uri, experiment, name),
+        params=_parameters(config),
+        tags=tags,
+        dataset=dataset,
+        also=section.also,
     )
-    return tracking.Tracker(folder.path, target, params=_parameters(config), tags=tags, dataset=dataset)
 
 
 def _parameters(config: Config) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""Delivery of a run's rounds to MLflow, off the round's path.
+"""Delivery of a run's rounds to MLflow, and to other sinks, off the round's path.
 
 ``rounds.jsonl`` is the only source of truth and serves as the outbox; ``tracking.json`` remembers how far
-MLflow has confirmed it. One background thread reads the outbox and owns every MLflow call, the import
-(seconds of CPU) and the first migration of an SQLite store included. A server that is away, hung or
-answering with errors therefore costs the round loop nothing; what it missed is sent when it is back or by
-``sparsyfed sync DIR``.
+MLflow has confirmed it. A background thread for each sink reads the outbox and owns every call, the import
+(seconds of CPU) and the first migration of an SQLite store included. A sink that is away, hung or
+answering with errors therefore costs the round loop and the other sinks nothing; what it missed is sent when
+it is back or by ``sparsyfed sync DIR``.
 
 No point is ever logged twice:
 
-- what the server already holds is read from the server after a restart or a failed call, and left out;
+- what a sink already holds is read from it after a restart or a failed call, and left out: MLflow's server is
+  asked, TensorBoard's and wandb's own files are read;
 - a point's timestamp comes from its line, never from the clock at sending, because MLflow's SQL stores keep
   one copy of equal (metric, step, timestamp, value). That covers what asking cannot: a request given up as
   timed out which a hung server carries out after it was asked.
@@ -19,23 +20,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.records.sqlite_store import TrackingError, absolute_uri, is_sqlite, sqlite_file, sqlite_uri
-from cluster.records.tracking_delivery import (
-    DIGEST_LENGTH,
-    PARAM_LENGTH,
-    TAG_LENGTH,
-    Cursor,
-    Delivery,
-    Ending,
-    metric_name,
-    name_in,
-)
+from cluster.records.mlflow_delivery import MlflowDelivery
+from cluster.records.outbox import TITLES, Cursor, Delivery, Ending, TrackingTarget, cursor_file, name_in
+from cluster.records.sqlite_store import TrackingError, is_sqlite, sqlite_file, sqlite_uri
+from cluster.records.tensorboard_delivery import TensorboardDelivery
 from cluster.records.tracking_store import check, first_line, serve_ui
+from cluster.records.wandb_delivery import WandbDelivery, check_login
+from cluster.references import installed
 
 _logger = logging.getLogger("sparsyfed.tracking")
 
@@ -47,13 +44,12 @@ _GATHER_S = 2.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _CLOSING_RETRY_S = 1.0, 60.0, 2.0
 
 
-@dataclass(frozen=True)
-class TrackingTarget:
-    """Where a run is tracked: the store (http, https or sqlite), the experiment, the run's name in it."""
-
-    uri: str
-    experiment: str
-    run_name: str
+#: How each sink is delivered to.
+_DELIVERIES: dict[str, type[Delivery]] = {
+    "mlflow": MlflowDelivery,
+    "tensorboard": TensorboardDelivery,
+    "wandb": WandbDelivery,
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,9 @@ class SyncReport:
 
 
 class Tracker:
-    """Delivers one run to MLflow while it goes on, from a background thread.
+    """Delivers one run to its sinks while it goes on, from a background thread each.
 
-    The methods return at once (``finish``: by its deadline) and none raises MLflow's errors: these are logged
+    The methods return at once (``finish``: by its deadline) and none raises a sink's errors: these are logged
     once per outage, shown by ``problem``, and answered by trying again.
     """
 
@@ -82,8 +78,9 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str],
         dataset: Mapping[str, str] | None = None,
+        also: Sequence[str] = (),
     ) -> None:
-        """Writes ``tracking.json``, or takes up the one found, whose MLflow run then continues.
+        """Writes ``tracking.json`` and its like, or takes up those found, whose runs then continue.
 
         Args:
             folder: The run's folder, with or without its ``rounds.jsonl``.
@@ -91,55 +88,42 @@ class Tracker:
             params: The flattened configuration. A resumed run keeps the values it began with.
             tags: Tags of the run, ``mlflow.note.content`` (description), ``mlflow.parentRunId`` ....
             dataset: ``name``, ``digest``, ``source_type`` and ``source`` of the data set, or None.
+            also: Sinks beside MLflow.
 
         Raises:
-            TrackingError: ``tracking.json`` is damaged.
+            TrackingError: A cursor is damaged.
         """
-        uri = absolute_uri(target.uri)
-        cursor = Cursor.load(folder)
-        if cursor is None or (absolute_uri(cursor.uri), cursor.experiment) != (uri, target.experiment):
-            cursor = Cursor(uri, target.experiment, target.run_name, {}, {}, None)
-        cursor.params = {metric_name(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
-        cursor.tags = {metric_name(key): str(value)[:TAG_LENGTH] for key, value in tags.items()}
-        cursor.dataset = None
-        if dataset is not None:
-            cursor.dataset = {key: dataset[key] for key in ("name", "digest", "source_type", "source")}
-            cursor.dataset["digest"] = cursor.dataset["digest"][:DIGEST_LENGTH]
-        cursor.ending = None
-        cursor.save(folder)
-        self._cursor = cursor
-        self._delivery = Delivery(folder, cursor)
-        self._changed = threading.Condition()
-        self._pending = True  # the run itself is to be created
-        self._closing = self._abandoned = self._complete = False
-        self._problem: str | None = None
-        self._thread = threading.Thread(target=self._work, name="sparsyfed-tracking", daemon=True)
+        self._folder = folder
+        sinks = (["mlflow"] if target.uri is not None else []) + list(also)
+        cursors = [Cursor.begin(folder, sink, target, params, tags, dataset) for sink in sinks]
+        self._couriers = [Courier(_delivery(folder, cursor)) for cursor in cursors]
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run's id; None until MLflow has answered for the first time."""
-        return self._cursor.run_id
+        return next((c.cursor.run_id for c in self._couriers if c.cursor.sink == "mlflow"), None)
 
     @property
     def problem(self) -> str | None:
-        """Why MLflow is behind, in one line; None while deliveries succeed."""
-        return self._problem
+        """Why a sink is behind, in one line; None while deliveries succeed."""
+        return next((courier.problem for courier in self._couriers if courier.problem is not None), None)
 
     def start(self) -> None:
         """Starts delivering; returns at once."""
-        self._thread.start()
+        for courier in self._couriers:
+            courier.thread.start()
 
     def wait_until_known(self, timeout_s: float) -> str | None:
         """The MLflow run's id, once MLflow has answered; None where it fails to, or not in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.run_id is not None or self._problem is not None, timeout_s)
+        for courier in self._couriers:
+            if courier.cursor.sink == "mlflow":
+                courier.wait(lambda: self.run_id is not None or self.problem is not None, timeout_s)
         return self.run_id
 
     def round_written(self) -> None:
         """Says that a line was appended to ``rounds.jsonl``; returns at once."""
-        with self._changed:
-            self._pending = True
-            self._changed.notify_all()
+        for courier in self._couriers:
+            courier.wake()
 
     def finish(
         self, status: Status, artifacts: Sequence[Path], summary: Mapping[str, float], deadline_s: float
@@ -147,26 +131,71 @@ class Tracker:
         """Delivers what is left and the end of the run.
 
         Args:
-            status: The status shown by MLflow.
+            status: The status shown.
             artifacts: Files to attach.
             summary: Final scalars, logged as metrics at the last round.
             deadline_s: Longest wait in seconds.
 
         Returns:
-            Whether MLflow has everything. If not, ``sparsyfed sync DIR`` delivers the rest.
+            Whether every sink has everything. If not, ``sparsyfed sync DIR`` delivers the rest.
         """
-        folder = self._delivery.folder
         values = {key: float(value) for key, value in summary.items()}
-        names = [name_in(folder.resolve(), path.resolve()) for path in artifacts]
-        self._cursor.ending = Ending(status, int(time.time() * 1000), names, values)
+        names = [name_in(self._folder.resolve(), path.resolve()) for path in artifacts]
+        ending = Ending(status, int(time.time() * 1000), names, values)
+        for courier in self._couriers:
+            courier.close(ending)
+        give_up = time.monotonic() + deadline_s
+        whole = [courier.leave(max(0.0, give_up - time.monotonic())) for courier in self._couriers]
+        return all(whole)
+
+
+class Courier:
+    """The thread that delivers a run to one sink, and all that others may ask of it meanwhile.
+
+    Attributes:
+        problem: Why the sink is behind, in one line; None while deliveries succeed.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._changed = threading.Condition()
+        self._pending = True  # the run itself is to be created
+        self._closing = self._abandoned = self._complete = False
+        self.problem: str | None = None
+        name = f"sparsyfed-{self.cursor.sink}"
+        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    @property
+    def cursor(self) -> Cursor:
+        """What has arrived."""
+        return self._delivery.cursor
+
+    def wake(self) -> None:
+        """Says that there is something new."""
+        with self._changed:
+            self._pending = True
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Waits for something that a delivery brings about."""
+        with self._changed:
+            self._changed.wait_for(condition, timeout_s)
+
+    def close(self, ending: Ending) -> None:
+        """Keeps how the run ended and has it delivered; returns at once."""
+        self.cursor.ending = ending
         try:
-            self._cursor.save(folder)
+            self.cursor.save(self._delivery.folder)
         except OSError as error:
-            _logger.warning("the end of the run is not kept in %s: %s", folder / "tracking.json", error)
+            _logger.warning("the end of the run is not kept in %s: %s", self._delivery.folder, error)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            if self._thread.is_alive():
+
+    def leave(self, deadline_s: float) -> bool:
+        """Waits for the end to arrive; returns whether the sink has everything."""
+        with self._changed:
+            if self.thread.is_alive():
                 self._changed.wait_for(lambda: self._complete, deadline_s)
             self._abandoned = True
             self._changed.notify_all()
@@ -182,7 +211,7 @@ class Tracker:
                 self._pending, closing = False, self._closing
             try:
                 self._delivery.deliver(closing, lambda: self._abandoned)
-            except Exception as error:  # whatever MLflow raises, the run goes on
+            except Exception as error:  # whatever a library raises, the run goes on
                 pause_s, retry_s = (_CLOSING_RETRY_S if closing else retry_s), min(2 * retry_s, _LAST_RETRY_S)
                 self._report(error)
             else:
@@ -192,43 +221,80 @@ class Tracker:
                 self._changed.notify_all()
                 if self._abandoned:
                     break
-                if closing and self._problem is None:
+                if closing and self.problem is None:
                     self._complete = True
                     self._changed.notify_all()
                     break
-                self._pending |= self._problem is not None
+                self._pending |= self.problem is not None
                 self._changed.wait_for(lambda: self._abandoned or self._closing > closing, pause_s)  # noqa: B023
-        self._delivery.release()
+        with suppress(Exception):  # a library may complain once more
+            self._delivery.release()
 
     def _report(self, error: Exception | None) -> None:
         """Keeps the problem for display and logs the start and the end of an outage."""
         if error is None:
-            if self._problem is not None:
-                _logger.warning("MLflow takes deliveries again")
-            self._problem = None
+            if self.problem is not None:
+                _logger.warning("%s takes deliveries again", TITLES[self.cursor.sink])
+            self.problem = None
             return
-        problem = f"MLflow ({self._cursor.uri}) is behind: {first_line(error)}"
-        if self._problem is None:
+        problem = f"{self._delivery.place} is behind: {first_line(error)}"
+        if self.problem is None:
             _logger.warning("%s; rounds wait in %s", problem, self._delivery.folder / "rounds.jsonl")
-        self._problem = problem
+        self.problem = problem
 
 
-def sync(folder: Path, *, deadline_s: float = 600.0) -> SyncReport:
-    """Delivers what MLflow misses of a finished or interrupted run, from its files; may be repeated.
+def check_also(sinks: Sequence[str]) -> None:
+    """Refuses a sink beside MLflow that cannot be used, before anything starts.
+
+    Raises:
+        TrackingError: Names what is missing and the cure.
+    """
+    for sink in sinks:
+        if not installed(sink):
+            raise TrackingError(
+                f"tracking.also: {sink} is not installed here; install it (pip install 'sparsyfed[{sink}]'), "
+                "or leave it out"
+            )
+        if sink == "wandb":
+            check_login()
+
+
+def sinks_of(folder: Path) -> list[str]:
+    """Where the run in a folder is tracked.
+
+    Raises:
+        TrackingError: It is no folder of a tracked run.
+    """
+    found = [sink for sink in TITLES if cursor_file(folder, sink).exists()]
+    if not found:
+        raise TrackingError(f"{folder} holds no tracking.json: it is not the folder of a tracked run")
+    return found
+
+
+def _delivery(folder: Path, cursor: Cursor) -> Delivery:
+    return _DELIVERIES[cursor.sink](folder, cursor)
+
+
+def sync(folder: Path, sink: str = "mlflow", *, deadline_s: float = 600.0) -> SyncReport:
+    """Delivers what a sink misses of a finished or interrupted run, from its files; may be repeated.
 
     A run that was interrupted gets the status KILLED; resuming it sets it running again.
 
     Args:
         folder: The run's folder.
+        sink: One of ``sinks_of`` the folder.
         deadline_s: Longest wait in seconds.
 
     Raises:
-        TrackingError: The folder holds no tracked run.
+        TrackingError: The folder holds no run tracked there, or the sink cannot be used.
     """
-    cursor = Cursor.load(folder)
+    cursor = Cursor.load(folder, sink)
     if cursor is None:
-        raise TrackingError(f"{folder} holds no tracking.json: it is not the folder of a tracked run")
-    check(cursor.uri)
+        raise TrackingError(f"{folder} holds no {cursor_file(folder, sink).name}: it was not tracked there")
+    if sink == "mlflow":
+        check(cursor.uri)
+    else:
+        check_also([sink])
     if cursor.ending is None:
         rounds = folder / "rounds.jsonl"
         end_ms = int(rounds.stat().st_mtime * 1000) if rounds.exists() else cursor.created_ms
@@ -238,7 +304,7 @@ def sync(folder: Path, *, deadline_s: float = 600.0) -> SyncReport:
     complete, problem = threading.Event(), [f"not done within {deadline_s:g} s"]
 
     def deliver() -> None:
-        delivery = Delivery(folder, cursor)
+        delivery = _delivery(folder, cursor)
         try:
             while not complete.is_set() and time.monotonic() < give_up:
                 try:
@@ -265,8 +331,10 @@ __all__ = [
     "TrackingError",
     "TrackingTarget",
     "check",
+    "check_also",
     "is_sqlite",
     "serve_ui",
+    "sinks_of",
     "sqlite_file",
     "sqlite_uri",
     "sync",

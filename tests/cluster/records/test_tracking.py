@@ -244,12 +244,13 @@ def test_a_half_written_line_waits_for_its_end(store: str, tmp_path: Path) -> No
     run = tracker(tmp_path, store)
     line = json.dumps({"round": 1, **METRICS}) + "\n"
     (tmp_path / "rounds.jsonl").write_text(line[:20])
-    assert run._delivery.deliver(False, lambda: False)
+    delivery = run._couriers[0]._delivery
+    assert delivery.deliver(False, lambda: False)
     with (tmp_path / "rounds.jsonl").open("a") as file:
         file.write(line[20:])
-    assert run._delivery.deliver(False, lambda: False)
+    assert delivery.deliver(False, lambda: False)
     assert steps(store, run.run_id) == [1]
-    run._delivery.release()
+    delivery.release()
 
 
 def test_sync_of_an_interrupted_run_marks_it_killed(store: str, tmp_path: Path) -> None:

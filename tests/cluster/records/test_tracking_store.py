@@ -114,7 +114,7 @@ def test_a_server_that_hangs_holds_nothing_up(server: Server, tmp_path: Path) ->
         wait_for(lambda: run.problem, "the hang to be noticed")
         assert cursor_of(tmp_path)["rounds_delivered"] == 1
         assert not run.finish("FINISHED", [], {}, 0.2)
-        wait_for(lambda: not run._thread.is_alive(), "the thread to give up after its deadline")
+        wait_for(lambda: not run._couriers[0].thread.is_alive(), "the thread to give up after its deadline")
     finally:
         server.signal(signal.SIGCONT)
     assert sync(tmp_path, deadline_s=DEADLINE_S).complete

@@ -234,7 +234,7 @@ def test_a_missing_library_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "installed", lambda package: package != "tensorboard")
-    config = tiny_federation(tmp_path, tracking={"also": ["tensorboard"]})
+    config = tiny_federation(tmp_path, tracking={"enabled": True, "also": ["tensorboard"]})
     with pytest.raises(TrackingError, match=r"tensorboard is not installed.*sparsyfed\[tensorboard\]"):
         cluster.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

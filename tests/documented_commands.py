@@ -41,6 +41,8 @@ _OTHERS = {
     "kubectl",
     "mypy",
     "optuna-dashboard",
+    "tensorboard",
+    "wandb",
     "pre-commit",
     "pip",
     "pytest",

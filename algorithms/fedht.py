@@ -35,6 +35,11 @@ class FedHT(Algorithm):
         None, "local steps a visit, 1: Distributed-IHT; null: local.epochs", low=1, source="K; 3 to 10"
     )
 
+    @property
+    def kept_weights(self) -> float:
+        """tau over |P|."""
+        return 1.0 - self.sparsity
+
     def instruct(self, state: ServerState, rounds: int, clients: int) -> Instructions:
         """So many steps."""
         return replace(super().instruct(state, rounds, clients), steps=self.steps)

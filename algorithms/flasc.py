@@ -59,6 +59,11 @@ class Flasc(Algorithm):
         """w_i - w_t is sent, w_t as the client received it."""
         return True
 
+    @property
+    def kept_weights(self) -> float:
+        """What is left of the broadcast; uploads are differences."""
+        return 1.0 - self.down_sparsity
+
     def submodel(
         self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
     ) -> Tensor | None:

@@ -155,6 +155,11 @@ class Flash(Algorithm):
         return self.averaging == "masked"
 
     @property
+    def kept_weights(self) -> float:
+        """K over |P| in the warm-up of ``magnitude``."""
+        return 1.0 - self.sparsity if self.stage1 == "magnitude" else 1.0
+
+    @property
     def first_round(self) -> int:
         """0 with ``sensitivity``, which has a stage of its own."""
         return 0 if self.stage1 == "sensitivity" else 1

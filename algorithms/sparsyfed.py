@@ -146,6 +146,11 @@ class SparsyFed(Algorithm):
         return self.exponent == "spectral" or self.beta != 1.0
 
     @property
+    def kept_weights(self) -> float:
+        """K over |P|."""
+        return 1.0 - self.sparsity
+
+    @property
     def trains_zeros(self) -> bool:
         """The gradient at a zero is 0; which layers are plain is up to who names them."""
         return not self.reparameterised or bool(self.plain_layers)

@@ -61,6 +61,11 @@ class TopK(Algorithm):
         source="the authors' code, where it is off",
     )
 
+    @property
+    def kept_weights(self) -> float:
+        """K over |P|."""
+        return 1.0 - self.sparsity
+
     def submodel(
         self, weights: Tensor, told: Instructions, place: int | None, budget: float, layout: ParameterLayout
     ) -> Tensor | None:

@@ -143,6 +143,11 @@ class ZeroFL(Algorithm):
         """Whether w_i - w_t is sent."""
         return self.upload != "top_k_weights"
 
+    @property
+    def kept_weights(self) -> float:
+        """K over |P| of an upload of weights."""
+        return 1.0 if self.uploads_differences else 1.0 - self.lowered(self.sparsity)
+
     def prepare(self, model: nn.Module) -> None:
         """Let every sparse layer prune its saved input; the density is each client's own."""
         entries = {entry.name: entry for entry in self.sparse_layers(ParameterLayout.of(model))}

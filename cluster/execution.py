@@ -275,6 +275,8 @@ def _preflight(config: Config, begun: Config | None = None) -> Federation:
         _logger.warning(missing)
     if (weak := weak_attack(config)) is not None:
         _logger.warning(weak)
+    if (lost := federation.trained.lost_to_a_cut(config, federation.layout)) is not None:
+        _logger.warning(lost)
     if config.cuda_graphs and config.gpus_per_actor and not config.method.recordable:
         _logger.warning(
             "%s trains by passes of its own: they are launched op by op, cuda_graphs=true is for methods "

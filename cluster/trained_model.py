@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from algorithms.core.masks import kth_largest
+from algorithms.core.parameters import ParameterLayout
 from cluster import seeding
 from cluster.configuration.config import Config
 from cluster.transport import wire
@@ -36,6 +38,10 @@ def build_model(config: Config, dataset: Dataset, *, filled: bool = True) -> nn.
     if filled and config.model.weights is not None:
         load_weights(model, config.model.weights)
     return model
+
+
+#: A trained head is said to be cut where less than so much of it is left.
+_HEAD_LEFT = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,38 @@ class TrainedModel:
         if self.base is None:
             return 0
         return len(wire.encode(self.base, None, wire.Shape(0, 0, len(self.base), ())))
+
+    def lost_to_a_cut(self, config: Config, layout: ParameterLayout) -> str | None:
+        """What of adapters and of a trained head the method's first cut or mask would not leave, in a line.
+
+        One threshold over all layers compares B, at or near 0, with A and the head: B is cut and stays 0. And
+        no adapter makes up for most of a head.
+        """
+        if self.adapted is None:
+            return None
+        method, size = config.method, layout.prunable_size
+        rng = seeding.generator(config.seed, "server")
+        weights = method.initial_state(layout.flatten(self.module), layout, rng).weights
+        magnitudes, threshold = weights[:size].abs(), 0.0
+        if method.kept_weights < 1.0:
+            threshold = kth_largest(magnitudes, max(1, round(method.kept_weights * size)))
+        left = method.nonzeros(weights, layout) & (magnitudes >= threshold)
+        lost = []
+        head = [entry for entry in layout.prunable if entry.name == f"{self.adapted.head}.weight"]
+        share = float(left[head[0].span].float().mean()) if head else 1.0
+        if share < _HEAD_LEFT and config.model.weights is not None:
+            lost.append(f"{share:.0%} of the trained head (adapter.freeze_head=true keeps it whole)")
+        below = [entry for entry in layout.prunable if magnitudes[entry.span].max() < threshold]
+        if below:
+            name = below[0].name.removesuffix(".weight")
+            some = f" and {len(below) - 1} more layers" if len(below) > 1 else ""
+            lost.append(f"nothing of {name}{some} (adapter.freeze_a=true leaves one kind to compare)")
+        if not lost:
+            return None
+        return (
+            f"algorithm.name={config.algorithm.name} at this sparsity would leave {' and '.join(lost)}; or "
+            "cut differences alone: algorithm.name=flasc, algorithm.down_sparsity=0"
+        )
 
     @property
     def frozen_size(self) -> int:

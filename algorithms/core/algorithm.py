@@ -100,6 +100,14 @@ class Algorithm:
         return True
 
     @property
+    def kept_weights(self) -> float:
+        """Share of the prunable weights that one threshold over all layers leaves of a model that is sent.
+
+        1 where models are not cut so: the warning about adapters goes by it.
+        """
+        return 1.0
+
+    @property
     def masked(self) -> bool:
         """Whether totals keep sum n m for a masked mean."""
         return False

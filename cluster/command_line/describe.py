@@ -133,9 +133,10 @@ def _model(console: Console, federation: Federation) -> None:
             f"a message of {size / _MEGA:,.3f} MB to each client before its first model"
         )
         console.print(
-            f"adapters    beside {len(adapted.layers)} layers; trained in full: "
-            f"{adapted.head or 'nothing, the model has no linear head of its own'}"
+            f"adapters    beside {len(adapted.layers)} layers; trained in full: {adapted.head or 'nothing'}"
         )
+        if not unknown and (lost := federation.trained.lost_to_a_cut(config, layout)) is not None:
+            console.print(f"note        {lost}")
     console.print(f"training    {flops.dense(1) / 1e6:,.2f} MFLOP a sample and step (dense)")
 
 

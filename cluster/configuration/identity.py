@@ -40,6 +40,7 @@ _PLACE = re.compile(r"data\.cache|devices\.tiers\.[^.]+\.(cpus|label(\..+)?)")
 #: that older folders can be continued and compared.
 _ADDED = {
     "adapter": None,
+    "adapter.freeze_head": False,
     "aggregation.name": "mean",
     "aggregation.weighting": None,
     "algorithm.after_loss": "keep",

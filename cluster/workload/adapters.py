@@ -25,7 +25,7 @@ class Adapted:
 
     Attributes:
         layers: Names of the layers that got something of their own, in order of definition.
-        head: Name of the layer that is trained in full; empty where the model has none.
+        head: Name of the layer that is trained in full; empty where the model has none, or it is frozen.
     """
 
     layers: tuple[str, ...]

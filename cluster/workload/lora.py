@@ -96,6 +96,11 @@ class Lora(Adapter):
         low=0.0,
         high=1.0,
     )
+    freeze_head: bool = hyperparameter(
+        False,
+        "the head stays as the base has it: for one that is trained already, where methods cut weights",
+        source="PEFT, unless the head is among modules_to_save",
+    )
 
     @property
     def begins_at_zero(self) -> bool:
@@ -108,6 +113,8 @@ class Lora(Adapter):
         chosen = self._choose(model, head)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        if self.freeze_head:
+            head = ""
         if head:
             for parameter in model.get_submodule(head).parameters():
                 parameter.requires_grad_(True)

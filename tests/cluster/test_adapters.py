@@ -19,6 +19,7 @@ from cluster.records.checkpoint import latest, load_checkpoint
 from cluster.records.run_folder import RunFolder
 from cluster.trained_model import build_model
 from cluster.workload.models import ModelError
+from tests.algorithms.test_flasc import NaiveFlasc
 from tests.algorithms.test_topk import NaiveTopK
 from tests.cluster.clients.tiny_visits import broadcast_of, trainer_of
 from tests.cluster.observed import accuracy
@@ -65,7 +66,7 @@ class WrittenOut:
             tensors[f"{layer}.weight"] = (
                 self.base[f"{layer}.weight"] + options["alpha"] / options["rank"] * b @ a
             )
-        tensors["5.weight"], tensors["5.bias"] = leaves["5.weight"], leaves["5.bias"]
+        tensors |= {name: leaf for name, leaf in leaves.items() if name.startswith("5.")}
         loss = F.cross_entropy(functional_call(self.plain, tensors, (images,)), labels)
         found = torch.autograd.grad(loss, list(leaves.values()))
         return dict(zip(leaves, (gradient.clone() for gradient in found), strict=True))
@@ -79,9 +80,20 @@ class NaiveTopKLora(WrittenOut, NaiveTopK):
     pass
 
 
-@pytest.mark.parametrize("naive", [NaiveLora, NaiveTopKLora])
-def test_the_naive_reference(cache, tmp_path, naive):
-    method = {"name": "topk", "sparsity": 0.7} if naive is NaiveTopKLora else {"name": "fedavg"}
+class NaiveFlascLora(WrittenOut, NaiveFlasc):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("naive", "method"),
+    [
+        (NaiveLora, {"name": "fedavg"}),
+        (NaiveTopKLora, {"name": "topk", "sparsity": 0.7}),
+        (NaiveFlascLora, {"name": "flasc", "sparsity": 0.7, "down_sparsity": 0.4}),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_the_naive_reference(cache, tmp_path, naive, method):
     config = adapted(cache, algorithm=method, local={"epochs": 2, "weight_decay": 0.01})
     run = run_inline(config, tmp_path / "run")
     assert set(run.weights) == {
@@ -93,6 +105,16 @@ def test_the_naive_reference(cache, tmp_path, naive):
         "5.bias",
     }
     assert_same(run, naive(config).run())
+
+
+def test_a_frozen_head_is_part_of_the_base(cache, tmp_path):
+    config = adapted(
+        cache, adapter={**LORA, "freeze_head": True}, algorithm={"name": "flasc", "sparsity": 0.5}
+    )
+    run = run_inline(config, tmp_path / "run")
+    assert run.state.weights.numel() == TRAINED - 33
+    assert run.lines[-1]["comm/base_bytes_total"] % (HEADER + 4 * (BASE + 33)) == 0
+    assert_same(run, NaiveFlascLora(config).run())
 
 
 # ---------------------------------------------------------------------------------------------- what travels

@@ -168,6 +168,14 @@ def test_a_frozen_a_is_part_of_the_base():
     ]
 
 
+def test_a_frozen_head_is_part_of_the_base():
+    model, adapted = attached(mlp(12), freeze_head=True)
+    assert trained_names(model) == ["1.lora_A.weight", "1.lora_B.weight"]
+    assert adapted.head == ""
+    assert [name for name, _ in frozen(model)][2:] == ["3.weight", "3.bias"]
+    assert Lora(rank=2, freeze_head=True).tensors(model)[1]["modules_to_save"] == []
+
+
 def test_merged_weights_compute_the_same():
     model, _ = attached(decoder(), outputs=11, b_init=0.5)
     tokens = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(1))

@@ -57,6 +57,9 @@ class Row:
         clients: Mean accuracy of clients after local training, percent.
         worst: The same of the worst tenth.
         entropy_mb: What of mb_up random masks of the layers' densities need.
+        unseen: Mean accuracy of clients that never trained, on the global model, percent.
+        one_shot: The same once each has adapted it to one row of each class.
+        five_shot: The same with five.
         up_bits: Bits that a client sent for each weight of the model, a round.
         memory_mb: Megabytes that training takes on a client, and what it keeps between its visits.
         consensus: Agreement of a cohort's masks, the mean from round 2 on.
@@ -85,6 +88,9 @@ class Row:
     clients: float | None = None
     worst: float | None = None
     entropy_mb: float | None = None
+    unseen: float | None = None
+    one_shot: float | None = None
+    five_shot: float | None = None
     up_bits: float | None = None
     memory_mb: float | None = None
     consensus: float | None = None
@@ -94,7 +100,7 @@ NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
 _OPTIONAL = (
     *("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb"),
-    *("up_bits", "memory_mb", "consensus"),
+    *("unseen", "one_shot", "five_shot", "up_bits", "memory_mb", "consensus"),
 )
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
@@ -114,6 +120,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "gap": ("robust_gap", "{:.1f}".format),
     "clients %": ("clients", "{:.1f}".format),
     "worst tenth %": ("worst", "{:.1f}".format),
+    "new clients %": ("unseen", "{:.1f}".format),
+    "one shot %": ("one_shot", "{:.1f}".format),
+    "five shots %": ("five_shot", "{:.1f}".format),
     "MB of entropy": ("entropy_mb", "{:.1f}".format),
     "sparsity %": ("sparsity", "{:.1f}".format),
     "MB up": ("mb_up", _sum("{:,.1f}")),
@@ -196,6 +205,9 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "robust_gap": percent("robust_gap"),
         "clients": percent("clients/accuracy_mean_after"),
         "worst": percent("clients/accuracy_worst_decile_after"),
+        "unseen": percent("unseen/accuracy_mean"),
+        "one_shot": percent("unseen/accuracy_mean_1_shot"),
+        "five_shot": percent("unseen/accuracy_mean_5_shot"),
         "entropy_mb": sum(line["method/entropy_bytes"] * line["clients/trained"] for line in lines) / 1e6
         if "method/entropy_bytes" in last
         else None,

@@ -162,7 +162,9 @@ class RunDisplay:
             ProgressBar(total=self._last, completed=self._done),
             Text(f"{self._selects.title[:3]} {self._selects.text(self._value)}", style="bold green"),
             Text(f"sparse {percent(line['sparsity/global'])}"),
-            Text(f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB{_epsilon(line)}"),
+            Text(
+                f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB{_epsilon(line, 'eps')}"
+            ),
             Text(f"{duration(time.monotonic() - self._started)} eta {duration(remaining)}", style="dim"),
         )
         return grid
@@ -192,9 +194,9 @@ class RunDisplay:
         self._console.file.flush()
 
 
-def _epsilon(line: Line) -> str:
+def _epsilon(line: Line, name: str = " epsilon") -> str:
     """What all models so far tell of one client, where they are private."""
-    return f"  epsilon {number(line['privacy/epsilon'], '.3g')}" if "privacy/epsilon" in line else ""
+    return f" {name} {number(line['privacy/epsilon'], '.3g')}" if "privacy/epsilon" in line else ""
 
 
 def announce(console: Console, config: Config, folder: Path, title: str) -> None:

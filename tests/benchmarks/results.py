@@ -63,6 +63,7 @@ class Row:
         up_bits: Bits that a client sent for each weight of the model, a round.
         memory_mb: Megabytes that training takes on a client, and what it keeps between its visits.
         consensus: Agreement of a cohort's masks, the mean from round 2 on.
+        epsilon: What the models up to it tell of one client, where they are private.
     """
 
     preset: str
@@ -94,13 +95,14 @@ class Row:
     up_bits: float | None = None
     memory_mb: float | None = None
     consensus: float | None = None
+    epsilon: float | None = None
 
 
 NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
 _OPTIONAL = (
     *("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb"),
-    *("unseen", "one_shot", "five_shot", "up_bits", "memory_mb", "consensus"),
+    *("unseen", "one_shot", "five_shot", "up_bits", "memory_mb", "consensus", "epsilon"),
 )
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
@@ -134,6 +136,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits up": ("up_bits", "{:.2f}".format),
     "client MB": ("memory_mb", "{:,.1f}".format),
     "consensus": ("consensus", "{:.2f}".format),
+    "epsilon": ("epsilon", "{:.3g}".format),
 }
 
 
@@ -216,6 +219,7 @@ def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mb_down": last["comm/downlink_bytes_total"] / 1e6,
         "gflop_dense": last["flops/dense_total"] / 1e9,
         "gflop_sparse": last["flops/sparse_total"] / 1e9,
+        "epsilon": last.get("privacy/epsilon"),
         "client_cut": mean(lambda line: line.get("masks/client_cut")),
         "regrowth": mean(lambda line: line.get("masks/regrowth")),
     }

@@ -93,6 +93,16 @@ def test_quickstart_is_described_with_model_partition_bytes_and_memory(
     assert os.listdir() == []
 
 
+def test_what_private_models_will_have_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("dp_accounting", reason="epsilon is composed by dp-accounting, the extra dp")
+    small = ("model.name=mlp", "model.hidden=[8]", "algorithm.name=fixed_mask", "sampler.name=poisson")
+    shown = described(capsys, "quickstart", *small, "privacy.dp.clip=0.5", "privacy.dp.noise_multiplier=1")
+    assert "privacy  of a whole client, by 10 coins of 30" in shown
+    assert "epsilon     15.4 after 30 rounds, at delta 1e-05, by rdp" in shown
+    assert "a round in 1.92e+05 asks no client" in shown  # (2/3)^-30
+    assert "privacy  " not in described(capsys, "quickstart", *small)
+
+
 def test_what_is_prunable_and_what_is_not_is_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("model.name=vit", "model.width=8", "model.patch=2", "model.layers=1")
     shown = described(capsys, "quickstart", *small)

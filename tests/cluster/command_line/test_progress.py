@@ -62,6 +62,21 @@ def test_a_terminal_gets_a_status_line_and_the_last_rounds() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_what_private_models_tell_stands_in_every_line() -> None:
+    dp = ["sampler.name=poisson", "privacy.dp.clip=1", "privacy.dp.noise_multiplier=1", "algorithm.name=topk"]
+    config, told = cluster.resolve(None, ["rounds=40", *dp]), {"privacy/epsilon": 7.9729}
+    plain, terminal = io.StringIO(), io.StringIO()
+    with RunDisplay(Console(file=plain), config) as display:
+        display.on_line(line(1) | told)
+    assert "MB  epsilon 7.97  simulated" in plain.getvalue()
+    console = Console(file=terminal, force_terminal=True, width=80, color_system=None)
+    display = RunDisplay(console, config)
+    display.on_line(line(1) | told)
+    console.print(display._picture())
+    assert terminal.getvalue().count("7.97") == 2  # its column, and the status line
+    assert max(map(len, terminal.getvalue().splitlines())) <= 80
+
+
 def refusing(number, *refused):
     return line(number) | {"clients/refused_list": [list(each) for each in refused]}
 

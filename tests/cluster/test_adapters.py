@@ -359,3 +359,4 @@ def test_describe_tells_of_the_base(capsys):
     )
     assert "adapters    beside 1 layers; trained in full: 3" in told
     assert "the frozen base, once" in told
+    assert "note        algorithm.name=topk at this sparsity would leave nothing of 1.lora_B" in told

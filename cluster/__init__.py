@@ -15,6 +15,7 @@ The rooms, from the ground up; each imports only what stands below it (``tests/t
 - ``rounds``: the driver, its schedules, what it measures
 - ``actors``: Ray
 - ``execution``, ``grid``: a run, many runs
+- ``export``: a finished run for a model hub, ONNX runtimes, Flower
 - ``compare``: runs side by side
 - ``command_line``, ``cli``: arguments, help, live progress, ``describe``
 """
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Config": "cluster.configuration.config",
     "ConfigError": "cluster.configuration.trees",
     "Result": "cluster.execution",
+    "load_model": "cluster.export.hub",
     "resolve": "cluster.configuration.config",
     "resume": "cluster.execution",
     "run": "cluster.execution",

@@ -274,6 +274,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    console = _console()
+    with _busy(console, "exporting"):
+        from cluster.command_line.exporting import export
+
+        return export(console, arguments)
+
+
 def _describe(arguments: argparse.Namespace) -> int:
     what, overrides = arguments.source, arguments.overrides
     console = _console()
@@ -328,6 +336,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sync": _sync,
     "compare": _compare,
     "ui": _ui,
+    "export": _export,
     "describe": _describe,
     "bench": _bench,
     "status": _remote,

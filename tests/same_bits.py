@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-_COMMON = (
+COMMON = (
     "rounds=3", "evaluate_every=3", "cohort=4", "partition.clients=8", "local.epochs=1",
     "local.batch_size=32", "model.channels=[4,8]", "model.hidden=16", "model.groups=2", "execution=inline",
     "tracking.enabled=false",
@@ -72,15 +72,20 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def final_model(overrides: tuple[str, ...], folder: Path) -> str:
-    """Run a case in the new folder ``folder``; the SHA-256 of the model file's tensors."""
-    from safetensors.numpy import load_file
-
+    """Run a case in the new folder ``folder``; the hash of its model."""
     import cluster
 
-    merged = {override.partition("=")[0]: override for override in (*_COMMON, *overrides)}
+    merged = {override.partition("=")[0]: override for override in (*COMMON, *overrides)}
     cluster.run(cluster.resolve("quickstart", list(merged.values())), folder)
+    return hash_of(folder)
+
+
+def hash_of(run: Path) -> str:
+    """The SHA-256 of the tensors in a run's model file."""
+    from safetensors.numpy import load_file
+
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+    for name, tensor in sorted(load_file(run / "model.safetensors").items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(tensor.tobytes())
     return digest.hexdigest()[:16]

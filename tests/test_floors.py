@@ -26,7 +26,7 @@ FLOORS = (
     "cluster.rounds",
     "cluster.actors",
     "cluster.execution",
-    "cluster.grid",
+    "cluster.grid cluster.export",
     "cluster.compare",
     "cluster.command_line",
     "tuning",

@@ -199,6 +199,8 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     )
     compare.add_argument("--no-log", action="store_true", help="do not keep the comparison in MLflow")
 
+    _add_export(command)
+
     ui = command(
         "ui",
         "open MLflow on the runs",
@@ -273,6 +275,33 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--device", choices=("cuda", "cpu"), help="cpu rehearses everything, tiny (default cuda)"
     )
     gpu.add_argument("--draw", metavar="FILE", help="draw the picture of results, RUNS/gpu.json, beside them")
+
+
+def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
+    export = command(
+        "export",
+        "make a folder of a finished run for use elsewhere",
+        """
+        Make a folder of a finished run's model for use elsewhere. hub: weights, their description and the
+        model's card, as `hf upload` takes them; `cluster.load_model` loads it. onnx: model.onnx for other
+        runtimes, compared with torch where onnxruntime is installed (extra `onnx`). flower: an app of Flower
+        that computes the same rounds to the same bits, of methods whose rounds are synchronous and whose
+        clients keep nothing. Nothing is sent anywhere.""",
+        epilog=examples(
+            "sparsyfed export runs/mine --to hub       then: hf upload OWNER/NAME runs/mine/hub",
+            "sparsyfed export runs/mine --to onnx --output model",
+            "sparsyfed export runs/mine --to flower    then: flwr run runs/mine/flower",
+        ),
+    )
+    export.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
+    export.add_argument("--to", required=True, choices=("hub", "onnx", "flower"), help="what to make of it")
+    export.add_argument(
+        "--output",
+        type=_path,
+        metavar="DIR",
+        help="new or empty folder; default: one of that name in the run's",
+    )
+    _add_trust(export)
 
 
 def _add_remote(command: Callable[..., argparse.ArgumentParser]) -> None:

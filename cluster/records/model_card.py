@@ -56,7 +56,12 @@ def write_card(
 
 
 def card(
-    config: Config, dataset: Dataset, summary: Mapping[str, Any], line: Mapping[str, Any], use: str
+    config: Config,
+    dataset: Dataset,
+    summary: Mapping[str, Any],
+    line: Mapping[str, Any],
+    use: str,
+    library: str = "pytorch",
 ) -> str:
     """The card's text; nothing in it names a place of this machine.
 
@@ -66,8 +71,10 @@ def card(
         summary: What ``result.json`` holds.
         line: The last round's line with its evaluation.
         use: How the model is loaded, in Markdown.
+        library: The hub's name of what loads it.
     """
-    head = yaml.safe_dump(_metadata(config, dataset, line), sort_keys=False, allow_unicode=True)
+    metadata = {"library_name": library, **_metadata(config, dataset, line)}
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     told = "  \n".join(facts(config))
     done, planned = summary["rounds"], config.rounds
     ended = f"after {done} of {planned} rounds" + (f", {summary['stopped_by']}" * bool(summary["stopped_by"]))
@@ -103,7 +110,7 @@ def _metadata(config: Config, dataset: Dataset, line: Mapping[str, Any]) -> dict
     """What a hub reads of a card."""
     objective, data, task = config.build_objective(), config.data, task_of(config, dataset)
     on_hub = data.path is None and re.fullmatch(r"[\w.-]+/[\w.-]+", data.name) is not None
-    head: dict[str, Any] = {"library_name": "pytorch"}
+    head: dict[str, Any] = {}
     if task is not None:
         head["pipeline_tag"] = task
     method = config.algorithm.name.rpartition(":")[2]

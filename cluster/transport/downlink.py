@@ -70,7 +70,7 @@ class Parcel:
         """
         if self.value_format == "float32":
             return self.layout.received_down(self.sent)
-        return self.layout.received_down(wire.decode(self._full, self.shape).values)
+        return self.layout.received_down(wire.decode(self.message, self.shape).values)
 
     @cached_property
     def sent(self) -> np.ndarray:
@@ -97,18 +97,19 @@ class Parcel:
         return self._places[key]
 
     @cached_property
+    def message(self) -> bytes:
+        """The model for a client that does not hold the mask."""
+        return self._encode(held=None)
+
+    @cached_property
     def full_bytes(self) -> int:
         """Bytes for a client that does not hold the mask."""
-        return len(self._full)
+        return len(self.message)
 
     @cached_property
     def relative_bytes(self) -> int:
         """Bytes for a client that does."""
         return len(self._encode(held=self.mask))
-
-    @cached_property
-    def _full(self) -> bytes:
-        return self._encode(held=None)
 
     def _encode(self, held: np.ndarray | None) -> bytes:
         support = self.exact[: self.shape.prunable] != 0 if self.mask is None else self.mask

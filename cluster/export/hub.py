@@ -1,0 +1,121 @@
+"""A folder that ``hf upload`` takes as it is: weights, what they are weights of, and the model's card.
+
+Nothing here talks to a hub.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import nn
+
+from cluster import __version__
+from cluster.export.finished import ExportError, Finished
+from cluster.records.model_card import card
+from cluster.records.model_file import model_bytes, model_metadata
+from cluster.records.run_folder import check_free
+from cluster.workload import models
+from cluster.workload.weights import load_weights
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+_USE = """\
+With sparsyfed installed:
+
+```python
+import cluster
+from huggingface_hub import snapshot_download
+
+model = cluster.load_model(snapshot_download("OWNER/NAME"))
+```
+
+`model` is a plain torch module in evaluation. {inputs}
+"""
+
+_INPUTS = {
+    "pixels": "It takes float32 images {shape} of values x / 127.5 - 1 for pixels x of 0 to 255.",
+    "numbers": "It takes float32 inputs {shape}, scaled as the training data were.",
+    "tokens": "It takes int64 tokens {shape}.",
+}
+
+
+def write(finished: Finished, output: Path) -> str:
+    """Write the folder; says how it is uploaded.
+
+    Args:
+        finished: The run.
+        output: A new or empty folder.
+
+    Raises:
+        ExportError: The model begins with a folder of this machine, which a description cannot name.
+    """
+    config, dataset = finished.config, finished.dataset
+    options = dict(config.model.options)
+    for key in ("folder", "config"):
+        if isinstance(options.get(key), str):
+            raise ExportError(
+                f"{finished.folder.path}: model.{key} = {options[key]} lies on this machine, and a hub's "
+                "folder cannot name it; its own library exports it, from the run's model.safetensors"
+            )
+    described = {
+        "library": "sparsyfed",
+        "version": __version__,
+        "model": {"name": config.model.name, "options": options},
+        "input_shape": list(dataset.input_shape),
+        "inputs": _kind(dataset.train.inputs.dtype),
+        "outputs": config.build_objective().count(dataset),
+        "labels": list(dataset.classes),
+        "tokens": len(dataset.vocabulary),
+    }
+    check_free(output)
+    output.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(finished.folder.model_file)
+    (output / _WEIGHTS).write_bytes(model_bytes(tensors, model_metadata(config, finished.line)))
+    (output / _CONFIG).write_text(json.dumps(described, indent=2, default=list) + "\n", encoding="utf-8")
+    use = _USE.format(inputs=_INPUTS[described["inputs"]].format(shape=["n", *dataset.input_shape]))
+    text = card(config, dataset, finished.result.summary, finished.line, use)
+    (output / "README.md").write_text(text, encoding="utf-8")
+    return f"upload    hf upload OWNER/NAME {output}"
+
+
+def load_model(folder: str | Path, *, trust: bool = False) -> nn.Module:
+    """The plain module of an exported folder, in evaluation.
+
+    Args:
+        folder: What ``sparsyfed export --to hub`` wrote, perhaps downloaded from a hub.
+        trust: Import the code that the folder names, where the model is of one's own.
+
+    Raises:
+        ModelError: The folder holds no such model, or names code and is not trusted.
+    """
+    folder = Path(folder)
+    try:
+        told: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        name, options, outputs = told["model"]["name"], told["model"]["options"], told["outputs"]
+        shape, tokens = tuple(told["input_shape"]), told["tokens"]
+    except FileNotFoundError:
+        raise models.ModelError(
+            f"{folder} holds no {_CONFIG}; expected a folder of `export --to hub`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise models.ModelError(
+            f"{folder / _CONFIG} is none of sparsyfed's: {type(error).__name__}: {error}"
+        ) from None
+    if ":" in name and not trust:
+        raise models.ModelError(
+            f"{folder / _CONFIG} names code, model.name = {name}; load_model(..., trust=True) runs it"
+        )
+    model = models.build(name, input_shape=shape, classes=outputs, tokens=tokens, seed=0, **options)
+    load_weights(model, str(folder / _WEIGHTS), key=_WEIGHTS)
+    return model.eval()
+
+
+def _kind(stored: np.dtype[Any]) -> str:
+    """What a model's inputs are made of; see :mod:`cluster.workload.inputs`."""
+    if stored == np.uint8:
+        return "pixels"
+    return "numbers" if stored.kind == "f" else "tokens"

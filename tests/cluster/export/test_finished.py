@@ -1,0 +1,67 @@
+"""What can be exported: a run that has ended and trained a whole model."""
+
+import re
+
+import pytest
+
+import cluster
+from cluster.cli import main
+from cluster.export.finished import ExportError, Finished
+from cluster.records.run_folder import RunFolder
+from tests.tiny_experiment import tiny_federation
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def test_a_run_that_has_not_ended_is_not_exported(cache, tmp_path):
+    config = tiny_federation(cache)
+    RunFolder.create(tmp_path / "new", config)
+    with pytest.raises(ExportError, match=r"new is not finished: 0 of 2 rounds; sparsyfed resume .*new"):
+        Finished.open(tmp_path / "new")
+    cluster.run(config, tmp_path / "half", should_stop=lambda: True)
+    with pytest.raises(ExportError, match=r"half is not finished: 1 of 2 rounds; sparsyfed resume .*half"):
+        Finished.open(tmp_path / "half")
+    cluster.resume(tmp_path / "half")
+    assert Finished.open(tmp_path / "half").line["round"] == 2
+
+
+def test_a_run_that_was_to_stop_there_has_ended(cache, tmp_path):
+    run = cluster.run(tiny_federation(cache, stop_after=1), tmp_path / "run")
+    assert Finished.open(run.folder).line["round"] == 1
+
+
+def test_an_adapter_is_not_exported(cache, tmp_path):
+    model = {"name": "mlp", "hidden": [8]}
+    config = tiny_federation(cache, model=model, adapter={"name": "lora"}, rounds=1)
+    run = cluster.run(config, tmp_path / "run")
+    with pytest.raises(ExportError, match=r"trained an adapter \(adapter.name = lora\) on a base"):
+        Finished.open(run.folder)
+
+
+def test_the_command_makes_a_folder_in_the_runs(finished, capsys):
+    run = finished.folder.path
+    assert main(["export", str(run), "--to", "hub"]) == 0
+    assert re.search(r"folder +\S*run/hub\nupload +hf upload OWNER/NAME", capsys.readouterr().out)
+    assert (run / "hub" / "config.json").is_file()
+    assert main(["export", str(run), "--to", "hub"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "hub exists and is not empty; choose another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["absent", "--to", "hub"], "holds no run: config.yaml is missing"),
+        (["absent"], "--to"),
+        (["absent", "--to", "tflite"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_a_wrong_command_is_a_line(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["export", *words])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert says in capsys.readouterr().err

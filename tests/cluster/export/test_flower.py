@@ -1,0 +1,140 @@
+"""An app of Flower: complete, and its two halves give the product's bits when they speak to each other.
+
+``python -m tests.export_flower`` runs the same apps in Flower itself, in an environment of its own.
+"""
+
+import importlib
+import sys
+import tomllib
+
+import pytest
+
+import cluster
+from cluster.export import flower
+from cluster.export.finished import ExportError, Finished
+from cluster.records.run_folder import RunFolder, comparable
+from cluster.references import installed
+from cluster.rounds.conduct import conduct
+from tests.tiny_experiment import tiny_federation
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+SCALARS = (bool, int, float, str, bytes)
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    """Imports a module of the app in ``tmp_path / "app"``."""
+    monkeypatch.syspath_prepend(tmp_path / "app")
+    yield lambda name: importlib.import_module(f"sparsyfed_app.{name}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sparsyfed_app"]:
+        del sys.modules[name]
+
+
+def through_a_config_record(content):
+    """What arrives of a message: only what Flower's record takes."""
+    for value in content.values():
+        values = value if isinstance(value, list) else [value]
+        assert len({type(one) for one in values}) == 1
+        assert type(values[0]) in SCALARS
+    return dict(content)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("fedavg", {}),
+        ("topk", {"devices": {"profile": "phones"}, "schedule": {"over_selection": 1.5, "deadline": 20}}),
+        ("sparsyfed", {"wire": {"uplink": "int8", "downlink": "float16"}, "shift": {"round": 2}}),
+    ],
+)
+def test_nodes_end_in_the_products_bits(cache, tmp_path, app, method, overrides):
+    data, local = {"name": "digits"}, {"batch_size": 64}
+    config = tiny_federation(cache, algorithm={"name": method}, cohort=3, data=data, local=local, **overrides)
+    run = cluster.run(config, tmp_path / "run")
+    flower.write(Finished.open(run.folder), tmp_path / "app")
+    rounds = app("rounds")
+    nodes = [rounds.Node(rounds.experiment()) for _ in range(2)]
+    asked = []
+
+    def ask(questions):
+        asked.append([question["clients"] for question in questions])
+        answers = [
+            node.play(through_a_config_record(question))
+            for node, question in zip(nodes, questions, strict=False)
+        ]
+        return [through_a_config_record(answer) for answer in answers]
+
+    folder = RunFolder.create(tmp_path / "flower", rounds.experiment())
+    conduct(
+        folder.path,
+        lambda _, federation: rounds.NodesEngine(federation, ask, len(nodes)),
+        lambda line: None,
+        lambda: False,
+    )
+    assert folder.model_file.read_bytes() == (run.folder / "model.safetensors").read_bytes()
+    expected = RunFolder(run.folder).rounds()
+    assert [comparable(line) for line in folder.rounds()] == [comparable(line) for line in expected]
+    assert len(asked) == 2
+    assert all(len(shares) == 2 for shares in asked)  # both nodes played
+
+
+def test_the_app_is_complete(finished, tmp_path, app):
+    said = flower.write(finished, tmp_path / "app")
+    assert said == f"run       flwr run {tmp_path / 'app'} --stream"
+    assert sorted(str(path.relative_to(tmp_path / "app")) for path in (tmp_path / "app").rglob("*.*")) == [
+        "README.md", "pyproject.toml", "sparsyfed_app/__init__.py", "sparsyfed_app/client_app.py",
+        "sparsyfed_app/experiment.yaml", "sparsyfed_app/rounds.py", "sparsyfed_app/server_app.py",
+    ]  # fmt: skip
+    told = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())
+    settings = told["tool"]["flwr"]["app"]
+    assert settings["config"] == {"output": "runs/flower", "nodes": 2}
+    assert told["project"]["dependencies"] == [f"flwr=={flower.FLOWER}"]
+    for reference in settings["components"].values():
+        module, _, attribute = reference.partition(":")
+        file = tmp_path / "app" / f"{module.replace('.', '/')}.py"
+        compile(source := file.read_text(), str(file), "exec")
+        assert f"\n{attribute} = " in source
+    experiment = app("rounds").experiment()
+    assert experiment.digest() == finished.config.digest()
+    assert (experiment.execution, experiment.tracking.enabled) == ("inline", False)
+    assert str(finished.config.data.cache) not in (tmp_path / "app/sparsyfed_app/experiment.yaml").read_text()
+    assert "topk-0.8-s3" in (tmp_path / "app" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not installed("flwr"), reason="flwr is not installed: python -m tests.export_flower")
+def test_the_apps_import_where_flower_is(finished, tmp_path, app):
+    flower.write(finished, tmp_path / "app")
+    assert type(app("server_app").app).__name__ == "ServerApp"
+    assert type(app("client_app").app).__name__ == "ClientApp"
+
+
+def test_a_node_with_other_code_says_so(finished, tmp_path, app):
+    flower.write(finished, tmp_path / "app")
+    rounds = app("rounds")
+    node = rounds.Node(finished.config)
+    with pytest.raises(rounds.NodeError, match=r"this node has sparsyfed's code \w{12}, the server other; "):
+        node.play({"code": "other"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"algorithm": {"name": "scaffold"}}, "clients of scaffold keep c between visits"),
+        ({"algorithm": {"name": "feddst"}}, "server and clients of feddst hold a mask between rounds"),
+        ({"algorithm": {"name": "ssfl"}}, "ssfl begins with a stage of its own before round 1"),
+        ({"algorithm": {"name": "heterofl"}}, "heterofl sends clients parts of the model"),
+        ({"algorithm": {"name": "topk"}, "schedule": {"name": "buffered"}}, "schedule.name = buffered: who"),
+        (
+            {"algorithm": {"name": "tests.example_method:RandomK"}},
+            "algorithm.name = tests.example_method:RandomK is code of your own",
+        ),
+        ({"data": {}}, "data.name = tests.tiny_experiment:tiny_images is code of your own"),
+    ],
+)
+def test_what_nodes_cannot_play_is_refused_with_the_reason(cache, finished, tmp_path, overrides, reason):
+    config = tiny_federation(cache, **{"data": {"name": "digits"}, **overrides})
+    asked = Finished(finished.folder, config, finished.result)
+    with pytest.raises(ExportError, match=f"run cannot be an app of Flower: {reason}"):
+        flower.write(asked, tmp_path / "app")
+    assert not (tmp_path / "app").exists()

@@ -275,11 +275,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    console = _console()
-    with _busy(console, "exporting"):
-        from cluster.command_line.exporting import export
+    from cluster.command_line.exporting import export
 
-        return export(console, arguments)
+    return export(_console(), arguments)
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -307,8 +305,7 @@ def _describe(arguments: argparse.Namespace) -> int:
         describe.describe_run(console, run, picture)
     elif choice is not None:
         describe_choice(console, *choice)
-    else:
-        assert config is not None
+    elif config is not None:
         describe.describe_config(console, config, picture)
     return 0
 

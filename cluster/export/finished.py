@@ -68,6 +68,11 @@ class Finished:
         """What it was trained on."""
         return open_dataset(prepare(**prepare_arguments(self.config)))
 
+    @property
+    def batch(self) -> str:
+        """The shape of the model's inputs in words, such as [n, 1, 8, 8]."""
+        return f"[{', '.join(map(str, ('n', *self.dataset.input_shape)))}]"
+
     @cached_property
     def line(self) -> dict[str, Any]:
         """The last round's line."""

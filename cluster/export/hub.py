@@ -76,7 +76,7 @@ def write(finished: Finished, output: Path) -> str:
     tensors = load_file(finished.folder.model_file)
     (output / _WEIGHTS).write_bytes(model_bytes(tensors, model_metadata(config, finished.line)))
     (output / _CONFIG).write_text(json.dumps(described, indent=2, default=list) + "\n", encoding="utf-8")
-    use = _USE.format(inputs=_INPUTS[described["inputs"]].format(shape=["n", *dataset.input_shape]))
+    use = _USE.format(inputs=_INPUTS[described["inputs"]].format(shape=finished.batch))
     text = card(config, dataset, finished.result.summary, finished.line, use)
     (output / "README.md").write_text(text, encoding="utf-8")
     return f"upload    hf upload OWNER/NAME {output}"

@@ -52,8 +52,7 @@ def write(finished: Finished, output: Path) -> str:
     file = output / "model.onnx"
     _export(finished.model, example, model_metadata(config, finished.line), file, config.model.name)
     compared = _compare(finished.model, to_input(dataset.train.inputs[:_CHECKED], torch.device("cpu")), file)
-    shape, dtype = ["n", *dataset.input_shape], str(example.dtype).removeprefix("torch.")
-    use = _USE.format(shape=shape, dtype=dtype)
+    use = _USE.format(shape=finished.batch, dtype=str(example.dtype).removeprefix("torch."))
     text = card(config, dataset, finished.result.summary, finished.line, use, library="onnx")
     (output / "README.md").write_text(text, encoding="utf-8")
     return compared

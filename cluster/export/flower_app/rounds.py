@@ -55,7 +55,7 @@ class Node:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config, self._devices = config, Devices(config)
+        self._config, self._devices, self._code = config, Devices(config), code_digest()
         federation = Federation.of(config)
         self._layout = federation.layout
         self._shape = wire.Shape.of(self._layout, "down")
@@ -68,10 +68,11 @@ class Node:
             NodeError: The server runs other code.
             ClientError: A client's code raised, and ``on_client_error`` is ``stop``.
         """
-        config, code = self._config, code_digest()
-        if question["code"] != code:
+        config = self._config
+        if question["code"] != self._code:
             raise NodeError(
-                f"this node has sparsyfed's code {code}, the server {question['code']}; install the same"
+                f"this node has sparsyfed's code {self._code}, the server {question['code']}; "
+                "install the same"
             )
         told = Instructions(**json.loads(question["instructions"]))
         weights = self._layout.received_down(wire.decode(question["model"], self._shape).values)
@@ -130,7 +131,7 @@ class NodesEngine:
     def __init__(
         self, federation: Federation, ask: Callable[[Sequence[Content]], Sequence[Content]], nodes: int
     ) -> None:
-        self.actors, self._ask = nodes, ask
+        self.actors, self._ask, self._code = nodes, ask, code_digest()
         self._sender = Sender(federation.layout, federation.config.wire.downlink)
         self._host = ClientHost(federation.setup())
 
@@ -162,7 +163,7 @@ class NodesEngine:
         shares = (assignments[first :: self.actors] for first in range(self.actors))
         return [
             {
-                "code": code_digest(),
+                "code": self._code,
                 "instructions": json.dumps(asdict(told)),
                 "model": parcel.message,
                 "clients": [assignment.client for assignment in share],

@@ -25,8 +25,12 @@ SCALARS = (bool, int, float, str, bytes)
 @pytest.fixture
 def app(tmp_path, monkeypatch):
     """Imports a module of the app in ``tmp_path / "app"``."""
-    monkeypatch.syspath_prepend(tmp_path / "app")
-    yield lambda name: importlib.import_module(f"sparsyfed_app.{name}")
+
+    def module(name):
+        monkeypatch.syspath_prepend(tmp_path / "app")  # once it is there
+        return importlib.import_module(f"sparsyfed_app.{name}")
+
+    yield module
     for name in [name for name in sys.modules if name.partition(".")[0] == "sparsyfed_app"]:
         del sys.modules[name]
 
@@ -124,7 +128,10 @@ def test_a_node_with_other_code_says_so(finished, tmp_path, app):
         ({"algorithm": {"name": "feddst"}}, "server and clients of feddst hold a mask between rounds"),
         ({"algorithm": {"name": "ssfl"}}, "ssfl begins with a stage of its own before round 1"),
         ({"algorithm": {"name": "heterofl"}}, "heterofl sends clients parts of the model"),
-        ({"algorithm": {"name": "topk"}, "schedule": {"name": "buffered"}}, "schedule.name = buffered: who"),
+        (
+            {"algorithm": {"name": "topk"}, "schedule": {"name": "buffered", "buffer": 2, "concurrency": 3}},
+            "schedule.name = buffered: who arrives when",
+        ),
         (
             {"algorithm": {"name": "tests.example_method:RandomK"}},
             "algorithm.name = tests.example_method:RandomK is code of your own",

@@ -63,9 +63,7 @@ def test_a_run_of_before_gets_the_metadata(finished, folder, tmp_path):
 def test_code_that_a_folder_names_is_run_on_request_alone(cache, tmp_path):
     config = tiny_federation(cache, rounds=1, model={"name": "tests.tiny_experiment:tiny_model"})
     hub.write(Finished.open(cluster.run(config, tmp_path / "run").folder), tmp_path / "model")
-    with pytest.raises(
-        ModelError, match=r"config.json names code, model.name = tests.tiny_exp"
-    ):
+    with pytest.raises(ModelError, match=r"config.json names code, model.name = tests.tiny_exp"):
         cluster.load_model(tmp_path / "model")
     model = cluster.load_model(tmp_path / "model", trust=True)
     stored = load_file(tmp_path / "model" / "model.safetensors")
@@ -73,7 +71,7 @@ def test_code_that_a_folder_names_is_run_on_request_alone(cache, tmp_path):
 
 
 def test_what_is_no_exported_folder_is_said_in_a_line(folder, tmp_path):
-    with pytest.raises(ModelError, match=r"holds no config.json; expected what export --to hub wrote"):
+    with pytest.raises(ModelError, match=r"holds no config.json; expected a folder of `export --to hub`"):
         cluster.load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     with pytest.raises(ModelError, match=r"config.json is none of sparsyfed's: KeyError: 'model'"):
@@ -86,9 +84,7 @@ def test_what_is_no_exported_folder_is_said_in_a_line(folder, tmp_path):
 def test_a_model_that_began_with_a_folder_is_left_to_its_library(finished, tmp_path):
     model = {"name": "timm", "architecture": "vit_tiny", "folder": str(tmp_path)}
     config = tiny_federation(tmp_path, model=model)
-    with pytest.raises(
-        ExportError, match=r"model.folder = .* lies on this machine, and a hub's"
-    ):
+    with pytest.raises(ExportError, match=r"model.folder = .* lies on this machine, and a hub's"):
         hub.write(Finished(finished.folder, config, finished.result), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

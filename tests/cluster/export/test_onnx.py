@@ -40,7 +40,5 @@ def test_onnxruntime_gives_torchs_outputs(finished, tmp_path):
     # The comparison can fail: the same file beside a model of other weights.
     with torch.no_grad():
         next(finished.model.parameters()).mul_(-1)
-    with pytest.raises(
-        ExportError, match=r"model.onnx computes something else: its outputs are up to"
-    ):
+    with pytest.raises(ExportError, match=r"model.onnx computes something else: its outputs are up to"):
         onnx_file._compare(finished.model, torch.randn(4, 1, 8, 8), file)

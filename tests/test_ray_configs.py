@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from cluster.configuration.config import resolve
+from tests import kuberay_schema
 from tests.documented_commands import ray_takes, sparsyfed_takes
 
 ROOT = Path(__file__).parents[1]
@@ -102,83 +103,19 @@ def test_the_runtime_environment_installs_the_projects_dependencies():
 # --- Kubernetes
 
 
-def object_of(required=(), **properties):
-    """A JSON schema of an object: nothing but these keys, and the required ones."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": False,
-    }
+#: The part of the operator's own CRD that the file uses; see tests/kuberay_schema.py.
+RAYJOB = json.loads(kuberay_schema.SCHEMA.read_text(encoding="utf-8"))
 
 
-def list_of(items):
-    return {"type": "array", "items": items, "minItems": 1}
-
-
-TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-NAME = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"}
-QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}}
-CONTAINER = object_of(
-    ["name", "image", "resources"],
-    name=NAME,
-    image=TEXT,
-    resources=object_of(["requests", "limits"], requests=QUANTITIES, limits=QUANTITIES),
-    volumeMounts=list_of(object_of(["name", "mountPath"], name=NAME, mountPath=TEXT)),
-)
-CLAIM = object_of(["claimName"], claimName=NAME)
-POD = object_of(
-    ["spec"],
-    spec=object_of(
-        ["containers"],
-        containers=list_of(CONTAINER),
-        volumes=list_of(object_of(["name", "persistentVolumeClaim"], name=NAME, persistentVolumeClaim=CLAIM)),
-    ),
-)
-START = {"type": "object", "additionalProperties": TEXT}  # flags of `ray start`, all of them text
-#: The fields of a RayJob (ray.io/v1) that are used, and no others.
-RAYJOB = object_of(
-    ["apiVersion", "kind", "metadata", "spec"],
-    apiVersion={"const": "ray.io/v1"},
-    kind={"const": "RayJob"},
-    metadata=object_of(["name"], name=NAME),
-    spec=object_of(
-        ["entrypoint", "rayClusterSpec"],
-        entrypoint=TEXT,
-        shutdownAfterJobFinishes={"type": "boolean"},
-        ttlSecondsAfterFinished=COUNT,
-        backoffLimit=COUNT,
-        rayClusterSpec=object_of(
-            ["rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"],
-            rayVersion=TEXT,
-            authOptions=object_of(["mode"], mode={"const": "token"}),
-            headGroupSpec=object_of(
-                ["rayStartParams", "template"],
-                serviceType={"const": "ClusterIP"},
-                rayStartParams=START,
-                template=POD,
-            ),
-            workerGroupSpecs=list_of(
-                object_of(
-                    ["groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"],
-                    groupName=NAME,
-                    replicas=COUNT,
-                    minReplicas=COUNT,
-                    maxReplicas=COUNT,
-                    rayStartParams=START,
-                    template=POD,
-                )
-            ),
-        ),
-    ),
-)
-
-
-def test_the_rayjob_has_the_fields_that_kuberay_knows():
+def test_the_rayjob_is_what_kuberays_own_definition_takes():
     job = load("kuberay-rayjob.yaml")
+    jsonschema.Draft202012Validator.check_schema(RAYJOB)
     jsonschema.validate(job, RAYJOB)
+    assert (job["apiVersion"], job["kind"], list(job["metadata"])) == ("ray.io/v1", "RayJob", ["name"])
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == RAY
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
     assert {container["image"].rpartition(":")[2] for container in containers} == {RAY}
@@ -196,16 +133,65 @@ def test_the_rayjob_has_the_fields_that_kuberay_knows():
 
 
 @pytest.mark.parametrize(
-    "path", ["spec", "spec.rayClusterSpec", "spec.rayClusterSpec.headGroupSpec.template.spec"]
+    ("path", "right", "wrong"),
+    [
+        ("spec", "backoffLimit", "backOffLimit"),
+        ("spec.rayClusterSpec", "rayVersion", "rayVersoin"),
+        ("spec.rayClusterSpec.authOptions", "mode", "modus"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec", "volumes", "volume"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "maxReplica"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources", "limits", "limit"),
+    ],
 )
-def test_a_misspelt_field_of_the_rayjob_is_refused(path):
-    job = load("kuberay-rayjob.yaml")
-    place = job
+def test_a_misspelt_field_of_the_rayjob_is_refused(path, right, wrong):
+    job = place = load("kuberay-rayjob.yaml")
     for key in path.split("."):
-        place = place[key]
-    place["rayVersoin"] = "2.60.0"
-    with pytest.raises(jsonschema.ValidationError, match="rayVersoin"):
+        place = place[int(key) if key.isdigit() else key]
+    place[wrong] = place.pop(right)
+    with pytest.raises(jsonschema.ValidationError, match=f"'{wrong}' was unexpected|'{right}' is a required"):
         jsonschema.validate(job, RAYJOB)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("backoffLimit", "0"),
+        ("rayClusterSpec.authOptions.mode", "tokens"),
+        ("rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0),  # flags are text
+        ("rayClusterSpec.headGroupSpec.template.spec.containers.0.resources.requests.memory", "8 GB"),
+    ],
+)
+def test_a_wrong_value_of_the_rayjob_is_refused(path, value):
+    job = load("kuberay-rayjob.yaml")
+    place, (*keys, last) = job["spec"], path.split(".")
+    for key in keys:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    with pytest.raises(jsonschema.ValidationError, match=repr(value)):
+        jsonschema.validate(job, RAYJOB)
+
+
+def test_of_a_definition_the_part_in_use_is_kept():
+    text, places = {"type": "string", "description": "words"}, {"type": "integer", "default": 1}
+    item = {"type": "object", "properties": {"name": text, "size": places}, "required": ["name"]}
+    whole = {
+        "type": "object",
+        "properties": {
+            "labels": {"type": "object", "additionalProperties": text},
+            "parts": text | {"items": item},
+        },
+    }
+    part = kuberay_schema.part_of(whole, {"parts": [{"name": "a"}, {"size": 3}]})
+    kept = {"name": {"type": "string"}, "size": {"type": "integer"}}
+    assert part["properties"]["parts"]["items"] == {
+        "type": "object",
+        "properties": kept,
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    assert list(part["properties"]) == ["parts"]
+    with pytest.raises(SystemExit, match=r"\.parts\[\]: nmae: no field of the CRD"):
+        kuberay_schema.part_of(whole, {"parts": [{"nmae": "a"}]})
 
 
 def test_the_image_is_built_on_the_projects_ray_from_files_that_exist():

@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("methods", nargs="*", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--env", type=Path, help="environment with Flower, made where there is none")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         environment = (asked.env or Path(place) / "env").absolute()
         if not (environment / "bin" / "flwr").is_file():
             make_environment(environment)

@@ -44,6 +44,16 @@ def through_a_config_record(content):
     return dict(content)
 
 
+def run_on_nodes(rounds, folder, ask, count=2):
+    """The app's rounds without Flower's network, in a folder that may have begun."""
+    conduct(
+        folder.path,
+        lambda _, federation: rounds.NodesEngine(federation, ask, count),
+        lambda line: None,
+        lambda: False,
+    )
+
+
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
@@ -70,17 +80,29 @@ def test_nodes_end_in_the_products_bits(cache, tmp_path, app, method, overrides)
         return [through_a_config_record(answer) for answer in answers]
 
     folder = RunFolder.create(tmp_path / "flower", rounds.experiment())
-    conduct(
-        folder.path,
-        lambda _, federation: rounds.NodesEngine(federation, ask, len(nodes)),
-        lambda line: None,
-        lambda: False,
-    )
+    run_on_nodes(rounds, folder, ask)
     assert folder.model_file.read_bytes() == (run.folder / "model.safetensors").read_bytes()
     expected = RunFolder(run.folder).rounds()
     assert [comparable(line) for line in folder.rounds()] == [comparable(line) for line in expected]
     assert len(asked) == 2
     assert all(len(shares) == 2 for shares in asked)  # both nodes played
+
+
+def test_a_run_that_lost_a_node_goes_on_to_the_same_bits(finished, tmp_path, app):
+    flower.write(finished, tmp_path / "app")
+    rounds = app("rounds")
+    node, folder = rounds.Node(finished.config), RunFolder.create(tmp_path / "run", rounds.experiment())
+
+    def losing(questions):
+        if '"round": 2' in questions[0]["instructions"]:
+            raise rounds.NodeError("no answer from node 7")
+        return [node.play(question) for question in questions]
+
+    with pytest.raises(rounds.NodeError, match="no answer from node 7"):
+        run_on_nodes(rounds, folder, losing)
+    assert not folder.model_file.exists()
+    run_on_nodes(rounds, folder, lambda questions: [node.play(question) for question in questions], count=1)
+    assert folder.model_file.read_bytes() == finished.folder.model_file.read_bytes()
 
 
 def test_the_app_is_complete(finished, tmp_path, app):

@@ -105,6 +105,10 @@ class FedDST(FixedMask):
         fraction = self.readjust_fraction / 2 * (1 + math.cos(math.pi * share))
         return replace(told, phase="readjust", value=fraction)
 
+    def sends_mask(self, told: Instructions) -> bool:
+        """Between readjustments."""
+        return not told.phase.startswith("readjust")
+
     def next_mask(
         self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
     ) -> Tensor | None:
@@ -112,7 +116,7 @@ class FedDST(FixedMask):
 
         Where clients of a smaller budget leave a union too small, the rest is filled from the old mask.
         """
-        union = torch.from_numpy(total.votes > 0)
+        union = torch.from_numpy(total.held)
         assert state.mask is not None
         if not (union & ~state.mask).any():
             return state.mask  # nobody grew anything

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from algorithms.core.aggregation import Total
 from algorithms.core.algorithm import Algorithm, ServerState
-from algorithms.core.client import Client
+from algorithms.core.client import Client, Instructions
 from algorithms.core.hyperparameters import hyperparameter
 from algorithms.core.masks import (
     apportion,
@@ -116,7 +116,7 @@ def mean_of_holders(state: ServerState, total: Total) -> Tensor:
     """
     mean = torch.from_numpy(total.masked_mean())
     if state.mask is not None:
-        absent = torch.nonzero(state.mask & torch.from_numpy(total.votes == 0)).reshape(-1)
+        absent = torch.nonzero(state.mask & torch.from_numpy(~total.held)).reshape(-1)
         mean[absent] = state.weights[absent]
     return mean
 
@@ -153,6 +153,10 @@ class FixedMask(Algorithm):
         return True
 
     # ---- server half
+
+    def sends_mask(self, told: Instructions) -> bool:
+        """Clients train and send the mask."""
+        return True
 
     def initial_state(
         self, weights: Tensor, layout: ParameterLayout, rng: np.random.Generator

@@ -101,6 +101,7 @@ class Flash(Algorithm):
     )
     client = FlashClient
     unequal_sparsity = True
+    reads_supports = True
 
     sparsity: float = hyperparameter(0.95, "share of prunable weights outside the mask", low=0.0, high=0.9999)
     stage1: str = hyperparameter(
@@ -191,6 +192,10 @@ class Flash(Algorithm):
             return replace(told, phase="warm-up", epochs=self.warmup_epochs or None)
         return replace(told, phase="refresh") if self._refreshes(told.round) else told
 
+    def sends_mask(self, told: Instructions) -> bool:
+        """Once there is one, and while it stays."""
+        return told.phase == "train"
+
     def aggregate(self, state: ServerState, total: Total, layout: ParameterLayout) -> Tensor:
         """The plain mean, or the mean over each weight's holders."""
         return mean_of_holders(state, total) if self.masked else super().aggregate(state, total, layout)
@@ -205,7 +210,7 @@ class Flash(Algorithm):
         if state.mask is not None and not self._refreshes(state.round + 1):
             return state.mask
         ranked = self.aggregate(state, total, layout) if state.mask is None else weights
-        union = torch.from_numpy(total.votes > 0)
+        union = torch.from_numpy(total.held)
         magnitudes = ranked[: layout.prunable_size].abs()
         counts = self._mean_counts(total, layout)
         return top_of_union(magnitudes, union, state.mask, counts, layout.prunable)

@@ -186,6 +186,11 @@ class FlyingBird(FedDST):
         prune, grow = int((gap > 0).sum()) >= half, int((loss >= 0).sum()) >= half
         return ["prune more"] * prune + ["grow more"] * grow
 
+    @property
+    def beyond_sums(self) -> str:
+        """Flying Bird+ needs votes."""
+        return "counts how many clients hold a weight (adaptive: true)" if self.adaptive else ""
+
     def next_counts(self, mask: Tensor, total: Total, layout: ParameterLayout) -> np.ndarray:
         """As many as before; of Flying Bird+ as many as a client holds on average."""
         if not self.adaptive:

@@ -138,13 +138,18 @@ class PruneFL(Algorithm):
             return replace(told, phase="initial", steps=steps, cohort=1)
         return replace(told, phase="adjust") if told.round % self.readjust_interval == 0 else told
 
+    @property
+    def beyond_sums(self) -> str:
+        """Its stage before round 1 is one client's."""
+        return "" if self.first_round else "begins with the update of a single client"
+
     def next_mask(
         self, state: ServerState, weights: Tensor, total: Total, layout: ParameterLayout
     ) -> Tensor | None:
         """The one client's after its stage; in an adjusting round what the mean squares and seconds say."""
         number = state.round + 1
         if number == 0:
-            return torch.from_numpy(total.votes > 0)
+            return torch.from_numpy(total.held)
         if number % self.readjust_interval:
             return state.mask
         assert state.mask is not None

@@ -102,6 +102,10 @@ class SSFL(Algorithm):
         steps = self.saliency_batches
         return replace(told, phase="saliency", steps=steps, cohort=cohort, sends_model=False)
 
+    def sends_mask(self, told: Instructions) -> bool:
+        """Scores are dense, and from round 1 on there is one mask."""
+        return True
+
     def advance(
         self,
         state: ServerState,

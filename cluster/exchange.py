@@ -15,6 +15,7 @@ from cluster.measured import Measured
 from cluster.references import UserError
 from cluster.simulation.clock import Device
 from cluster.transport.downlink import Part
+from cluster.transport.masking import KeyRound
 from cluster.workload.objectives import Sums
 from cluster.workload.partition import Partition
 
@@ -58,6 +59,7 @@ class Assignment:
             later one goes to the driver, which knows when the others arrived.
         kept: What it keeps from its last visit, float32 arrays by name.
         part: Which of the broadcast's parts it was sent; None for the whole model.
+        waits_s: Simulated seconds before its visit, in which keys are exchanged.
     """
 
     client: int
@@ -68,6 +70,7 @@ class Assignment:
     fold_before: float = math.inf
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     part: int | None = None
+    waits_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ class Broadcast:
         limit: Largest magnitude an update may hold (see ``Grid``).
         samples: Samples of the whole cohort.
         bits: Bits of a word of the round's grid, or None (see ``Grid``).
+        shared: Whether all clients send the mask, so that in a secure round nothing else travels.
+        keys: What clients of a secure round know of each other once keys are exchanged.
         period: Number of shifts of the data so far, which tells who holds what.
         kept: What the clients keep that are evaluated after local training, by client and name.
         parts: The parts of the model that clients were sent who have no room for all of it.
@@ -179,6 +184,8 @@ class Broadcast:
     parts: Sequence[Part] = ()
     bits: int | None = None
     clip: float | None = None
+    shared: bool = False
+    keys: KeyRound | None = None
 
     @property
     def grid(self) -> Grid:

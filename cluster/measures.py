@@ -141,6 +141,16 @@ MEASURES: tuple[Measure, ...] = (
     Measure("comm/clamped_values", "values clamped", "values",
             "Values of updates that clients cut to the limit of the round's grid: 16 times the next power of "
             "two from the largest global weight.", "lower", when="wire.grid"),
+    Measure("secure/uplink_bytes", "keys and shares sent up", "bytes",
+            "What clients sent beside their updates so that the server sees sums alone; part of what is "
+            "sent up.", "lower", when="privacy.secure"),
+    Measure("secure/downlink_bytes", "keys and shares sent down", "bytes",
+            "The same of what they were sent.", "lower", when="privacy.secure"),
+    Measure("secure/recovered", "clients recovered", "clients",
+            "Clients that exchanged keys and are not in the sum: the others' shares took out their masks.",
+            when="privacy.secure"),
+    Measure("secure/lost", "round lost", "", "1 where too few clients answered to unmask the sum, else 0.",
+            "lower", when="privacy.secure"),
     Measure("flops/dense", "dense training cost", "FLOP",
             "Training FLOPs of all clients if no zero were exploited.", "lower"),
     Measure("flops/sparse", "training cost", "FLOP",

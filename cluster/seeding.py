@@ -28,6 +28,7 @@ Purpose = Literal[
     "adapter",
     "byzantine",
     "privacy",
+    "masks",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -82,6 +82,14 @@ class Grid:
         high, low = self.integers(terms)
         return high * self.ratio + low, clamped
 
+    def check(self, values: np.ndarray) -> None:
+        """That ``values``, float32[n], may be added.
+
+        Raises:
+            OverflowError: One is not finite or exceeds the limit.
+        """
+        _check_limit(values, self.limit)
+
     def integers(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Float64 ``terms`` as whole numbers of coarse and of fine units, int64[n] each; they are used up."""
         high, low = self.split(terms)
@@ -149,7 +157,8 @@ class Total:
         grid: The round's common grid.
         high: Coarse parts of sum n_i w_i, float64[up_size].
         low: Fine parts of sum n_i w_i, float64[up_size].
-        votes: Number of updates whose support holds a prunable position, int32[prunable].
+        votes: Number of updates whose support holds a prunable position, int32[prunable]; empty where that
+            was hidden.
         layer_counts: sum n_i |support_i in layer l|, int64[prunable layers].
         mask_samples: sum n_i m_i over the prunable span, int64[prunable], or, where clients hold parts of the
             model, over the trained span, int64[trained]; only kept for masked means.
@@ -302,6 +311,14 @@ class Total:
         }
         return replace(self, **arrays, clients=list(self.clients))
 
+    @property
+    def held(self) -> np.ndarray:
+        """Prunable positions that some update holds, bool[prunable]."""
+        if len(self.votes):
+            return self.votes > 0
+        assert self.mask_samples is not None
+        return self.mask_samples > 0
+
     def mean(self) -> np.ndarray:
         """sum n_i w_i / sum n_i, float32[up_size]: an absent weight counts as 0."""
         return ((self.high + self.low) / self.samples).astype(np.float32)
@@ -320,9 +337,7 @@ class Total:
         limit = self.grid.limit
         if values.dtype == np.int64:  # whole units of n_i w_i; no device that clamps sends more
             limit = samples * limit / self.grid.units[1]
-        # NaN fails the comparison too.
-        if len(values) and not (values.max() <= limit and values.min() >= -limit):
-            raise OverflowError(f"a value is not finite or exceeds {limit:.3g}")
+        _check_limit(values, limit)
 
     def _parts(self, values: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
         """n_i w_i on the grid, float64[n] each."""
@@ -348,6 +363,12 @@ class Total:
             high, low = self.grid.split(part, out[: len(part)])
             highs[block] += high
             lows[block] += low
+
+
+def _check_limit(values: np.ndarray, limit: float) -> None:
+    # NaN fails the comparison too.
+    if len(values) and not (values.max() <= limit and values.min() >= -limit):
+        raise OverflowError(f"a value is not finite or exceeds {limit:.3g}")
 
 
 def _add_at(sums: np.ndarray, positions: np.ndarray, terms: np.ndarray) -> None:

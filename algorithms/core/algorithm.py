@@ -87,6 +87,10 @@ class Algorithm:
     #: Share of the prunable weights that is zero; methods with a target declare it as their first field.
     sparsity = 0.0
 
+    #: Whether ``advance`` asks totals which positions clients sent, beside the (masked) mean, in rounds in
+    #: which they differ: secure aggregation then adds up n_i m_i too.
+    reads_supports: ClassVar[bool] = False
+
     # ---- properties that the cluster asks for
 
     @property
@@ -145,6 +149,11 @@ class Algorithm:
         """
         return (self.asynchronous or self.shares_support) and not self.confined and not self.kept_is_summed
 
+    @property
+    def beyond_sums(self) -> str:
+        """What the method does that sums over clients are not enough for, in words; empty for nothing."""
+        return ""
+
     # ---- server half
 
     def initial_state(
@@ -156,6 +165,16 @@ class Algorithm:
     def instruct(self, state: ServerState, rounds: int, clients: int) -> Instructions:
         """What the next round's clients are told; ``clients`` is the population's size."""
         return Instructions(round=state.round + 1, rounds=rounds)
+
+    def sends_mask(self, told: Instructions) -> bool:
+        """Whether all clients send the mask that both sides hold, whatever their data; all if there is none.
+
+        Under secure aggregation its values alone travel then.
+
+        Args:
+            told: What the round's clients are told.
+        """
+        return self.shares_support
 
     def zero(self, grid: Grid, layout: ParameterLayout, updates: bool = False) -> Total:
         """The total of no update, which keeps what the method asks totals for, and ``updates`` if asked."""

@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
-from algorithms import Total
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.ray_calls import Call, Crew, Evaluation
@@ -79,7 +78,7 @@ class Rounds:
         self._reports: dict[int, ClientReport] = {}
         self._played: list[set[int]] = [set() for _ in range(actors)]  # and not yet collected
         self._uncollected_s = [0.0] * actors
-        self._total: Total | None = None
+        self._total: Any = None
         self._losses: Counter[int] = Counter()  # how often its actor was lost under a client
         self._failed: dict[int, str] = {}
         self._lost = 0
@@ -313,7 +312,7 @@ class Rounds:
         else:
             del self._pool.down[actor]
 
-    def _merge(self, actor: int, total: Total | None) -> None:
+    def _merge(self, actor: int, total: Any) -> None:
         played = self._played[actor]
         if total is None or sorted(total.clients) != sorted(played):
             # The actor died and came back in between: what it had folded is gone, or was put back already.

@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import Total
 from algorithms.core.masks import target_count
 from cluster import seeding
 from cluster.clients.billing import seconds_of_weights
@@ -87,7 +87,7 @@ class ClientHost:
         )
         self._uplink = make_uplink(config, self._trainer.layout)
         self._sending = ThreadPoolExecutor(1, "uplink") if self._device.type == "cuda" else None
-        self._total: Total | None = None
+        self._total: Any = None
         self._round = -1
         self._broadcast: Broadcast | None = None
         self._known: np.ndarray | None = None  # what updates of it need not hold
@@ -115,7 +115,7 @@ class ClientHost:
             sending = self._sending.submit(self._send, broadcast, assignment, *trained)
         return reports if sending is None else [*reports, sending.result()]
 
-    def collect(self, round_number: int) -> Total | None:
+    def collect(self, round_number: int) -> Any:
         """Hand over the round's partial total and forget it; None when this host holds none of that round."""
         total = self._total if self._round == round_number else None
         self._total, self._round, self._broadcast = None, -1, None
@@ -244,7 +244,7 @@ class ClientHost:
     def _start_round(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast: the first copy that came, which the trainer has received already."""
         if self._total is None or self._round != broadcast.instructions.round:
-            self._total = no_update(self.config, self._trainer.layout, broadcast)
+            self._total = no_update(self.config, self._uplink, self._trainer.layout, broadcast)
             self._round = broadcast.instructions.round
         if self._broadcast is None or not _same(self._broadcast, broadcast):
             self._broadcast = broadcast
@@ -310,7 +310,8 @@ class ClientHost:
             marks = [time.perf_counter()]
             held, known = broadcast.held(assignment.part), self._known
             measured, withheld = trained.measured, None
-            sending = Sending(assignment.client, self.config.weight(measured.samples), broadcast.grid)
+            weight = self.config.weight(measured.samples)
+            sending = Sending(assignment.client, weight, broadcast.grid, broadcast.shared, broadcast.keys)
             try:
                 posted = self._uplink.encode(
                     trained.values, trained.support, held, known, trained.marks, sending
@@ -326,6 +327,7 @@ class ClientHost:
             sparse = self.config.devices.flops == "sparse"
             flops = measured.flops_sparse_total if sparse else measured.flops_dense
             visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
+            visit_s += assignment.waits_s
             late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
             refused = None if late else withheld
             if here and not late and received is not None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from algorithms import ParameterLayout, Total
+from typing import Any
+
+from algorithms import ParameterLayout
 from cluster.configuration.config import Config
 from cluster.exchange import Broadcast
+from cluster.transport.secure_uplink import SecureUplink
 from cluster.transport.uplink import Uplink
 
 
-def make_uplink(config: Config, layout: ParameterLayout) -> Uplink:
-    """What encodes, decodes and folds updates."""
+def make_uplink(config: Config, layout: ParameterLayout) -> Any:
+    """What encodes, decodes and folds updates: an ``Uplink``, or a ``SecureUplink`` in its place."""
+    if config.privacy.secure.asked:
+        return SecureUplink(layout, config.method, config.wire.bits)
     return Uplink(
         layout,
         config.wire.uplink,
@@ -20,6 +25,8 @@ def make_uplink(config: Config, layout: ParameterLayout) -> Uplink:
     )
 
 
-def no_update(config: Config, layout: ParameterLayout, broadcast: Broadcast) -> Total:
-    """The total of a round that nobody's update is part of."""
+def no_update(config: Config, uplink: Any, layout: ParameterLayout, broadcast: Broadcast) -> Any:
+    """The total of a round that nobody's update is part of: a ``Total``, or a ``SealedTotal`` of words."""
+    if isinstance(uplink, SecureUplink):
+        return uplink.zero(broadcast.mask, shared=broadcast.shared)
     return config.method.zero(broadcast.grid, layout, updates=config.keeps_updates)

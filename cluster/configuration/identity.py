@@ -89,6 +89,8 @@ _ADDED = {
     "privacy.dp.delta": 1e-5,
     "privacy.dp.epsilon": None,
     "privacy.dp.noise_multiplier": None,
+    "privacy.secure.masks": None,
+    "privacy.secure.threshold": 2 / 3,
     "sparsity_schedule.name": "constant",
     "wire.grid": "exact",
 }

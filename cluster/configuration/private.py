@@ -12,6 +12,7 @@ from pydantic import Field
 
 from algorithms import registry
 from cluster.configuration.sections import Section
+from cluster.configuration.secure import SecureSection, secure_problems
 
 
 class DPSection(Section):
@@ -46,10 +47,12 @@ class PrivacySection(Section):
     """What hides what single clients did."""
 
     dp: DPSection = DPSection()
+    secure: SecureSection = SecureSection()
 
 
 def privacy_problems(config: Any) -> Iterator[str]:
     """A sentence for each."""
+    yield from secure_problems(config)
     dp = config.privacy.dp
     if dp.asked:
         yield from _amounts(config)

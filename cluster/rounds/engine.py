@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from algorithms import Total
 from cluster.clients.client import ClientHost
 from cluster.exchange import Assignment, Broadcast, ClientReport, Evaluated, EvaluationChunk, HostSetup
 
@@ -21,20 +20,23 @@ class Outcome:
     """What a round's work came to.
 
     Attributes:
-        total: The sum of the updates that were folded; None when there is none.
+        total: The sum of the updates that were folded, a ``Total`` (of a secure round a ``SealedTotal`` until
+            the schedule has opened it); None when there is none.
         reports: What every client did, in the order of clients.
         evaluated: Waits for the evaluation, which may go on while the next round is played.
         evaluating: Whether it does.
         seconds: Seconds by phase.
         lost_actors: Actors that were lost.
+        beside_bytes: Bytes that clients sent beside their updates.
     """
 
-    total: Total | None
+    total: Any
     reports: list[ClientReport]
     evaluated: Callable[[], Evaluated] = list
     evaluating: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     lost_actors: int = 0
+    beside_bytes: int = 0
 
 
 class Engine(Protocol):

@@ -53,7 +53,7 @@ def round_metrics(
     nonzeros = int(np.count_nonzero(new))
     regrown, deactivated = int(np.count_nonzero(new & ~old)), int(np.count_nonzero(old & ~new))
     accepted = [report for report in reports if report.accepted]
-    uplink = sum(report.uplink_bytes for report in reports)
+    uplink = sum(report.uplink_bytes for report in reports) + outcome.beside_bytes
 
     def mean(values: Sequence[float]) -> float | None:
         return float(np.mean(values)) if len(values) else None
@@ -70,7 +70,9 @@ def round_metrics(
         "masks/regrowth_share": regrown / prunable,
         "masks/deactivation": deactivated,
         "masks/deactivation_share": deactivated / prunable,
-        "masks/consensus": consensus(total.votes, len(accepted)) if total is not None else None,
+        "masks/consensus": consensus(total.votes, len(accepted))
+        if total is not None and len(total.votes)
+        else None,
         "masks/overlap": intersection_over_union(old, new),
         "comm/uplink_bytes": uplink,
         "comm/downlink_bytes": downlink.total,

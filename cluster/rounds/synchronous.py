@@ -9,13 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from algorithms import ServerState
+from algorithms import Instructions, ServerState
 from cluster import seeding
 from cluster.clients.uplinks import no_update
 from cluster.exchange import Broadcast, EvaluationChunk
 from cluster.rounds.engine import Outcome
 from cluster.rounds.schedule import IDLE_S, Round, Schedule
+from cluster.rounds.secure import SecureRound
 from cluster.simulation.clock import first_arrivals
+from cluster.transport.secure_uplink import SecureUplink
 
 
 class Synchronous(Schedule):
@@ -54,21 +56,32 @@ class Synchronous(Schedule):
         clients = np.array([assignment.client for assignment in sent], np.int64)
         self.sender.deliver(clients, parcel)
         gone = self.devices.drop_outs(clients, number)
-        bounds = np.sort(bounds[punctual][~gone])
+        secure = SecureRound.of(self.config, number, sent) if self.config.privacy.secure.asked else None
+        waits_s = 0.0 if secure is None else secure.setup_s
+        bounds = np.sort(bounds[punctual][~gone]) + waits_s
         fold_before = float(bounds[wanted]) if len(bounds) > wanted else math.inf
         playing = [
-            replace(assignment, deadline=deadline, fold_before=fold_before)
+            replace(assignment, deadline=deadline, fold_before=fold_before, waits_s=waits_s)
             for assignment, lost in zip(sent, gone, strict=True)
             if not lost
         ]
         broadcast = self.broadcast(parcel, instructions, clients[~gone], chunks)
+        if secure is not None:
+            broadcast = replace(broadcast, shared=self._shared(instructions), keys=secure.keys)
         prepared = time.perf_counter()
         outcome = self.engine.run(broadcast, playing, chunks, meanwhile)
         arrivals = {r.client: r.visit_s for r in outcome.reports if r.visit_s < math.inf}
         first = first_arrivals(((s, client) for client, s in arrivals.items()), wanted, deadline)
         self._settle(outcome, broadcast, set(first), {a.client: a.part for a in playing})
+        lost = secure is not None and not self._open(secure, outcome, broadcast)
         outcome.reports[:] = self.kept.commit(number, outcome.reports)
         self.clock.now = started + self._length(first, arrivals, wanted, len(sent))
+        downlink = self.downlink(sent, parcel)
+        if secure is not None:
+            summed = [report.client for report in outcome.reports if report.accepted]
+            self.clock.now += secure.recovery_s(summed)
+            outcome.beside_bytes = secure.bytes_up(len(summed))
+            downlink = replace(downlink, total=downlink.total + secure.bytes_down(len(summed)))
         metrics = {
             "time/simulated_s": self.clock.now,
             "time/round_simulated_s": self.clock.now - started,
@@ -79,7 +92,22 @@ class Synchronous(Schedule):
         }
         if broadcast.bits is not None:
             metrics["comm/clamped_values"] = sum(report.clamped for report in outcome.reports)
-        return Round(outcome, self.downlink(sent, parcel), metrics, prepared)
+        if secure is not None:
+            metrics |= secure.metrics(outcome.reports, lost=lost)
+        return Round(outcome, downlink, metrics, prepared)
+
+    def _shared(self, instructions: Instructions) -> bool:
+        """Whether all clients send the mask that both sides hold, whatever the tiers' budgets."""
+        tiers = self.config.devices.kinds.values()
+        return self.method.sends_mask(instructions) and all(tier.sparsity is None for tier in tiers)
+
+    def _open(self, secure: SecureRound, outcome: Outcome, broadcast: Broadcast) -> bool:
+        """Open a secure round's sum; without one all that came is left out."""
+        assert isinstance(self.uplink, SecureUplink)
+        outcome.total = secure.open(outcome.total, self.uplink, broadcast)
+        if outcome.total is None:
+            outcome.reports[:] = [replace(r, late=r.refused is None) for r in outcome.reports]
+        return outcome.total is not None
 
     def _settle(
         self, outcome: Outcome, broadcast: Broadcast, first: set[int], parts: dict[int, int | None]
@@ -91,7 +119,7 @@ class Synchronous(Schedule):
                 report = replace(report, late=report.refused is None, message=None)
             elif report.message is not None:
                 part = parts[report.client]
-                total = total or no_update(self.config, layout, broadcast)
+                total = total or no_update(self.config, self.uplink, layout, broadcast)
                 refused = self.uplink.take(
                     total,
                     report.client,

@@ -14,6 +14,7 @@ import numpy as np
 from algorithms import Grid, ParameterLayout, Total
 from algorithms.core.clipping import fold_clipped
 from cluster.transport import wire
+from cluster.transport.masking import KeyRound
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,15 @@ class Sending:
         client: Its index.
         samples: Its weight, n_i.
         grid: The round's grid.
+        shared: Whether all clients of a secure round send the mask that both sides hold.
+        keys: What the clients of a secure round know of each other; None where masks are only billed.
     """
 
     client: int
     samples: int
     grid: Grid
+    shared: bool = False
+    keys: KeyRound | None = None
 
 
 class Withheld(Exception):

@@ -269,7 +269,7 @@ class Total:
         self.samples += samples
         insort(self.clients, client)
         if self.updates is not None:
-            own = values.copy() if values.dtype == np.float32 else self.grid.values(values, samples)
+            own = self.grid.values(values, samples) if values.dtype == np.int64 else values.copy()
             own.flags.writeable = False  # as out of the object store
             self.updates = dict(sorted({**self.updates, client: (own, samples)}.items()))
 

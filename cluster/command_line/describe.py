@@ -17,6 +17,7 @@ from rich.text import Text
 
 from algorithms.core.masks import cut_to_top_k, target_count
 from cluster import seeding
+from cluster.command_line.describe_secure import secure_text
 from cluster.command_line.figures import shown
 from cluster.command_line.progress import local_actors, place
 from cluster.configuration.config import Config
@@ -229,6 +230,8 @@ def _bytes(console: Console, federation: Federation) -> None:
             f"aggregation.name={config.aggregation.name}: every client weighs the same; the driver holds all "
             f"updates of a round, at most {federation.updates_bytes / _MEGA:,.1f} MB"
         )
+    if config.privacy.secure.asked:
+        console.print(secure_text(federation, state), soft_wrap=True)
     base = [("the frozen base, once", federation.trained.base_bytes)] if federation.trained.base_bytes else []
     for name, size in (
         *base,

@@ -33,7 +33,8 @@ RESULTS_ELSEWHERE = {"mlflow_run_id", "tracking_delivered", "checkpoint_uri_behi
 TIERS = {"weak": {"share": 0.5, "sparsity": 0.9}, "strong": {"share": 0.5, "sparsity": 0.5}}
 RUNS = {
     "plain": {"data": {"validation": 0.2}},
-    "long": {"rounds": 20, "evaluate_every": 20, "cohort": 2, "wire": {"grid": 64}},
+    "long": {"rounds": 20, "evaluate_every": 20, "cohort": 2},
+    "secure": {"wire": {"grid": 64}, "privacy": {"secure": {"masks": "billed"}}},
     "buffered": {
         "algorithm": {"name": "topk"},
         "cohort": 2,

@@ -271,6 +271,43 @@ def test_an_actor_killed_while_it_trains_changes_nothing(local_ray, undisturbed,
     assert_same_run(folder.path, undisturbed)
 
 
+def test_masked_rounds_give_the_bits_of_plain_ones_though_an_actor_is_killed(local_ray, tmp_path):
+    """Two actors, of which one dies in round 2, and clients that never answer; dense, then inside a mask."""
+    small = [
+        "model.name=small_cnn",
+        "cohort=5",
+        "partition.clients=8",
+        "rounds=3",
+        "algorithm={name: flash}",
+    ]
+    tiers = ["devices.tiers={all: {share: 1.0, dropout: 0.2}}"]
+    masks = ["privacy.secure.masks=real", "privacy.secure.threshold=0.5"]
+    for name, more in {"plain": [], "inline": masks}.items():
+        cluster.run(config(*small, *tiers, *more, "execution=inline"), tmp_path / name)
+    settings = config(*small, *tiers, *masks, "actors=2")
+    folder, federation = RunFolder.create(tmp_path / "ray", settings), Federation.of(settings)
+    engine = ray_engine(settings, federation)
+    run = engine.run
+
+    def run_and_kill(broadcast, tasks, chunks, meanwhile):
+        def kill():
+            os.kill(engine.pids()[0], signal.SIGKILL)
+            meanwhile()
+
+        return run(
+            broadcast, tasks, chunks, kill if broadcast.instructions.round == 2 and tasks else meanwhile
+        )
+
+    engine.run = run_and_kill
+    Driver(folder, federation, engine).run()
+    engine.close()
+    assert sum(line["time/lost_actors"] for line in folder.rounds()) == 1
+    assert sum(line["secure/recovered"] for line in folder.rounds()) > 0
+    assert_same_run(folder.path, tmp_path / "inline")
+    models = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "inline", "ray")}
+    assert len(models) == 1
+
+
 def test_the_driver_killed_in_mid_run_resumes_to_the_same_bits(local_ray, undisturbed, tmp_path):
     folder = tmp_path / "run"
 

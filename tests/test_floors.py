@@ -15,7 +15,7 @@ FLOORS = (
     "algorithms",
     "cluster",  # its version; the public names are loaded when they are asked for
     "cluster.references",
-    "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.measures"
+    "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.machine cluster.measures"
     " cluster.accounting",
     "cluster.configuration",
     "cluster.workload cluster.transport cluster.simulation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from cluster.actors.placement import Bundle
 from cluster.clients.client import ClientHost
 from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
 from cluster.federation import prepare_arguments
+from cluster.machine import Watch
 from cluster.references import UserError
 from cluster.workload.objectives import Sums
 from cluster.workload.preparing import prepare
@@ -50,8 +52,18 @@ class HostActor:
     raises would be dead for good.
     """
 
-    def __init__(self, make: MakeHost, setup: HostSetup, gpus: float) -> None:
+    def __init__(
+        self,
+        make: MakeHost,
+        setup: HostSetup,
+        gpus: float,
+        driver: Any = None,
+        watched_as: str | None = None,
+    ) -> None:
         self._make, self._setup, self._gpus = make, setup, gpus
+        if driver is not None and watched_as is not None:
+            host = socket.gethostname()
+            Watch(watched_as, lambda numbers: driver.sampled.remote(host, numbers)).start()
         self._built: ClientHost | None = None
 
     @property
@@ -95,6 +107,8 @@ class ActorPool:
         bundles: What to reserve.
         make_host: Builds the host of an actor from the setup and the actor's GPUs.
         placement_timeout: Seconds until actors that cannot be placed are an error.
+        watched_as: Name of the run, whose driver actor this is called in is told what the actors' machines
+            are doing; None to tell nobody.
 
     Raises:
         PlacementError: The actors were not placed in time; names asked and free resources.
@@ -105,7 +119,12 @@ class ActorPool:
     """
 
     def __init__(
-        self, setup: HostSetup, bundles: Sequence[Bundle], make_host: MakeHost, placement_timeout: float
+        self,
+        setup: HostSetup,
+        bundles: Sequence[Bundle],
+        make_host: MakeHost,
+        placement_timeout: float,
+        watched_as: str | None = None,
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -116,6 +135,7 @@ class ActorPool:
         self._group = self._reserve(bundles, placement_timeout)
         # Kept for as long as the actors: a restarted actor reads its constructor's argument again.
         self._setup = ray.put(setup)
+        driver = ray.get_runtime_context().current_actor if watched_as is not None else None
         actor, token = ray.remote(HostActor), secrets.token_hex(3)
         self._hosts: list[Any] = []
         for place, bundle in enumerate(bundles):
@@ -129,7 +149,7 @@ class ActorPool:
                     max_task_retries=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, place),
                 )
-                self._hosts.append(options.remote(make_host, self._setup, kind.gpus))
+                self._hosts.append(options.remote(make_host, self._setup, kind.gpus, driver, watched_as))
         try:
             # Starting is slow on a busy machine, and no reason to give up.
             self.places()

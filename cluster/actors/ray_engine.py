@@ -26,6 +26,7 @@ class RayEngine:
         kind_of: Name of the kind of actors that plays a client; by default there is only the common kind.
         make_host: Builds the host of an actor from the setup and the actor's GPUs.
         placement_timeout: Seconds until actors that cannot be placed are an error.
+        watched_as: See :class:`ActorPool`.
 
     Raises:
         PlacementError: The actors were not placed in time; names asked and free resources.
@@ -40,9 +41,10 @@ class RayEngine:
         kind_of: Callable[[int], str] = lambda client: "",
         make_host: MakeHost = ClientHost,
         placement_timeout: float = 30.0,
+        watched_as: str | None = None,
     ) -> None:
         config = setup.config
-        self._pool = ActorPool(setup, bundles, make_host, placement_timeout)
+        self._pool = ActorPool(setup, bundles, make_host, placement_timeout, watched_as)
         skip = config.on_client_error == "skip"
         self._rounds = Rounds(Crew(self._pool, sizes, CostModel(), kind_of, config.client_timeout_s, skip))
 

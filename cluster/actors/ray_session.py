@@ -31,13 +31,20 @@ class ClusterError(UserError):
     """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
 
 
-def ray_engine(config: Config, federation: Federation, make_host: MakeHost = ClientHost) -> RayEngine:
+def ray_engine(
+    config: Config,
+    federation: Federation,
+    make_host: MakeHost = ClientHost,
+    *,
+    watched_as: str | None = None,
+) -> RayEngine:
     """Actors on the connected cluster, one a core (or GPU share) of its nodes unless configured.
 
     Args:
         config: The experiment.
         federation: Data and partition.
         make_host: Builds the host of an actor from the setup and the actor's GPUs.
+        watched_as: Name of the run whose machines are watched by the driver actor that this is called in.
 
     Raises:
         PlacementError: They were not placed in time; names asked and free resources.
@@ -57,6 +64,7 @@ def ray_engine(config: Config, federation: Federation, make_host: MakeHost = Cli
         bundles(kinds, _nodes(), config.actors, config.cohort),
         kind_of=kind_of,
         make_host=make_host,
+        watched_as=watched_as if config.tracking.enabled else None,
     )
 
 

@@ -15,12 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.actors.ray_session import ClusterError, connection, ray_engine
 from cluster.configuration.config import Config
 from cluster.configuration.identity import code_digest
+from cluster.machine import record
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.conduct import RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.ledger import Line
@@ -73,7 +75,8 @@ class DriverActor:
     def conduct(self) -> None:
         """Run to the end; see :func:`cluster.execution.conduct`."""
         try:
-            self._summary = conduct(self._path, ray_engine, self._on_line, lambda: self._stop)
+            engine = partial(ray_engine, watched_as=str(self._path))
+            self._summary = conduct(self._path, engine, self._on_line, lambda: self._stop)
             self._state = "finished" if self._summary["complete"] else "stopped"
         except BaseException as error:
             self._error, self._state = error, "failed"
@@ -118,6 +121,10 @@ class DriverActor:
             "seconds": time.time() - self._started,
             "lines": self._lines[-1:],
         }
+
+    def sampled(self, host: str, numbers: dict[str, float]) -> None:
+        """Take in what another machine of the run is doing."""
+        record(self._path, numbers, host)
 
     def stop(self) -> None:
         """End the run after the current round, with a checkpoint."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType
@@ -326,6 +327,10 @@ class WireSection(Section):
         return None if self.grid == "exact" else self.grid
 
 
+# Classes have a method of that name, which no section has.
+warnings.filterwarnings("ignore", 'Field name "register" in "TrackingSection"')
+
+
 class TrackingSection(Section):
     """MLflow: where runs are kept for comparison."""
 
@@ -335,6 +340,10 @@ class TrackingSection(Section):
     run_name: str | None = Field(None, description="default: <method>-<sparsity>-s<seed>")
     also: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="sinks beside MLflow, each an extra: an event file, Weights & Biases"
+    )
+    models: bool = Field(True, description="log the final and the best model (seconds at the run's end)")
+    register: str | None = Field(
+        None, pattern=r"^[^/:]+$", description="name in MLflow's registry for the run's best model"
     )
     tags: dict[str, str] = Field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import numpy as np
 from algorithms import hyperparameters
 from cluster.configuration.config import Config
 from cluster.measures import lowered
+from cluster.records.plots import COLOURS
 from cluster.workload.objectives import selecting, selects_of
+
+#: Methods that have a colour of the figures to themselves.
+_FIRST = ("sparsyfed", "topk", "zerofl", "flash", "fedavg", "feddst", "fixed_mask")
 
 #: Measured by some runs alone, as they were after the last round.
 _LAST = ("clients/{}_mean", "clients/{}_worst_decile", "time/simulated_s")
@@ -25,6 +31,16 @@ def in_short(config: Config) -> dict[str, str]:
 def run_name(config: Config) -> str:
     """Method, sparsity and seed, as in ``sparsyfed-0.9-s0``: what a chart's legend has to tell apart."""
     return f"{_method(config)}-s{config.seed}"
+
+
+def colour(config: Config) -> str:
+    """One for all runs of a method in MLflow's charts: for those compared most as in our figures."""
+    name = config.algorithm.name
+    if name in _FIRST:
+        return COLOURS[_FIRST.index(name)]
+    mark = hashlib.sha256(name.encode()).digest()
+    red, green, blue = colorsys.hls_to_rgb(mark[0] / 256, (0.3, 0.42, 0.54)[mark[1] % 3], 0.75)
+    return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
 
 
 def group_name(config: Config) -> str:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.records.outbox import NUMBERS_PER_BATCH, Cursor, Delivery, Ending, Row, numbers_in
+from cluster.records.outbox import (
+    NUMBERS_PER_BATCH,
+    OUTBOX_TAG,
+    Cursor,
+    Delivery,
+    Ending,
+    Row,
+    StoredModel,
+    numbers_in,
+)
 from cluster.records.tracking_store import connect, find_experiment
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import LoggedModel, Metric, Run
     from mlflow.tracking import MlflowClient
 
 # MLflow's own limit (mlflow/utils/validation.py).
 _PARAMS_PER_BATCH = 100
-
-# A tag that finds a run again whose creation was not confirmed.
-_OUTBOX_TAG = "sparsyfed.outbox"
 
 _logger = logging.getLogger("sparsyfed.tracking")
 
@@ -31,6 +38,8 @@ class MlflowDelivery(Delivery):
         self._client: MlflowClient
         # Steps the server already holds, per metric; None where nothing unconfirmed can be there.
         self._present: dict[str, set[int]] | None = {}
+        #: Makes the models that end with the run; called once, off the run's path.
+        self.make_models: Callable[[], list[StoredModel]] | None = None
 
     @property
     def place(self) -> str:
@@ -74,7 +83,7 @@ class MlflowDelivery(Delivery):
             run = client.create_run(
                 experiment_id,
                 start_time=cursor.created_ms,
-                tags={**cursor.tags, _OUTBOX_TAG: cursor.token},
+                tags={**cursor.tags, OUTBOX_TAG: cursor.token},
                 run_name=cursor.run_name,
             )
             self._present = None if cursor.creations == 1 else {}
@@ -83,7 +92,7 @@ class MlflowDelivery(Delivery):
         return run
 
     def _runs_of_this_outbox(self, client: MlflowClient, experiment_id: str) -> Sequence[Run]:
-        rule = f"tags.`{_OUTBOX_TAG}` = '{self.cursor.token}'"
+        rule = f"tags.`{OUTBOX_TAG}` = '{self.cursor.token}'"
         return client.search_runs([experiment_id], rule, order_by=["attributes.start_time ASC"])
 
     def _describe(self, client: MlflowClient, run: Run) -> None:
@@ -139,11 +148,33 @@ class MlflowDelivery(Delivery):
                 client.log_artifact(cursor.run_id, str(path))
                 cursor.artifacts_logged[name] = version
                 cursor.save(self.folder)
+        if not self._send_models(client, ending, stop):
+            return False
         if cursor.creations > 1:  # a creation given up as timed out may have been carried out later
             for run in self._runs_of_this_outbox(client, client.get_run(cursor.run_id).info.experiment_id):
                 if run.info.run_id != cursor.run_id:
                     client.delete_run(run.info.run_id)
         client.set_terminated(cursor.run_id, ending.status, ending.end_ms)
+        return True
+
+    def _send_models(self, client: MlflowClient, ending: Ending, stop: Callable[[], bool]) -> bool:
+        cursor = self.cursor
+        if self.make_models is not None:
+            ending.models, self.make_models = self.make_models(), None
+            cursor.save(self.folder)
+        if not ending.models:
+            return True
+        from cluster.records import logged_models  # loads the data's side, which nothing else here needs
+
+        best: LoggedModel | None = None
+        for model in ending.models:
+            if stop():
+                return False
+            logged = logged_models.deliver_model(client, cursor, self.folder, model)
+            best = logged if model.tags["best"] == "true" else best
+        if cursor.register is not None and best is not None:
+            logged_models.register(client, cursor, best)
+        shutil.rmtree(self.folder / "models", ignore_errors=True)
         return True
 
 

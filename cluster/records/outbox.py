@@ -16,17 +16,21 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
+from cluster.machine import SAMPLES
 from cluster.records.sqlite_store import TrackingError, absolute_uri
 
 #: About as many numbers are read and sent at a time; MLflow's limit of metrics a batch.
 NUMBERS_PER_BATCH = 1000
+_SAMPLES_PER_BATCH = 50
 
 # MLflow's own limits (mlflow/utils/validation.py), below those of the others.
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -43,11 +47,38 @@ class TrackingTarget:
         uri: MLflow's store (http, https or sqlite); None without MLflow.
         experiment: The experiment in it, elsewhere the project.
         run_name: The run's name.
+        register: Name in MLflow's registry for the best model; None for none.
     """
 
     uri: str | None
     experiment: str
     run_name: str
+    register: str | None = None
+
+
+#: A tag that finds in MLflow what of this outbox was created there without a confirmation.
+OUTBOX_TAG = "sparsyfed.outbox"
+
+
+@dataclass
+class StoredModel:
+    """A model that waits in the run's folder.
+
+    Attributes:
+        name: ``final`` or ``best``.
+        folder: Where it lies, relative inside the run's folder.
+        step: The round it is of.
+        tags: What is told of it.
+        metrics: What that round's evaluation measured.
+        written_ms: Unix time of that round's line in milliseconds.
+    """
+
+    name: str
+    folder: str
+    step: int
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    written_ms: int
 
 
 @dataclass
@@ -58,6 +89,12 @@ class Ending:
     end_ms: int
     artifacts: list[str]  # relative inside the run's folder, which may be moved; absolute outside it
     summary: dict[str, float]
+    models: list[StoredModel] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any]) -> Ending:
+        """Reads what a cursor kept."""
+        return cls(**{**values, "models": [StoredModel(**each) for each in values.get("models", ())]})
 
 
 @dataclass
@@ -83,6 +120,8 @@ class Cursor:
     ending: Ending | None = None
     sink: str = "mlflow"
     delivered: bool = False  # with the end
+    samples_delivered: int = 0  # lines of system.jsonl
+    register: str | None = None
 
     @classmethod
     def begin(
@@ -110,7 +149,7 @@ class Cursor:
         if dataset is not None:
             cursor.dataset = {key: dataset[key] for key in ("name", "digest", "source_type", "source")}
             cursor.dataset["digest"] = cursor.dataset["digest"][:DIGEST_LENGTH]
-        cursor.ending, cursor.delivered = None, False
+        cursor.ending, cursor.delivered, cursor.register = None, False, target.register
         cursor.save(folder)
         return cursor
 
@@ -121,7 +160,7 @@ class Cursor:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             ending = values.pop("ending")
-            cursor = cls(**values, ending=Ending(**ending) if ending else None)
+            cursor = cls(**values, ending=Ending.load(ending) if ending else None)
             texts, tables = (cursor.uri, cursor.experiment), (cursor.params, cursor.tags)
             if not all(isinstance(each, str) for each in texts) or not all(
                 isinstance(each, dict) for each in (*tables, cursor.artifacts_logged)
@@ -149,6 +188,7 @@ class Cursor:
     def forget_deliveries(self) -> None:
         """Starts over in a new run."""
         self.run_id, self.last_round, self.rounds_delivered, self.creations = None, None, 0, 0
+        self.samples_delivered = 0
         self.token, self.artifacts_logged = uuid.uuid4().hex, {}
 
 
@@ -184,12 +224,16 @@ class Delivery(ABC):
         cursor: What has arrived.
     """
 
+    #: Whether it is told what machines are doing.
+    watches: ClassVar[bool] = True
+
     def __init__(self, folder: Path, cursor: Cursor) -> None:
         self.folder, self.cursor = folder, cursor
         name = "tracking.lock" if cursor.sink == "mlflow" else f"tracking-{cursor.sink}.lock"
         self._lock = FileLock(folder / name)
         self._opened = False
         self._offset = 0  # bytes of rounds.jsonl read and confirmed
+        self._samples_at: int | None = None  # of system.jsonl; None: to be found by counting lines
 
     @property
     def place(self) -> str:
@@ -201,9 +245,10 @@ class Delivery(ABC):
         try:
             if not self._opened:
                 self._claim()
+                self._samples_at = None
                 self._open()
                 self._opened = True
-            done = self._send_rounds(stop)
+            done = (not self.watches or self._send_samples(stop)) and self._send_rounds(stop)
             if done and closing:
                 assert self.cursor.ending is not None
                 done = self.cursor.delivered = self._send_ending(self.cursor.ending, stop)
@@ -217,6 +262,34 @@ class Delivery(ABC):
     def release(self) -> None:
         """Lets another process deliver this run."""
         self._lock.release(force=True)
+
+    def _send_samples(self, stop: Callable[[], bool]) -> bool:
+        """Sends what machines were doing; before the rounds, behind which what is present is forgotten."""
+        cursor = self.cursor
+        try:
+            file = (self.folder / SAMPLES).open("rb")
+        except FileNotFoundError:
+            return True
+        with file:
+            if self._samples_at is None:
+                self._samples_at = sum(len(file.readline()) for _ in range(cursor.samples_delivered))
+            file.seek(self._samples_at)
+            while not stop():
+                lines = [line for line in islice(file, _SAMPLES_PER_BATCH) if line.endswith(b"\n")]
+                if not lines:
+                    return True
+                self._send([row for line in lines for row in self._sample(line)])
+                self._samples_at += sum(map(len, lines))
+                cursor.samples_delivered += len(lines)
+                cursor.save(self.folder)
+        return False
+
+    def _sample(self, line: bytes) -> Iterator[Row]:
+        """A sample at the run's age in seconds; nothing of a line that was damaged."""
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            row = json.loads(line)
+            written_ms = round(1000 * row.pop("timestamp"))
+            yield Row(max(0, (written_ms - self.cursor.created_ms) // 1000), written_ms, numbers_in(row))
 
     @abstractmethod
     def _open(self) -> None:

@@ -148,6 +148,7 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
     section = config.tracking
     if not section.enabled or (section.uri is None and not section.also):
         return None
+    commit = _git_commit()
     tags = {
         "method": config.algorithm.name,
         "seed": str(config.seed),
@@ -158,7 +159,9 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "partition_hash": federation.partition.digest(),
         "measures": json.dumps(versions_of(folder.rounds())),
         "metrics": json.dumps(as_values(federation.objective.measures)),
-        "git_sha": _git_sha(),
+        "git_sha": commit[:7] or "unknown",
+        **({"mlflow.source.git.commit": commit} if commit else {}),
+        "mlflow.runColor": introduction.colour(config),
         "kind": "run",
         **section.tags,
     }
@@ -173,7 +176,7 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
     experiment = section.experiment or introduction.benchmark_name(config)
     return tracking.Tracker(
         folder.path,
-        tracking.TrackingTarget(section.uri, experiment, name),
+        tracking.TrackingTarget(section.uri, experiment, name, section.register),
         params=_parameters(config),
         tags=tags,
         dataset=dataset,
@@ -219,9 +222,10 @@ def default_folder(config: Config) -> Path:
     return path
 
 
-def _git_sha() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def _git_commit() -> str:
+    """The commit that the packages, or what they are installed in, are at; empty where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return ""

@@ -33,7 +33,8 @@ class TensorboardDelivery(Delivery):
     def _open(self) -> None:
         """Cuts off a torn record, finds what is there, and begins a new file with its header."""
         self._path = self.folder / EVENT_FILE
-        self._present: set[int] = set()  # rounds
+        present: set[int] = set()  # rounds
+        samples = 0
         self._ended: set[int] = set()  # rounds after which an end was written
         whole, content = 0, self._path.read_bytes() if self._path.exists() else b""
         for event, end in records(content):
@@ -41,24 +42,21 @@ class TensorboardDelivery(Delivery):
             tags = {value.tag for value in event.summary.value}
             if _END in tags:
                 self._ended.add(event.step)
+            elif any(tag.startswith("system/") for tag in tags):
+                samples += 1
             elif tags and _BEGIN not in tags:
-                self._present.add(event.step)
+                present.add(event.step)
         if whole < len(content):
             with self._path.open("r+b") as file:
                 file.truncate(whole)
+        cursor, self._offset = self.cursor, 0
         if whole == 0:
-            self._append(
-                [self._event(0, self.cursor.created_ms, file_version="brain.Event:2"), self._begin()]
-            )
-        self.cursor.last_round, self.cursor.rounds_delivered = (
-            max(self._present, default=None),
-            len(self._present),
-        )
-        self._offset = 0
+            self._append([self._event(0, cursor.created_ms, file_version="brain.Event:2"), self._begin()])
+        cursor.last_round, cursor.rounds_delivered = max(present, default=None), len(present)
+        cursor.samples_delivered = samples
 
     def _send(self, rows: Sequence[Row]) -> None:
         self._append([self._event(row.step, row.written_ms, summary=_scalars(row.numbers)) for row in rows])
-        self._present |= {row.step for row in rows}
 
     def _send_ending(self, ending: Ending, stop: Callable[[], bool]) -> bool:
         step = self.cursor.last_round or 0

@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.records.mlflow_delivery import MlflowDelivery
-from cluster.records.outbox import TITLES, Cursor, Delivery, Ending, TrackingTarget, cursor_file, name_in
+from cluster.records.outbox import (
+    TITLES,
+    Cursor,
+    Delivery,
+    Ending,
+    StoredModel,
+    TrackingTarget,
+    cursor_file,
+    name_in,
+)
 from cluster.records.sqlite_store import TrackingError, is_sqlite, sqlite_file, sqlite_uri
 from cluster.records.tensorboard_delivery import TensorboardDelivery
 from cluster.records.tracking_store import check, first_line, serve_ui
@@ -126,7 +135,12 @@ class Tracker:
             courier.wake()
 
     def finish(
-        self, status: Status, artifacts: Sequence[Path], summary: Mapping[str, float], deadline_s: float
+        self,
+        status: Status,
+        artifacts: Sequence[Path],
+        summary: Mapping[str, float],
+        deadline_s: float,
+        make_models: Callable[[], list[StoredModel]] | None = None,
     ) -> bool:
         """Delivers what is left and the end of the run.
 
@@ -135,6 +149,7 @@ class Tracker:
             artifacts: Files to attach.
             summary: Final scalars, logged as metrics at the last round.
             deadline_s: Longest wait in seconds.
+            make_models: Makes the models that MLflow keeps, in its thread.
 
         Returns:
             Whether every sink has everything. If not, ``sparsyfed sync DIR`` delivers the rest.
@@ -143,7 +158,7 @@ class Tracker:
         names = [name_in(self._folder.resolve(), path.resolve()) for path in artifacts]
         ending = Ending(status, int(time.time() * 1000), names, values)
         for courier in self._couriers:
-            courier.close(ending)
+            courier.close(ending, make_models)
         give_up = time.monotonic() + deadline_s
         whole = [courier.leave(max(0.0, give_up - time.monotonic())) for courier in self._couriers]
         return all(whole)
@@ -181,8 +196,10 @@ class Courier:
         with self._changed:
             self._changed.wait_for(condition, timeout_s)
 
-    def close(self, ending: Ending) -> None:
+    def close(self, ending: Ending, make_models: Callable[[], list[StoredModel]] | None = None) -> None:
         """Keeps how the run ended and has it delivered; returns at once."""
+        if isinstance(self._delivery, MlflowDelivery):
+            self._delivery.make_models = make_models
         self.cursor.ending = ending
         try:
             self.cursor.save(self._delivery.folder)

@@ -33,6 +33,8 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 class WandbDelivery(Delivery):
     """Brings Weights & Biases up to date with a run's folder."""
 
+    watches = False  # wandb does so itself
+
     _run: Run | None = None
 
     def _open(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from cluster.configuration.config import Config
 from cluster.disk import naming, told_by_path
 from cluster.federation import Federation
+from cluster.machine import Watch, record
 from cluster.records import tracking
 from cluster.records.introduction import final_scalars
+from cluster.records.logged_models import make_models
 from cluster.records.model_card import write_card
 from cluster.records.outputs import (
     make_tracker,
@@ -63,6 +66,9 @@ def _conduct(
     config = folder.config()
     torch.set_num_threads(config.threads)
     federation = Federation.of(config)
+    watch = Watch(str(folder.path), lambda numbers: record(folder.path, numbers))
+    if config.tracking.enabled:
+        watch.start()  # before the clients' actors are there, which watch where the driver is not
     engine = make_engine(config, federation)
     try:
         tracker, callbacks = make_tracker(folder, config, federation), Callbacks(config.callbacks)
@@ -101,14 +107,19 @@ def _conduct(
                 tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
             raise
         if tracker is not None:
+            watch.stop()
             final = final_scalars(summary, folder.rounds())
-            delivered = tracker.finish("FINISHED", artifacts, final, deadline_s=TRACKING_DEADLINE_S)
+            # A study's trials are many, and their models nobody's.
+            wanted = config.tracking.models and config.tracking.tags.get("kind") != "trial"
+            models = partial(make_models, folder, federation) if wanted else None
+            delivered = tracker.finish("FINISHED", artifacts, final, TRACKING_DEADLINE_S, models)
             summary |= {"mlflow_run_id": tracker.run_id, "tracking_delivered": delivered}
             folder.write_result(summary)
         if storage is not None and not storage.push(folder, finished=True):
             summary["checkpoint_uri_behind"] = True
         return summary
     finally:
+        watch.stop()
         engine.close()
 
 

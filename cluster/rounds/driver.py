@@ -5,7 +5,6 @@ One plain class; ``cluster.run`` runs it in this process (``execution: inline``)
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically
 from cluster.records.kept_files import drop_unused, load_kept, save_kept
+from cluster.records.logged_models import effective_model
 from cluster.records.model_file import model_bytes, model_metadata
 from cluster.records.resuming import RULES, load_resumable, standing, stands_on, take_up
 from cluster.records.run_folder import RunFolder
@@ -320,10 +320,7 @@ class Driver:
 
         Of an adapter both: the plain module with what was trained merged into it, and that alone.
         """
-        effective = self.method.effective_weights(self.state.weights, self.layout)
-        # Through the module, so that tied, frozen and integer tensors are there too and the load is strict.
-        model = copy.deepcopy(self.federation.model)
-        self.layout.bind(model, effective)
+        model = effective_model(self.federation, self.state.weights)
         if (adapter := self.config.build_adapter()) is not None:
             trained, told = adapter.tensors(model)
             write_atomically(self.folder.adapter_file, save(trained, {"adapter_config": json.dumps(told)}))

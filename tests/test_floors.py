@@ -15,8 +15,8 @@ FLOORS = (
     "algorithms",
     "cluster",  # its version; the public names are loaded when they are asked for
     "cluster.references",
-    "cluster.disk cluster.logins cluster.seeding cluster.statistics cluster.flops cluster.machine cluster.measures"
-    " cluster.accounting",
+    "cluster.disk cluster.logins cluster.machine cluster.seeding cluster.statistics cluster.flops "
+    "cluster.measures cluster.accounting",
     "cluster.configuration",
     "cluster.workload cluster.transport cluster.simulation",
     "cluster.measured cluster.trained_model cluster.guarantee",

@@ -89,7 +89,7 @@ def machine_name() -> str:
 @pytest.mark.usefixtures("fast_tracking")
 def test_samples_of_every_machine_are_delivered_once(store: str, tmp_path: Path) -> None:
     run = tracker(tmp_path, store, also=["tensorboard"])
-    created = run._couriers[0].cursor.created_ms / 1000
+    created = run._couriers[0].cursor.created_ms / 1000 + 0.5
     with pytest.MonkeyPatch.context() as patch:
         for age in range(0, 40, 10):
             patch.setattr(time, "time", lambda age=age: created + age)

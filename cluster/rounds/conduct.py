@@ -107,7 +107,6 @@ def _conduct(
                 tracker.finish(status, [], {}, deadline_s=TRACKING_DEADLINE_S)
             raise
         if tracker is not None:
-            watch.stop()
             final = final_scalars(summary, folder.rounds())
             # A study's trials are many, and their models nobody's.
             wanted = config.tracking.models and config.tracking.tags.get("kind") != "trial"
@@ -119,8 +118,8 @@ def _conduct(
             summary["checkpoint_uri_behind"] = True
         return summary
     finally:
-        watch.stop()
         engine.close()
+        watch.stop()  # last, or one of the actors would go on with it
 
 
 @contextmanager

@@ -170,6 +170,8 @@ def stop_problems(config: Any) -> Iterator[str]:
     section, _, option = measure.when.partition(".")
     if section in ("evaluate_attack", "evaluate_clients") and not getattr(getattr(config, section), option):
         yield f"stop.metric: {key} is not measured; set {measure.when}"
+    if section == "privacy" and not config.privacy.dp.asked:
+        yield f"stop.metric: {key} is not measured; set privacy.dp.clip"
     if key is not None and key.startswith("test/") and config.evaluate_on == "validation":
         yield f"stop.metric: {key} is not measured with evaluate_on=validation"
     if key is not None and key.startswith("val/") and not config.data.validation:

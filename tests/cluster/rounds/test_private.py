@@ -170,6 +170,7 @@ ON = ["sampler.name=poisson", "privacy.dp.clip=1", "privacy.dp.noise_multiplier=
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["stop.metric=privacy/epsilon", "stop.target=8"], "is not measured; set privacy.dp.clip"),
         (["privacy.dp.epsilon=8"], "privacy.dp.epsilon: 8.0, but privacy.dp.clip is unset"),
         ([*ON, "privacy.dp.noise_multiplier=null"], "without noise; set privacy.dp.noise_multiplier"),
         ([*ON, "sampler.name=uniform"], "sampler.name: uniform, and privacy.dp needs a coin"),

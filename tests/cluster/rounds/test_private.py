@@ -123,6 +123,17 @@ def test_a_stage_before_round_1_is_a_release_of_its_own(tmp_path):
     assert run.lines[-1]["sparsity/global"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_mask_found_in_private_is_full_and_as_dense_in_every_layer(tmp_path):
+    """FLASH ranks a noised mean and counts nobody's weights; from round 2 on noise stays inside its mask."""
+    run = run_inline(private(tmp_path, algorithm={"name": "flash", "sparsity": 0.75}), tmp_path / "run")
+    mask, layers = run.state.mask.numpy(), run.driver.layout.prunable
+    assert np.count_nonzero(mask) == round(0.25 * len(mask))
+    for layer in layers:
+        assert abs(np.count_nonzero(mask[layer.span]) - 0.25 * layer.size) <= 1
+    assert not run.state.weights.numpy()[: len(mask)][~mask].any()
+    assert np.count_nonzero(run.states[2].weights.numpy()[: len(mask)]) == np.count_nonzero(mask)
+
+
 def test_an_interrupted_run_is_the_same_and_keeps_events_and_not_an_accountant(tmp_path):
     dp = {"clip": 0.3, "noise_multiplier": 0.3, "adaptive": True}
     config = federated(tmp_path, sampler={"name": "poisson"}, algorithm=FIXED, privacy={"dp": dp})

@@ -116,8 +116,7 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
     )
     for name, error in outcome.failures.items():
         root = _root(error)
-        known = _status(error) is not None
-        reason = _in_words(root, "run") if known else f"{type(root).__name__}: {root}"
+        reason = _in_words(root, "run") if _status(error) else f"{type(root).__name__}: {root}"
         print(f"error: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
         print("the same command runs what failed again, and nothing else", file=sys.stderr)
@@ -364,8 +363,7 @@ def _missing_package(error: BaseException) -> str | None:
 def _in_words(error: BaseException, command: str) -> str:
     if isinstance(error, OSError):
         return in_one_line(error) or str(error)
-    package = _missing_package(error)
-    if package is None:
+    if (package := _missing_package(error)) is None:
         return str(error)
     return f"{command} needs {package}, which is not installed here: pip install {package}"
 

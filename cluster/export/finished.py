@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from cluster.configuration.config import Config
-from cluster.execution import Result, open_run
+from cluster.configuration.foreign import refuse_foreign_code, whose
+from cluster.configuration.trees import read_stored
+from cluster.execution import Result
 from cluster.federation import prepare_arguments
 from cluster.records.run_folder import RunFolder
 from cluster.references import UserError
@@ -48,7 +50,10 @@ class Finished:
             RunFolderError, ForeignCodeError: It holds no run, or one of somebody else that names code.
             ExportError: The run has not ended, or trained an adapter.
         """
-        folder = open_run(path, trust=trust)
+        folder = RunFolder.open(path)
+        if not trust:
+            tree = read_stored(folder.config_file)
+            refuse_foreign_code(path, tree, whose(folder.config_file), "sparsyfed export")
         config, summary = folder.config(), folder.result()
         result = Result(folder.path, summary or {"rounds": len(folder.rounds()), "complete": False})
         if not result.ended or not folder.model_file.is_file():

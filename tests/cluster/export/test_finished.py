@@ -6,6 +6,7 @@ import pytest
 
 import cluster
 from cluster.cli import main
+from cluster.configuration.foreign import ForeignCodeError
 from cluster.export.finished import ExportError, Finished
 from cluster.records.run_folder import RunFolder
 from tests.tiny_experiment import tiny_federation
@@ -36,6 +37,14 @@ def test_an_adapter_is_not_exported(cache, tmp_path):
     run = cluster.run(config, tmp_path / "run")
     with pytest.raises(ExportError, match=r"trained an adapter \(adapter.name = lora\) on a base"):
         Finished.open(run.folder)
+
+
+def test_code_of_somebody_elses_folder_is_run_on_request_alone(cache, tmp_path):
+    run = cluster.run(tiny_federation(cache, rounds=1), tmp_path / "run")
+    (run.folder / ".config.yaml.here").unlink()
+    with pytest.raises(ForeignCodeError, match=r"data.name = tests.*: sparsyfed export \S*run --trust"):
+        Finished.open(run.folder)
+    assert Finished.open(run.folder, trust=True).line["round"] == 1
 
 
 def test_the_command_makes_a_folder_in_the_runs(finished, capsys):

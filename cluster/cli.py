@@ -85,7 +85,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if found is not None:
         if arguments.profile:
             arguments.parser.error(f"{source} is a grid of several runs; --profile shows one")
-        return _run_grid(console, found, Path(arguments.output or Path("runs") / Path(source).stem))
+        own = found.shard(*arguments.shard) if arguments.shard else found
+        return _run_grid(console, own, Path(arguments.output or Path("runs") / Path(source).stem))
+    if arguments.shard:
+        arguments.parser.error(f"{source or 'quickstart'} is one run; --shard deals the runs of a grid")
     folder = Path(arguments.output) if arguments.output else default_folder(config)
     announce(console, config, folder, f"sparsyfed {__version__}: {source or 'quickstart'}")
     status = _follow(
@@ -107,7 +110,8 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
     from cluster.grid import run_grid
 
     before = sum(complete(config, folder / name) is not None for name, config in grid.runs.items())
-    console.print(f"{len(grid.runs)} runs, {before} complete before, in {shown(folder)}", style="bold")
+    runs = f"{len(grid.runs)} runs" if grid.whole is None else f"{len(grid.runs)} of {len(grid.whole)} runs"
+    console.print(f"{runs}, {before} complete before, in {shown(folder)}", style="bold")
     with GridDisplay(console, grid, before) as display:
         outcome = run_grid(grid, folder, started=display.started, ended=display.ended)
     conclude_grid(console, outcome)

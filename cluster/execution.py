@@ -170,8 +170,8 @@ def resume(
         return _execute(folder, config, progress, should_stop)
 
 
-def complete(config: Config, path: Path) -> Result | None:
-    """The finished run of ``config`` in ``path``, or None where there is none yet.
+def stored(config: Config, path: Path) -> Result | None:
+    """The result of ``config`` in ``path``, also of a stop before its end; None where there is none yet.
 
     Raises:
         ConfigError: The folder holds a run of another configuration.
@@ -182,7 +182,13 @@ def complete(config: Config, path: Path) -> Result | None:
     if not _same_code(folder, config) or folder.config().digest() != config.digest():
         raise ConfigError(f"{path} holds a run of another configuration; choose another --output")
     result = folder.result()
-    return Result(path, result) if result is not None and result["complete"] else None
+    return Result(path, result) if result is not None else None
+
+
+def complete(config: Config, path: Path) -> Result | None:
+    """The finished run of ``config`` in ``path``, or None where there is none yet; see :func:`stored`."""
+    result = stored(config, path)
+    return result if result is not None and result.summary["complete"] else None
 
 
 def run_or_resume(

@@ -9,6 +9,8 @@ A grid is an experiment with a section ``grid`` (see ``cluster.configuration.axe
 
 Its runs are independent and lie side by side in one folder: a grid that is run again skips what is complete
 and resumes what is not. Where the cluster has room for more actors than one run can use, runs share it.
+Shards of a grid are processes that know nothing of each other but the folder: each plays the runs that it was
+dealt, a lock a run keeps two from playing the same one, and whoever ends a run writes the table of all.
 """
 
 from __future__ import annotations
@@ -16,22 +18,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from cluster.actors import ray_session
 from cluster.configuration.axes import points
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
-from cluster.execution import Result, complete, run_or_resume
+from cluster.execution import Result, complete, run_or_resume, stored
 from cluster.federation import Federation
 from cluster.measures import Measure
+from cluster.records.checkpoint import write_atomically
 from cluster.records.csv_text import as_csv
-from cluster.records.run_folder import RunFolder
+from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.records.shared_storage import below
 from cluster.rounds.conduct import stop_on_signal
 from cluster.workload.objectives import selects_of
@@ -62,10 +66,16 @@ class Grid:
     Attributes:
         runs: Configurations by name.
         at_once: Runs that share the cluster (``runs_at_once``); None for as many as it has room for.
+        whole: Those of all shards, where ``runs`` are those of one.
     """
 
     runs: dict[str, Config]
     at_once: int | None = None
+    whole: dict[str, Config] | None = None
+
+    def shard(self, number: int, count: int) -> Grid:
+        """What shard ``number`` of ``count`` plays, from 1: every ``count``-th run, as dealt to players."""
+        return replace(self, runs=dict([*self.runs.items()][number - 1 :: count]), whole=self.runs)
 
 
 @dataclass
@@ -75,10 +85,12 @@ class Outcome:
     Attributes:
         results: Results of what ran or was complete before, by name in the order of the grid.
         failures: Why the others failed; those that were not begun are in neither.
+        there: All results in the folder, also those of other shards.
     """
 
     results: dict[str, Result] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
+    there: dict[str, Result] = field(default_factory=dict)
 
 
 def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
@@ -139,10 +151,13 @@ def run_grid(
     size = _largest_model(pending.values())
 
     def work(name: str, config: Config) -> Result | Exception:
+        progress, folder = started(name, config), RunFolder(output / name)
         try:
-            result: Result | Exception = run_or_resume(
-                config, output / name, progress=started(name, config), should_stop=stopped.is_set
-            )
+            with folder.claimed():
+                folder.clear_half_made()
+                result: Result | Exception = complete(config, folder.path) or run_or_resume(
+                    config, folder.path, progress=progress, should_stop=stopped.is_set
+                )
         except Exception as error:
             result = error
         ended(name, result)
@@ -151,7 +166,20 @@ def run_grid(
     def take_in(name: str, result: Result | Exception) -> None:
         (outcome.failures if isinstance(result, Exception) else outcome.results)[name] = result  # type: ignore[assignment]
         outcome.results = {name: outcome.results[name] for name in grid.runs if name in outcome.results}
-        write_table(outcome.results, output)
+        tabulate()
+
+    def tabulate() -> None:
+        # One shard at a time: the last one to write the table has read what all others left.
+        with FileLock(output / ".table.lock"):
+            before, outcome.there = outcome.there, {}
+            for name, config in (grid.whole or grid.runs).items():
+                known = outcome.results.get(name) or before.get(name)
+                if known is None or not known.summary["complete"]:
+                    with suppress(FileNotFoundError, RunFolderError):  # its shard is just removing it
+                        known = stored(config, output / name) or known
+                if known is not None:
+                    outcome.there[name] = known
+            write_table(outcome.there, output)
 
     output.mkdir(parents=True, exist_ok=True)
     with _shared_cluster(pending, grid.at_once, size) as shares, stop_on_signal() as stopped:
@@ -163,7 +191,7 @@ def run_grid(
                     break  # its own handler took the signal
         else:
             _side_by_side(shares, work, take_in, stopped.is_set)
-    write_table(outcome.results, output)
+    tabulate()
     return outcome
 
 
@@ -200,10 +228,10 @@ def _columns_of(selects: Measure) -> tuple[_Column, ...]:
 def write_table(results: Mapping[str, Result], folder: Path) -> None:
     """Write ``table.csv`` and ``table.md``."""
     rows = table(results)
-    (folder / "table.csv").write_text(as_csv(rows), encoding="utf-8")
+    write_atomically(folder / "table.csv", as_csv(rows).encode())
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / "table.md", ("\n".join(lines) + "\n").encode())
 
 
 # --------------------------------------------------------------------------------------------- side by side

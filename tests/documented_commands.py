@@ -98,7 +98,8 @@ def take(words: Sequence[str]) -> None:
         assert (ROOT / program).is_file()
         assert arguments in ([], ["quick"]), words
     elif program == "sbatch":
-        sparsyfed_takes([*arguments[arguments.index("ray_configs/slurm.sh") + 1 :], "address=auto"])
+        (script,) = (place for place, word in enumerate(arguments) if word.startswith("ray_configs/slurm"))
+        sparsyfed_takes([*arguments[script + 1 :], "address=auto"])
     else:
         assert Path(program).name in _OTHERS, words
     if behind[:1] == ["python"]:

@@ -15,6 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
+from cluster.command_line.arguments import parse
 from cluster.configuration.config import resolve
 from tests import kuberay_schema
 from tests.documented_commands import ray_takes, sparsyfed_takes
@@ -253,6 +254,25 @@ def test_slurm_starts_one_ray_with_a_token_and_runs_the_command_on_its_head(tmp_
     assert entry == ["python", "-m", "cluster", "run", "quickstart", "model.channels=[8, 16]", "address=auto"]
     assert resolve(entry[4], entry[5:]).model.options["channels"] == [8, 16]
     assert run_slurm(tmp_path)[3][-2:] == ["run", "address=auto"]
+
+
+def test_a_job_arrays_task_plays_its_shard(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f'PATH="{tmp_path}:$PATH"\n')
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    words = ["run", "paper-methods", "algorithm.sparsity=[0.9, 0.95]", "--output", "runs/methods"]
+    task = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "10", "VENV": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", CONFIGS / "slurm-array.sh", *words],
+        env=os.environ | task,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    command = done.stdout.splitlines()
+    assert command == ["-m", "cluster", *words, "--shard", "3/10"]
+    assert parse(command[2:]).shard == (3, 10)
 
 
 # --- submit.py

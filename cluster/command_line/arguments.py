@@ -22,6 +22,17 @@ def _path(text: str) -> str:
     return text
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """Which shard of how many, counted from 1."""
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise argparse.ArgumentTypeError(
+        f"expected K/N, shard K of N with K from 1 to N, such as 3/10, found {text!r} "
+        "(number a job array from 1, such as --array=1-10)"
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     """Parser whose help ends with what is only looked up when somebody asks for it."""
 
@@ -96,6 +107,12 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     run.add_argument("words", nargs="*", metavar="PRESET|FILE|key=value", help="default preset: quickstart")
     run.add_argument(
         "--output", type=_path, metavar="DIR", help="the run's folder, new or empty; default: one in runs/"
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="K/N",
+        help="of a grid, play every N-th run from the K-th on; all shards share one --output",
     )
     run.add_argument("--profile", action="store_true", help="show at the end where the rounds' time went")
 

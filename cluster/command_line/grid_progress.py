@@ -104,7 +104,7 @@ class GridDisplay:
 
 def conclude_grid(console: Console, outcome: Outcome) -> None:
     """The table of all runs."""
-    header, *rows = table(outcome.results)
+    header, *rows = table(outcome.there)
     shown = Table(*header)
     for row in rows:
         shown.add_row(*row)

@@ -22,6 +22,7 @@ def run_details() -> str:
         "sparsyfed run quickstart algorithm.beta=1.3 seed=1",
         "sparsyfed run my_experiment.yaml rounds=50 --output runs/mine",
         "sparsyfed run paper-methods seed=[0,1] runs_at_once=4    a grid: many runs in one folder",
+        "sparsyfed run paper-methods --shard 3/10                 a tenth of it, the others elsewhere",
         "sparsyfed run algorithm.name=topk algorithm.sparsity=0.99 execution=inline",
     )
     return f"{shown}\n\n{_choices_text()}\n\n{_keys_text()}"

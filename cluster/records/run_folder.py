@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ from cluster.references import UserError
 
 #: Keys of a round's line that depend on the machine: a round computed again may differ in them alone.
 _MACHINE_KEYS = ("time/", "timestamp")
+
+#: A configuration that was still being written.
+_UNFINISHED = re.compile(r"\.config\.yaml\.\d+\.tmp")
 
 
 class RunFolderError(UserError):
@@ -105,11 +109,35 @@ class RunFolder:
         Raises:
             BusyError: Another process is running it.
         """
+        with self._held(self.checkpoints / ".lock"):
+            yield
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other grids, shards of one too, from beginning this run or going on with it.
+
+        The lock lies beside the folder, which need not exist yet. A process that dies, even killed, leaves it
+        free; so does one on another node, where the file system's locks reach that far.
+
+        Raises:
+            BusyError: Another process has it.
+        """
+        lock = self.path.parent / ".locks" / self.path.name
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._held(lock):
+            yield
+
+    @contextmanager
+    def _held(self, file: Path) -> Iterator[None]:
+        lock = FileLock(file)
         try:
-            with FileLock(self.checkpoints / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout:
             raise BusyError(f"{self.path} is being run by another process") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def config_file(self) -> Path:
@@ -190,6 +218,17 @@ class RunFolder:
         """Whether anything was computed that resuming would go on from."""
         lines = self.rounds_file.exists() and b"\n" in self.rounds_file.read_bytes()
         return lines or any(self.checkpoints.glob("*.safetensors"))
+
+    def clear_half_made(self) -> None:
+        """Remove what a process left that was killed while it made the folder, and nothing else."""
+        if not self.path.is_dir() or self.config_file.exists():
+            return
+        found = [path for path in self.path.rglob("*") if path != self.checkpoints]
+        if all(path.parent == self.path and _UNFINISHED.fullmatch(path.name) for path in found):
+            for path in found:
+                path.unlink()
+            with suppress(FileNotFoundError):
+                self.checkpoints.rmdir()
 
     def discard(self) -> None:
         """Remove what this run made, where nothing was computed; never hides what went wrong before."""

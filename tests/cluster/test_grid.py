@@ -149,7 +149,7 @@ def test_a_file_extends_several_in_their_order(tmp_path):
             [],
             r"no method has this .*; did you mean algorithm.beta\?",
         ),
-        (f"{BASE}\ngrid: {{rounds: [3, 3.0]}}", [], None),
+        (f"{BASE}\ngrid: {{rounds: [3, 3.0]}}", [], "rounds3 and rounds3.0 are one and the same run"),
         (f"{BASE}\ngrid: {{local.lr: [1], server.lr: [1, 1]}}", [], None),
         (f"{BASE}\ngrid: {{a: {{x: {{seed: 1}}, 'x ': {{seed: 2}}}}}}", [], None),
         (f"{GRID}\nruns_at_once: 0", [], "runs_at_once: expected a whole number from 1, found 0"),

@@ -46,7 +46,7 @@ def model_metadata(config: Config, line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evaluated(config: Config, line: Mapping[str, Any]) -> dict[str, float]:
-    """What a round's line says of the whole model on each split, by key, such as ``test/accuracy``."""
+    """What a round's line says of the whole model on each split, by key, such as ``test/<metric>``."""
     keys = [
         f"{split}/{measure.key}" for split in ("test", "val") for measure in config.build_objective().measures
     ]

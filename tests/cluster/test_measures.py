@@ -28,6 +28,11 @@ METRICS = Classification.measures
 
 #: Declared, but of no run below: on Ray, or of methods that have no measures of their own.
 ELSEWHERE = {"time/work_s", "time/merge_s", "method/<name>"}
+ELSEWHERE |= {
+    "privacy/epsilon",
+    "privacy/clip",
+    "privacy/clipped",
+}  # they take a library: rounds/test_private.py
 RESULTS_ELSEWHERE = {"mlflow_run_id", "tracking_delivered", "checkpoint_uri_behind"}
 
 TIERS = {"weak": {"share": 0.5, "sparsity": 0.9}, "strong": {"share": 0.5, "sparsity": 0.5}}

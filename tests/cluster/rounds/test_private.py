@@ -12,6 +12,7 @@ from cluster.configuration.config import resolve
 from cluster.configuration.trees import ConfigError
 from cluster.federation import Federation
 from cluster.guarantee import check_guarantee, noise_of, planned_events, spent
+from cluster.measures import MEASURES
 from cluster.records.checkpoint import latest, read_meta
 from cluster.records.run_folder import RunFolder
 from tests.cluster.records.interrupted_runs import assert_same_run, drive, federated
@@ -90,6 +91,8 @@ def test_a_round_by_a_reference_that_knows_the_updates(tmp_path):
         cut += length > 0.1
         total += delta * min(1.0, 0.1 / length)
     assert run.lines[0]["privacy/clipped"] == cut / len(sent)
+    own = {key for key in run.lines[0] if key.startswith("privacy/")}
+    assert own == {measure.key for measure in MEASURES if measure.when == "privacy.dp"}
     np.testing.assert_allclose(run.states[1].weights.numpy(), before + total / 3, atol=1e-6)
 
 

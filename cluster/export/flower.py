@@ -123,6 +123,8 @@ def refusal(config: Config) -> str | None:
             f"schedule.name = {config.schedule.name}: who arrives when follows from the simulated clock, and "
             "Flower's rounds are synchronous"
         )
+    if config.privacy.secure.asked:
+        return "privacy.secure: the keys of a secure round are simulated, and do not travel to nodes"
     federation = Federation.of(config)
     method, layout = config.method, federation.layout
     if method.keeps(layout):

@@ -251,6 +251,8 @@ def _store(arguments: argparse.Namespace) -> str:
 def _compare(arguments: argparse.Namespace) -> int:
     sources = arguments.sources
     console = _console()
+    if arguments.watch:
+        _watch(console, arguments)
     with _busy(console, "comparing"):
         from cluster import compare
         from cluster.command_line.figures import shown
@@ -281,6 +283,24 @@ def _export(arguments: argparse.Namespace) -> int:
     from cluster.command_line.exporting import export
 
     return export(_console(), arguments)
+
+
+def _watch(console: Console, arguments: argparse.Namespace) -> None:
+    """Show the comparison anew with every round of its runs, until they have ended or Ctrl-C."""
+    with _busy(console, "reading"):
+        from cluster import compare
+
+    sources = arguments.sources or [arguments.root]
+    if arguments.store or arguments.filter or arguments.round or not all(Path(s).is_dir() for s in sources):
+        arguments.parser.error("--watch takes folders of runs, and neither --store, --filter nor --round")
+    folders, named = [Path(each) for each in sources], f"runs in {', '.join(sources)}"
+    for each in compare.watch(folders, named, arguments.target):
+        console.clear()  # nothing where stdout is no terminal
+        if isinstance(each, str):
+            console.print(each)
+        else:
+            compare.print_comparison(console, each)
+            console.print(each.source, style="dim")
 
 
 def _describe(arguments: argparse.Namespace) -> int:

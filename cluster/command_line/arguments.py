@@ -192,6 +192,7 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
             "sparsyfed compare digits-lda0.5                an experiment of the MLflow store in runs/",
             "sparsyfed compare digits-lda0.5 --filter \"params.seed != '3'\" --store http://tracker:5000",
             "sparsyfed compare runs/mine --round 20         as they were after round 20, complete or not",
+            "sparsyfed compare runs/mine --watch            again with every round, while they go on",
         ),
     )
     compare.add_argument(
@@ -214,6 +215,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         metavar="VALUE",
         help="accuracy in percent, or whatever selects, whose cost in MB is shown",
     )
+    compare.add_argument(
+        "--watch", action="store_true", help="show it again with every round of runs that go on"
+    )
     compare.add_argument("--no-log", action="store_true", help="do not keep the comparison in MLflow")
 
     _add_export(command)
@@ -221,7 +225,9 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
     ui = command(
         "ui",
         "open MLflow on the runs",
-        "Serve MLflow's pages for a folder of runs, to compare them side by side, until Ctrl-C.",
+        """
+        Serve MLflow's pages for a folder of runs until Ctrl-C; prints the address, and that of the page with
+        the last runs side by side, which it opens where there is a screen.""",
         epilog=examples(
             "sparsyfed ui                        the runs in runs/",
             "sparsyfed ui --root /data/runs      runs made with --output /data/runs/...",

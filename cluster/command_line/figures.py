@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +54,22 @@ def evaluated(line: Line, selects: Measure) -> float | None:
     """What selects in a round's line, on test data where that is read; None where nothing was evaluated."""
     value: float | None = line.get(f"test/{selects.key}", line.get(f"val/{selects.key}"))
     return value
+
+
+def fitting(widths: Sequence[int], wanted: Sequence[int], room: int) -> list[int]:
+    """Which of some columns fit side by side, in the order in which they stand; the most wanted always.
+
+    Args:
+        widths: Of each column.
+        wanted: Places of columns, the most wanted first; the first that does not fit ends it, as what follows
+            is wanted less.
+        room: Width of the terminal.
+    """
+    kept: list[int] = []
+    for place in wanted:
+        if place < len(widths):
+            if kept and widths[place] > room:
+                break
+            kept.append(place)
+            room -= widths[place]
+    return sorted(kept)

@@ -22,7 +22,16 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from cluster.command_line.figures import amount, duration, evaluated, megabytes, number, percent, shown
+from cluster.command_line.figures import (
+    amount,
+    duration,
+    evaluated,
+    fitting,
+    megabytes,
+    number,
+    percent,
+    shown,
+)
 from cluster.configuration.config import Config
 from cluster.records.run_folder import RunFolder
 from cluster.records.sqlite_store import sqlite_uri
@@ -38,6 +47,11 @@ _ROUNDS_SHOWN = 6
 #: Runs up to this long print every round where stdout is not a terminal; longer ones a line every 2 s.
 _EVERY_LINE_UP_TO = 100
 _LINE_INTERVAL_S = 2.0
+#: Columns of the table and parts of the status line, by their places, in the order in which a narrow terminal
+#: keeps them.
+_WANTED, _WANTED_STATUS = (0, 1, 3, 7, 4, 5, 2, 6), (0, 1, 4, 2, 3)
+#: Columns that a progress bar is worth drawing in.
+_BAR_FROM = 8
 #: Rounds whose time the remaining time is estimated from.
 _RECENT = 10
 
@@ -131,13 +145,11 @@ class RunDisplay:
         return self._spinner
 
     def _table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         heads = ["round", self._selects.title, "loss", "sparsity", "up MB", "down MB", "seconds"]
         private = self._config.privacy.dp.asked
-        for head in [*heads, *["epsilon"] * private]:
-            table.add_column(head, justify="right", no_wrap=True)
+        rows = [[*heads, *["epsilon"] * private]]
         for line in self._lines[-_ROUNDS_SHOWN:]:
-            table.add_row(
+            row = [
                 str(line["round"]),
                 self._selects.text(evaluated(line, self._selects)),
                 number(line["train/loss"], ".3f"),
@@ -146,27 +158,38 @@ class RunDisplay:
                 number(line["comm/downlink_bytes"] / 1e6, ".2f"),
                 number(line["time/round_s"], ".2f"),
                 *([number(line["privacy/epsilon"], ".3g")] if private else []),
-            )
+            ]
+            rows.append(row)
+        widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+        places = fitting(widths, _WANTED, self._console.width - 2)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for place in places:
+            table.add_column(rows[0][place], justify="right", no_wrap=True)
+        for row in rows[1:]:
+            table.add_row(*(row[place] for place in places))
         return table
 
     def _status(self) -> Table:
         line = self._lines[-1]
-        remaining = self.remaining_s()
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        for _ in range(4):
-            grid.add_column(no_wrap=True)
-        grid.add_row(
+        sent = f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB{_epsilon(line, 'eps')}"
+        passed = duration(time.monotonic() - self._started)
+        texts = [
             Text(f"round {self._done}/{self._last}", style="bold"),
-            ProgressBar(total=self._last, completed=self._done),
             Text(f"{self._selects.title[:3]} {self._selects.text(self._value)}", style="bold green"),
             Text(f"sparse {percent(line['sparsity/global'])}"),
-            Text(
-                f"up {megabytes(line, 'uplink')} down {megabytes(line, 'downlink')} MB{_epsilon(line, 'eps')}"
-            ),
-            Text(f"{duration(time.monotonic() - self._started)} eta {duration(remaining)}", style="dim"),
-        )
+            Text(sent),
+            Text(f"{passed} eta {duration(self.remaining_s())}", style="dim"),
+        ]
+        widths = [len(text) + 1 for text in texts]
+        places = fitting(widths, _WANTED_STATUS, self._console.width)
+        parts: list[RenderableType] = [texts[place] for place in places]
+        bar = self._console.width - sum(widths[place] for place in places) >= _BAR_FROM
+        if bar:
+            parts.insert(1, ProgressBar(total=self._last, completed=self._done))
+        grid = Table.grid(padding=(0, 1), expand=bar)
+        for place in range(len(parts)):
+            grid.add_column(no_wrap=True, ratio=1 if bar and place == 1 else None)
+        grid.add_row(*parts)
         return grid
 
     # ----------------------------------------------------------------------------------------- elsewhere

@@ -10,6 +10,7 @@ from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, Run, read_experiment, read_folders
 from cluster.compare.report import log_to_mlflow, write
 from cluster.compare.table import Comparison, Table, target_of
+from cluster.compare.watching import watch
 
 __all__ = [
     "Comparison",
@@ -22,5 +23,6 @@ __all__ = [
     "read_experiment",
     "read_folders",
     "target_of",
+    "watch",
     "write",
 ]

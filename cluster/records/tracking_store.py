@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import webbrowser
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,9 @@ QUIET_DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+# Runs that are shown side by side: as many as a legend tells apart.
+_COMPARED = 12
 
 # Has MLflow open the experiment on its runs and their charts, not on the traces of language models.
 _TRAINING = {"mlflow.experimentKind": "custom_model_development"}
@@ -169,6 +174,7 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     check(uri)
     if not is_sqlite(uri):
         print(f"MLflow is served at {uri}", flush=True)
+        _show_last_runs(uri, uri.rstrip("/"))
         return 0
     free = _free_port(host, port)
     if free != port:
@@ -213,6 +219,7 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
             time.sleep(0.2)
         if server.poll() is None:
             print(f"MLflow is served at {address} (Ctrl-C ends it)", flush=True)
+            _show_last_runs(uri, address)
         status = server.wait()
         log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
         print(
@@ -227,6 +234,37 @@ def serve_ui(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
             signal.signal(number, handler)
         _end_group(server)
         log.close()
+
+
+def _show_last_runs(uri: str, address: str) -> None:
+    """Name the page of the last runs side by side and, before a screen, open it."""
+    with contextlib.suppress(Exception):  # the pages are served whatever a look at the store says
+        experiment, runs = last_runs(uri)
+        if not runs:
+            return
+        asked = {"runs": json.dumps(runs), "experiments": json.dumps([experiment])}
+        page = f"{address}/#/experiments/{experiment}/runs/{runs[0]}"
+        if len(runs) > 1:
+            page = f"{address}/#/compare-runs?{urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)}"
+        print(f"the last {len(runs)} runs: {page}" if len(runs) > 1 else f"its run: {page}", flush=True)
+        screen = any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY"))
+        # Elsewhere a browser of texts would take the terminal.
+        if sys.stdout.isatty() and (screen or sys.platform == "darwin"):
+            webbrowser.open(page)
+
+
+def last_runs(uri: str) -> tuple[str, list[str]]:
+    """The experiment that has the newest run of all, and its newest runs, the oldest first; by their ids."""
+    client = connect(uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    # A study's own run and comparisons have nothing to compare.
+    rule = "tags.kind != 'comparison' and tags.kind != 'study'"
+    newest = client.search_runs(experiments, rule, max_results=1) if experiments else []
+    if not newest:
+        return "", []
+    experiment = str(newest[0].info.experiment_id)
+    runs = client.search_runs([experiment], rule, max_results=_COMPARED)  # by start time, newest first
+    return experiment, [run.info.run_id for run in reversed(runs)]
 
 
 def answers(address: str) -> bool:

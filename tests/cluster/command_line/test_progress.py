@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import cluster
-from cluster.command_line.figures import amount, duration
+from cluster.command_line.figures import amount, duration, fitting
 from cluster.command_line.progress import RunDisplay, emptied, final_text, refusals
 from cluster.measures import as_values
 from cluster.workload.objectives import Regression
@@ -130,3 +130,26 @@ def test_what_selects_is_shown_by_its_own_name_and_unit() -> None:
     summary = {"rmse": 61.257, "objective": {"name": "regression", "metrics": as_values(Regression.measures)}}
     assert final_text(summary) == "RMSE 61.26"
     assert final_text({"accuracy": None, "val_accuracy": 0.5}) == "validation accuracy 50.0%"
+
+
+@pytest.mark.parametrize("width", [32, 40, 60, 80, 120])
+def test_a_narrow_terminal_has_fewer_columns_and_none_that_is_cut(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    display = RunDisplay(console, cluster.resolve(None, ["rounds=40"]))
+    for number in range(1, 13):
+        display.on_line(line(number))
+    console.file = shown = io.StringIO()
+    console.print(display._picture())
+    text = shown.getvalue()
+    assert "…" not in text
+    assert all(len(row) <= width for row in text.splitlines())
+    assert "round 12/40" in text
+    assert "acc 50.0%" in text
+    assert ("down MB" in text) == (width >= 60)
+    assert ("eta" in text) == (width >= 40)
+
+
+def test_columns_that_fit_are_kept_in_their_order_the_most_wanted_first() -> None:
+    assert fitting([5, 5, 5, 5], (3, 1, 0, 2), 16) == [0, 1, 3]
+    assert fitting([5, 9, 5], (0, 1, 2), 12) == [0]  # what follows is wanted less
+    assert fitting([50], (0, 1), 12) == [0]

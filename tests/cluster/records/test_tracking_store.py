@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.records import tracking_store
-from cluster.records.tracking import TrackingError, check, sync
+from cluster.records.tracking import Tracker, TrackingError, TrackingTarget, check, sync
 from tests.cluster.records.tracked_runs import (
     DATASET,
     DEADLINE_S,
@@ -179,6 +179,27 @@ def test_check_refuses_what_cannot_and_names_it(tmp_path: Path) -> None:
     assert "secret" not in str(refusal.value)
 
 
+def test_the_last_runs_are_those_of_one_experiment_and_no_studies_nor_comparisons(
+    store: str, tmp_path: Path
+) -> None:
+    found = []
+    for place, kind in enumerate(["run", "trial", "study", "comparison"]):
+        folder = tmp_path / kind
+        folder.mkdir()
+        run = Tracker(
+            folder, TrackingTarget(store, "last runs", kind), params={}, tags={"kind": kind}, dataset=None
+        )
+        run._couriers[0].cursor.created_ms = 4_000_000_000_000 + place
+        run.start()
+        assert finish(run)
+        found.append(run.run_id)
+    assert tracking_store.last_runs(store)[1] == found[:2]
+    from mlflow.tracking import MlflowClient
+
+    for run_id in found:  # of the far future: other tests ask for the newest
+        MlflowClient(store).delete_run(str(run_id))
+
+
 def test_a_relative_store_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker(tmp_path, "sqlite:///mlflow.db")
@@ -186,12 +207,14 @@ def test_a_relative_store_is_found_from_everywhere(tmp_path: Path, monkeypatch: 
 
 
 def test_the_pages_show_a_run_and_its_artifacts(store: str, tmp_path: Path) -> None:
-    run = tracker(tmp_path, store)
+    run = tracker(tmp_path, store, tags={"method": "fedavg", "kind": "run"})
     picture = tmp_path / "partition.png"
     picture.write_bytes(b"picture")
     write(tmp_path, 1)
     run.start()
     assert finish(run, picture)
+    experiment, runs = tracking_store.last_runs(store)
+    assert runs == [run.run_id]
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -204,6 +227,8 @@ def test_the_pages_show_a_run_and_its_artifacts(store: str, tmp_path: Path) -> N
         assert pages.stdout is not None
         assert pages.stdout.readline().startswith(f"port {port} is in use, taking ")
         address = pages.stdout.readline().split()[4]
+        page = f"{address}/#/experiments/{experiment}/runs/{run.run_id}"
+        assert pages.stdout.readline() == f"its run: {page}\n"
     try:
         query = urllib.parse.urlencode({"run_id": run.run_id})
         with urllib.request.urlopen(f"{address}/api/2.0/mlflow/artifacts/list?{query}") as answer:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from algorithms import Grid
 from algorithms.core.masks import cut_to_top_k, target_count
 from cluster import seeding
 from cluster.command_line.describe_secure import secure_text
@@ -213,7 +214,10 @@ def _bytes(console: Console, federation: Federation) -> None:
     first = len(wire.encode(layout.sent_down(weights), support, down, value_format=config.wire.downlink))
     cut = initial.clone()
     kept = cut_to_top_k(cut[: shape.prunable], target_count(shape.prunable, method.sparsity)).numpy()
-    target = len(wire.encode(cut.numpy()[: shape.size], kept, shape, value_format=config.wire.uplink))
+    bits, sent = config.wire.bits, cut.numpy()[: shape.size]
+    if bits is not None:
+        sent = Grid.for_round(sent, config.cohort, bits).words(sent, 1)[0]
+    target = len(wire.encode(sent, kept, shape, value_format=config.wire.uplink, bits=bits))
     dense = wire.dense_bytes(replace(shape, size=layout.model_size))
     _heading(console, "bytes", "whole messages of the real encoder; a run measures its own")
     table = _table("message", "a client", f"{config.cohort} clients", "dense is")
@@ -236,7 +240,7 @@ def _bytes(console: Console, federation: Federation) -> None:
     for name, size in (
         *base,
         ("dense float32 model", dense),
-        (f"upload of the top K, {config.wire.uplink}", target),
+        (f"upload of the top K, {f'{bits} bits a value' if bits else config.wire.uplink}", target),
         (f"download in round 1, {config.wire.downlink}", first),
     ):
         mega = size / _MEGA

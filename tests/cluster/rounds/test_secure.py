@@ -194,6 +194,15 @@ def test_a_round_of_too_few_is_lost_and_the_next_one_goes_on(tmp_path):
             assert (line["secure/recovered"], line["clients/samples"]) == (0, 0)
 
 
+def test_cohorts_of_any_size_are_secure_or_lost(tmp_path):
+    """By coins: of three or more some can be gone, two have to be there both, one alone is never read."""
+    coins = {"sampler": {"name": "poisson"}, "cohort": 2, "rounds": 10, "devices": {}}
+    own = run(tmp_path, tmp_path / "run", "real", **coins)
+    sizes = [line["clients/trained"] for line in own.lines]
+    assert {min(sizes), max(sizes)} - {0, 1} == {max(sizes)}
+    assert [line["secure/lost"] for line in own.lines] == [int(size < 2) for size in sizes]
+
+
 def test_a_stage_before_round_1_that_is_lost_ends_the_run(tmp_path):
     method = {"name": "flash", "stage1": "sensitivity", "init_fraction": 0.2, "init_epochs": 1}
     with pytest.raises(StageError, match=r"1 of the 1 clients .* takes 2 to unmask"):

@@ -180,3 +180,17 @@ def test_a_config_that_cannot_run_is_refused_before_a_picture_is_drawn(
     assert main(["describe", "partition.clients=5000", "cohort=1", "--picture", "here.png"]) == 2
     assert "partition.clients = 5000" in capsys.readouterr().err
     assert os.listdir() == []
+
+
+def test_an_upload_of_words_has_their_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three words of 48 bits for every two floats of 32, the same positions, and who pays dense."""
+    sizes = {}
+    for grid in ("exact", "48"):
+        text = described(capsys, "quickstart", "algorithm.name=fixed_mask", f"wire.grid={grid}")
+        (row,) = [line for line in text.splitlines() if line.lstrip().startswith("upload of the top K")]
+        sizes[grid] = float(row.split(" MB")[0].split()[-1])
+    assert "48 bits a value" in row
+    assert 1.3 < sizes["48"] / sizes["exact"] < 1.5
+    text = described(capsys, "quickstart", "privacy.secure.masks=billed", "wire.grid=32")
+    assert "sparsyfed pays dense, " in text
+    assert "7 of 10 clients unmask a sum" in text

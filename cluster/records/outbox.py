@@ -248,7 +248,12 @@ class Delivery(ABC):
                 self._samples_at = None
                 self._open()
                 self._opened = True
-            done = (not self.watches or self._send_samples(stop)) and self._send_rounds(stop)
+            done = self._send_rounds(stop)
+            # A round comes first: MLflow's page of compared runs draws the metric that was logged first.
+            if done and self.watches and self.cursor.last_round is not None:
+                done = self._send_samples(stop)
+            if done:
+                self._all_sent()
             if done and closing:
                 assert self.cursor.ending is not None
                 done = self.cursor.delivered = self._send_ending(self.cursor.ending, stop)
@@ -264,7 +269,7 @@ class Delivery(ABC):
         self._lock.release(force=True)
 
     def _send_samples(self, stop: Callable[[], bool]) -> bool:
-        """Sends what machines were doing; before the rounds, behind which what is present is forgotten."""
+        """Sends what machines were doing."""
         cursor = self.cursor
         try:
             file = (self.folder / SAMPLES).open("rb")
@@ -321,7 +326,6 @@ class Delivery(ABC):
                 self._send(rows)
             self._offset = offset
             if not rows:
-                self._all_sent()
                 return True
             cursor.last_round = rows[-1].step
             cursor.rounds_delivered += len(rows)

@@ -81,7 +81,8 @@ class ClientReport:
     are in the host's total; a ``message`` is one that the driver decides about. A ``skipped`` client failed:
     it sent nothing, and ``refused`` says why. ``kept`` is what the client keeps for its next visit, and
     ``kept_if_late``, where it is not empty, what it keeps instead if its update is late. ``clamped`` counts
-    values that it cut to the limit of the round's grid.
+    values that it cut to the limit of the round's grid. ``joules`` are of its training and of what
+    it sent; what it was sent is billed when it is, whether it answers or not.
     """
 
     client: int
@@ -100,6 +101,7 @@ class ClientReport:
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept_if_late: Mapping[str, np.ndarray] = field(default_factory=dict)
     clamped: int = 0
+    joules: float = 0.0
 
     @property
     def samples(self) -> int:

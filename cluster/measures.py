@@ -19,7 +19,7 @@ from typing import Any, Literal
 Better = Literal["higher", "lower"] | None
 
 #: Units as they are stored: factor and name of the unit as they are shown.
-SHOWN = {"share": (100.0, "%"), "bytes": (1e-6, "MB"), "FLOP": (1e-9, "GFLOP")}
+SHOWN = {"share": (100.0, "%"), "bytes": (1e-6, "MB"), "FLOP": (1e-9, "GFLOP"), "J": (1e-3, "kJ")}
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,10 @@ MEASURES: tuple[Measure, ...] = (
     Measure("flops/layers", "training cost of layers", "FLOP", "The same of each prunable layer, a list."),
     Measure("flops/dense_total", "dense training cost so far", "FLOP", "Since the run began.", "lower"),
     Measure("flops/sparse_total", "training cost so far", "FLOP", "Since the run began.", "lower"),
+    Measure("energy/joules", "energy", "J",
+            "What training, receiving and sending took the devices of all clients; of those that dropped out "
+            "what receiving did.", "lower"),
+    Measure("energy/joules_total", "energy so far", "J", "Since the run began.", "lower"),
     Measure("clients/trained", "clients", "clients", "Clients that trained."),
     Measure("clients/steps", "local steps", "steps", "Local steps of all of them."),
     Measure("clients/samples", "samples", "samples", "Training samples of those whose updates count."),
@@ -234,6 +238,8 @@ RESULTS: tuple[Measure, ...] = (
     Measure("flops_dense", "dense training cost", "FLOP", "flops/dense_total.", "lower"),
     Measure("flops_sparse", "training cost", "FLOP", "flops/sparse_total.", "lower", version=2),
     Measure("simulated_s", "simulated time", "s", "time/simulated_s.", "lower"),
+    Measure("joules", "energy", "J",
+            "energy/joules_total; null where an older version began the run.", "lower"),
     Measure("seconds", "time", "s", "Wall-clock seconds of the run, since it was last resumed.", "lower"),
     Measure("config_hash", "configuration", "", "Hash of every key that can change a result."),
     Measure("code_hash", "code", "", "Hash of the packages' source."),

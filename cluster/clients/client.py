@@ -326,7 +326,8 @@ class ClientHost:
             # From the bytes and FLOPs that the visit really caused.
             sparse = self.config.devices.flops == "sparse"
             flops = measured.flops_sparse_total if sparse else measured.flops_dense
-            visit_s = assignment.device.duration(assignment.downlink_bytes, flops, len(posted.message))
+            device, sent = assignment.device, len(posted.message)
+            visit_s = device.duration(assignment.downlink_bytes, flops, sent)
             visit_s += assignment.waits_s
             late, here = visit_s > assignment.deadline, visit_s < assignment.fold_before
             refused = None if late else withheld
@@ -346,11 +347,12 @@ class ClientHost:
             measured=measured,
             seconds=sum(phases),
             phases=phases,
-            uplink_bytes=len(posted.message),
+            uplink_bytes=sent,
             uplink_nonzero_bytes=posted.nonzero_bytes,
             upload_density=posted.density,
             refused=refused,
             visit_s=visit_s,
+            joules=device.energy(0, flops, sent),
             late=late,
             folded=here and not late and refused is None,
             message=None if here or late or withheld else posted.message,

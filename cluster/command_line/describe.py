@@ -305,16 +305,18 @@ def _privacy(console: Console, federation: Federation) -> None:
 
 
 def _devices(console: Console, federation: Federation) -> None:
-    """What each tier is like, and how long a visit with a dense model takes its median device."""
+    """What each tier is like, and what time and energy a visit with a dense model takes its median device."""
     config, devices = federation.config, Devices(federation.config)
     dense = wire.dense_bytes(wire.Shape.of(federation.layout))
     flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
     profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
     _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")
-    table = _table("tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit")
+    table = _table(
+        "tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit", "takes"
+    )
     counts = np.bincount(devices.tiers, minlength=len(devices.kinds))
     for (name, tier), count in zip(config.devices.kinds.items(), counts, strict=True):
-        seconds = Device(tier.compute, tier.downlink, tier.uplink, tier.latency).duration(dense, flops, dense)
+        device = Device.of(tier)
         table.add_row(
             name,
             f"{count:,}",
@@ -323,7 +325,8 @@ def _devices(console: Console, federation: Federation) -> None:
             f"{tier.downlink / _MEGA:,.1f}",
             f"{tier.dropout:.0%}",
             tier.availability.name,
-            f"{seconds:,.2f} s",
+            f"{device.duration(dense, flops, dense):,.2f} s",
+            f"{device.energy(dense, flops, dense):,.3g} J",
         )
     console.print(table)
 

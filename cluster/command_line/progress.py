@@ -302,6 +302,8 @@ def conclude(console: Console, result: Result) -> None:
         grid.add_row("ended by", str(summary.get("stopped_by")))
     grid.add_row("sparsity", percent(summary["sparsity"]))
     grid.add_row("simulated", f"{duration(summary['simulated_s'])} on the devices' clock")
+    if (joules := summary.get("joules")) is not None:
+        grid.add_row("energy", f"{amount(joules, 'J')} of the devices")
     console.print(grid)
     costs = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for head in ("", "this run", "dense", "dense is"):

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from cluster.compare.groups import Group
 from cluster.compare.reading import Run, Series
-from cluster.compare.table import GIGA, HOUR, MEGA, total_bytes
+from cluster.compare.table import GIGA, HOUR, KILO, MEGA, total_bytes
 from cluster.measures import Measure
 from cluster.statistics import mean_interval
 
@@ -81,6 +81,7 @@ def curves(selects: Sequence[Measure]) -> tuple[Plot, ...]:
         ("mb-down", "MB sent to clients", metric("comm/downlink_bytes_total", 1 / MEGA)),
         ("mb-total", "MB sent up and down", _total),
         ("simulated-time", "simulated time (h)", metric("time/simulated_s", 1 / HOUR)),
+        ("energy", "energy (kJ)", metric("energy/joules_total", 1 / KILO)),
         ("flops", "training cost (GFLOP)", metric("flops/sparse_total", 1 / GIGA)),
     )
     # Round 1 starts from a dense model: what masks do is shown from round 2 on.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.compare.reading import ComparisonError, Run
 from cluster.compare.versions import unmixed
-from cluster.configuration.identity import changes_results, stays_out
+from cluster.configuration.identity import relevant_of
 
 #: Keys that name a group before all others do, in this order.
 _FIRST = (
@@ -118,11 +118,7 @@ def _nothing_counts(left_out: Sequence[tuple[Run, str]]) -> str:
 
 def _identity(run: Run, after: int | None) -> dict[str, str]:
     """Everything that makes a run what it is but its seed."""
-    own = {
-        key: value
-        for key, value in run.params.items()
-        if key != "seed" and changes_results(key) and not stays_out(key, value)
-    }
+    own = {key: value for key, value in relevant_of(run.params).items() if key != "seed"}
     if after is None and run.planned is not None:
         own[_LENGTH] = run.length
     return own

@@ -42,6 +42,7 @@ METRICS = (
     "comm/downlink_bytes_total",
     "flops/sparse_total",
     "time/simulated_s",
+    "energy/joules_total",
 )
 #: The same of what selects.
 OF_SELECTS = ("test/{}", "val/{}", "clients/{}_mean", "clients/{}_mean_after", "clients/{}_worst_decile")

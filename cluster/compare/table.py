@@ -18,7 +18,7 @@ from cluster.statistics import Interval, mean_interval
 
 _PAGE_COLUMNS = 7
 
-MEGA, GIGA, HOUR = 1e6, 1e9, 3600.0
+KILO, MEGA, GIGA, HOUR = 1e3, 1e6, 1e9, 3600.0
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def columns_for(selects: Sequence[Measure], target: float | None) -> tuple[Colum
         Column("downlink_ratio_last", "dense ÷ down, last", _last_downlink_ratio, _DOWN, digits=2),
         _last("gflop", "GFLOP", "flops/sparse_total", 1 / GIGA, digits=0),
         _last("simulated_hours", "simulated h", "time/simulated_s", 1 / HOUR, digits=2),
+        _last("kilojoules", "kJ", "energy/joules_total", 1 / KILO, digits=2),
         _mean("regrowth", "regrowth (‰)", "masks/regrowth_share", 1000, digits=2),
         _mean("client_regrowth", "client regrowth (‰)", "masks/client_regrowth_share", 1000, digits=2),
         _mean("client_cut", "client cut (weights)", "masks/client_cut", digits=0),

@@ -12,6 +12,8 @@ from typing import Any
 
 import xxhash
 
+from cluster.configuration.profiles import PROFILES
+
 #: What cannot change a result: where and how a run is computed, watched and cut short.
 RESULT_FREE = frozenset(
     {
@@ -95,12 +97,13 @@ _ADDED = {
     "wire.grid": "exact",
 }
 
+#: The same of tiers: there the default is that of the profile's tier, else that of a tier without a profile.
+_ADDED_TO_TIERS = re.compile(r"devices\.tiers\.(.+)\.((?:flop|uplink|downlink)_energy)")
+
 
 def digest_of(flat: Mapping[str, Any]) -> str:
     """Short hash of those of some dotted keys and values that can change a result."""
-    relevant = {
-        key: value for key, value in flat.items() if changes_results(key) and not stays_out(key, value)
-    }
+    relevant = relevant_of(flat)
     files = {"model.weights"}
     if relevant.get("model.name") in ("timm", "transformers"):
         files |= {"model.folder", "model.config"}
@@ -113,6 +116,24 @@ def digest_of(flat: Mapping[str, Any]) -> str:
         inside = os.path.join(tokenizer, "tokenizer.json")
         relevant["data.tokenizer"] = content_of(inside if os.path.isdir(tokenizer) else tokenizer)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def relevant_of(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a flat configuration, its values or their texts, can change a result.
+
+    What came after 0.1 and has the default that changes nothing stays out.
+    """
+    usual, (phone,) = dict(_ADDED), PROFILES["uniform"].values()
+    profile = PROFILES.get(str(flat.get("devices.profile")), {})
+    for key in flat:
+        if found := _ADDED_TO_TIERS.fullmatch(key):
+            tier, figure = found.groups()
+            usual[key] = profile.get(tier, phone)[figure]
+    return {
+        key: value
+        for key, value in flat.items()
+        if changes_results(key) and not (key in usual and value in (usual[key], str(usual[key])))
+    }
 
 
 def content_of(path: str) -> str:
@@ -135,11 +156,6 @@ def code_digest() -> str:
     for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def stays_out(key: str, value: Any) -> bool:
-    """Whether a key came after 0.1 and has the default that changes nothing, as a value or as text."""
-    return key in _ADDED and (value == _ADDED[key] or value == str(_ADDED[key]))
 
 
 def changes_results(key: str) -> bool:

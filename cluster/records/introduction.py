@@ -20,7 +20,7 @@ from cluster.workload.objectives import selecting, selects_of
 _FIRST = ("sparsyfed", "topk", "zerofl", "flash", "fedavg", "feddst", "fixed_mask")
 
 #: Measured by some runs alone, as they were after the last round.
-_LAST = ("clients/{}_mean", "clients/{}_worst_decile", "time/simulated_s")
+_LAST = ("clients/{}_mean", "clients/{}_worst_decile", "time/simulated_s", "energy/joules_total")
 
 
 def in_short(config: Config) -> dict[str, str]:

@@ -77,6 +77,7 @@ def summary_of(
         "flops_dense": last["flops/dense_total"],
         "flops_sparse": last["flops/sparse_total"],
         "simulated_s": last["time/simulated_s"],
+        "joules": last.get("energy/joules_total"),  # None where an older version began the run
         "seconds": round(seconds, 3),
         "config_hash": config.digest(),
         "code_hash": code_digest(),

@@ -14,7 +14,7 @@ from cluster.simulation.shift import shift_metrics
 Line = dict[str, Any]
 
 #: What a line also gives since the run began.
-TOTALS = ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse")
+TOTALS = ("comm/uplink_bytes", "comm/downlink_bytes", "flops/dense", "flops/sparse", "energy/joules")
 
 
 class ReplayError(UserError):
@@ -48,7 +48,7 @@ class Ledger:
     ) -> None:
         self._folder, self._config, self._on_line, self._selects = folder, config, on_line, selects
         self.lines = {line["round"]: line for line in lines}
-        self._totals: dict[str, float] = {}
+        self._totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
         self._spent = {"log": 0.0, "checkpoint": 0.0}  # seconds of the last book-keeping
         self.waiting: Line | None = None
 
@@ -67,8 +67,8 @@ class Ledger:
             line: What was measured; its metrics are added to.
             evaluated: Whether it waits for no evaluation.
         """
-        for key in TOTALS:
-            self._totals[key] = self._totals.get(key, 0) + line[key]
+        for key in self._totals:
+            self._totals[key] += line[key]
             line[f"{key}_total"] = self._totals[key]
         line |= {f"time/{name}_s": seconds for name, seconds in self._spent.items()}
         self.waiting = line
@@ -100,7 +100,7 @@ class Ledger:
         return {"totals": self._totals, "waiting": self.waiting}
 
     def load(self, stored: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`dump` gave."""
+        """Continue from what :meth:`dump` gave; what an older version did not add up has no total."""
         self._totals, self.waiting = dict(stored["totals"]), stored["waiting"]
 
     def _store(self, line: Line) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,23 +25,25 @@ OVERLAP_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Downlink:
-    """Bytes the cohort was sent.
+    """Bytes the cohort was sent, and what receiving them took.
 
     Attributes:
         total: Encoded bytes of all messages.
         nonzeros: 4 bytes a nonzero, the paper's accounting, for all clients.
         dense: 4 bytes a float, for all clients.
+        joules: Of all of them.
     """
 
     total: int
     nonzeros: int
     dense: int
+    joules: float = 0.0
 
 
 def round_metrics(
     layout: ParameterLayout, old: np.ndarray, new: np.ndarray, outcome: Outcome, downlink: Downlink
 ) -> dict[str, Any]:
-    """Masks, bytes and FLOPs of one round.
+    """Masks, bytes, FLOPs and joules of one round.
 
     Args:
         layout: The model's layout.
@@ -81,6 +84,8 @@ def round_metrics(
         "comm/uplink_nonzero_bytes": sum(report.uplink_nonzero_bytes for report in reports),
         "comm/downlink_nonzero_bytes": downlink.nonzeros,
         "comm/dense_bytes": downlink.dense,
+        # Rounded once: it does not matter who added up whose.
+        "energy/joules": math.fsum([downlink.joules, *(report.joules for report in reports)]),
         "clients/trained": len(reports),
         "clients/refused": sum(report.refused is not None for report in reports),
         "clients/refused_list": sorted([r.client, r.refused] for r in reports if r.refused is not None),

@@ -6,6 +6,7 @@ What is declared of each is in ``schedules``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -241,4 +242,5 @@ class Schedule(ABC):
             sum(assignment.downlink_bytes for assignment in sent),
             sum(whole if a.part is None else parcel.parts[a.part].nonzero_bytes for a in sent),
             wire.dense_bytes(parcel.shape) * len(sent),
+            math.fsum(a.device.energy(a.downlink_bytes, 0.0, 0) for a in sent),
         )

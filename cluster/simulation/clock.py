@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cluster.configuration.device_sections import TierSection
 from cluster.references import UserError
 
 Event = TypeVar("Event")
@@ -28,17 +29,41 @@ class Device:
         downlink: bit/s.
         uplink: bit/s.
         latency: Seconds a visit, beside transfers and training.
+        flop_energy: Joules a FLOP of training.
+        downlink_energy: Joules a byte received.
+        uplink_energy: Joules a byte sent.
     """
 
     compute: float
     downlink: float
     uplink: float
     latency: float
+    flop_energy: float = 0.0
+    downlink_energy: float = 0.0
+    uplink_energy: float = 0.0
+
+    @classmethod
+    def of(cls, tier: TierSection) -> Device:
+        """The median device of a tier."""
+        return cls(
+            tier.compute,
+            tier.downlink,
+            tier.uplink,
+            tier.latency,
+            tier.flop_energy,
+            tier.downlink_energy,
+            tier.uplink_energy,
+        )
 
     def duration(self, downlink_bytes: int, flops: float, uplink_bytes: int) -> float:
         """Seconds from the server's sending the model until it has the update: the four parts in turn."""
         download, upload = 8 * downlink_bytes / self.downlink, 8 * uplink_bytes / self.uplink
         return download + flops / self.compute + upload + self.latency
+
+    def energy(self, downlink_bytes: int, flops: float, uplink_bytes: int) -> float:
+        """Joules of the same three; what a device draws while it idles is not counted."""
+        radio = self.downlink_energy * downlink_bytes + self.uplink_energy * uplink_bytes
+        return radio + self.flop_energy * flops
 
 
 class Clock(Generic[Event]):

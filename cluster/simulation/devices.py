@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -64,7 +64,12 @@ class Devices:
             compute = math.exp(radius * math.cos(2.0 * math.pi * v))
             network = math.exp(radius * math.sin(2.0 * math.pi * v))
             devices.append(
-                Device(tier.compute * compute, tier.downlink * network, tier.uplink * network, tier.latency)
+                replace(
+                    Device.of(tier),
+                    compute=tier.compute * compute,
+                    downlink=tier.downlink * network,
+                    uplink=tier.uplink * network,
+                )
             )
         return devices
 

@@ -371,6 +371,33 @@ def test_where_a_run_is_computed_does_not_make_it_another_run():
     )
 
 
+#: As they were before tiers had energy.
+BEFORE_ENERGY = {
+    (): "990db58c5bec",
+    ("devices.profile=phones",): "c14599028a40",
+    ("devices.profile=edge-boxes", "devices.tiers.jetson-nano.dropout=0"): "b0a856cc1f31",
+    ("devices.profile=phones", "devices.tiers.own={share: 0}"): "5861eaf3e4ba",
+    ("devices.tiers.low={share: 1}",): "8ffe6ff3453c",
+}
+
+
+@pytest.mark.parametrize("overrides", BEFORE_ENERGY)
+def test_energy_that_nobody_set_moves_no_hash(overrides):
+    assert resolve("quickstart", overrides).digest() == BEFORE_ENERGY[overrides]
+
+
+def test_energy_that_somebody_set_makes_another_run():
+    digests = [
+        resolve("quickstart", ["devices.profile=phones", *own]).digest()
+        for own in ([], ["devices.tiers.low.flop_energy=4.5e-10"], ["devices.tiers.low.flop_energy=2.49e-10"])
+    ]
+    assert digests[0] == digests[1] != digests[2]  # the second is what the profile says
+    # Without a profile the figure of a tier of that name is not what goes without saying.
+    plain = [["devices.tiers.low.share=1"], ["devices.tiers.low={share: 1, flop_energy: 4.5e-10}"]]
+    first, second = (resolve("quickstart", own).digest() for own in plain)
+    assert first != second
+
+
 def test_the_partition_may_follow_the_runs_seed(cache):
     own = [resolve("quickstart", ["partition.seed=seed", f"seed={seed}"]) for seed in (4, 5)]
     fixed = [resolve("quickstart", [f"seed={seed}"]) for seed in (4, 5)]

@@ -99,6 +99,10 @@ def test_a_stopped_run_goes_on_knowingly_to_the_same_bits(older, name):
     assert again["test/loss"] == pytest.approx(stored["test/loss"], rel=1e-5)
     assert [json.loads(line)["round"] for line in after] == [1, 2, 3, 4, 5, 6]
     assert_as_0_1_would(older, name)
+    # What the first rounds took was not measured: there is no total that leaves them out.
+    assert json.loads(after[-1])["energy/joules"] > 0
+    assert "energy/joules_total" not in json.loads(after[-1])
+    assert RunFolder(older / name).result()["joules"] is None
 
 
 def test_a_killed_grid_is_completed(older, capsys):

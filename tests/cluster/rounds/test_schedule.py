@@ -5,10 +5,13 @@ import pytest
 
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
+from cluster.rounds.buffered import Buffered
 from cluster.rounds.driver import Driver
 from cluster.rounds.engine import InlineEngine
 from cluster.rounds.setbacks import DivergedError
+from cluster.rounds.synchronous import Synchronous
 from cluster.simulation.devices import Devices
+from cluster.transport.downlink import Sender
 from tests.tiny_experiment import run_inline, tiny_federation
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -101,6 +104,51 @@ def test_a_round_lasts_as_long_as_its_slowest_visit(cache, tmp_path, flops):
         so_far += line["time/round_simulated_s"]
         assert line["time/simulated_s"] == pytest.approx(so_far, rel=1e-12)
         assert line["clients/late"] == line["clients/stragglers"] == line["clients/dropped"] == 0
+
+
+@pytest.mark.parametrize("flops", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", [Synchronous, Buffered])
+def test_the_energy_of_a_round(cache, tmp_path, monkeypatch, kind, flops):
+    """Of who trained what it computed and sent; of all that were sent the model what that took to receive."""
+    kinds = {
+        "a": {"share": 0.5, "flop_energy": 2e-9, "uplink_energy": 5e-6, "downlink_energy": 1e-6},
+        "b": {"share": 0.5, "flop_energy": 3e-9, "uplink_energy": 7e-6, "downlink_energy": 4e-6},
+    }
+    buffered = {"name": "buffered", "buffer": 2, "concurrency": 3}
+    config = tiny_federation(
+        cache,
+        algorithm={"name": "topk", "sparsity": 0.8},
+        devices={"tiers": {name: tier | {"dropout": 0.3} for name, tier in kinds.items()}, "flops": flops},
+        schedule=buffered if kind is Buffered else {"name": "synchronous"},
+        cohort=2 if kind is Buffered else 4,
+        rounds=4,
+    )
+    sent, came, deliver, play = [], [], Sender.deliver, kind.round
+
+    def delivering(self, clients, parcel):
+        sent[-1] += [(client, parcel.full_bytes) for client in clients]
+        deliver(self, clients, parcel)
+
+    def playing(self, *given):
+        sent.append([])
+        result = play(self, *given)
+        came.append(result.outcome.reports[:])
+        return result
+
+    monkeypatch.setattr(Sender, "deliver", delivering)
+    monkeypatch.setattr(kind, "round", playing)
+    _, lines, _ = recorded(config, tmp_path / "run")
+    tiers, so_far = Devices(config).tiers, 0.0
+    for line, asked, reports in zip(lines, sent, came, strict=True):
+        joules = sum(kinds["ab"[tiers[client]]]["downlink_energy"] * size for client, size in asked)
+        for report in reports:
+            tier, own = kinds["ab"[tiers[report.client]]], report.measured
+            work = own.flops_dense if flops == "dense" else own.flops_sparse.sum() + own.flops_frozen
+            joules += tier["flop_energy"] * work + tier["uplink_energy"] * report.uplink_bytes
+        so_far += joules
+        assert line["energy/joules"] == pytest.approx(joules, rel=1e-12)
+        assert line["energy/joules_total"] == pytest.approx(so_far, rel=1e-12)
+    assert sum(line["clients/dropped"] for line in lines) > 0
 
 
 def test_a_device_that_exploits_zeros_is_back_earlier(cache, tmp_path):

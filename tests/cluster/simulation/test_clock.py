@@ -1,6 +1,7 @@
 """The simulated clock against schedules worked by hand: ties and durations of zero included."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,14 @@ def test_a_visit_is_download_training_upload_and_latency():
     assert PHONE.duration(100, 3000.0, 20) == 6.5
     assert PHONE.duration(0, 0.0, 0) == 0.5
     assert Device(1.0, 1.0, 1.0, 0.0).duration(0, 0.0, 0) == 0.0
+
+
+def test_the_energy_of_a_visit_by_hand():
+    # 100 bytes at 0.25 J, 3,000 FLOPs at 0.125 J and 20 bytes at 2 J: 25 + 375 + 40.
+    device = replace(PHONE, flop_energy=0.125, downlink_energy=0.25, uplink_energy=2.0)
+    assert device.energy(100, 3000.0, 20) == 440.0
+    assert device.energy(100, 0.0, 0) == 25.0  # of one that downloads and drops out
+    assert device.duration(100, 3000.0, 20) == PHONE.duration(100, 3000.0, 20)
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1e15), st.integers(0, 10**9), st.floats(0, 1e12))

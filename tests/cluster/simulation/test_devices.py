@@ -228,7 +228,7 @@ def test_a_profile_is_a_start_that_keys_go_on_top_of():
 
 def test_without_tiers_all_devices_are_alike():
     alike = devices()
-    assert set(alike.of(range(100))) == {Device(22.5e9, 35.96e6, 11.22e6, 0.04)}
+    assert set(alike.of(range(100))) == {Device(22.5e9, 35.96e6, 11.22e6, 0.04, 2.49e-10, 7.02e-7, 4.43e-6)}
     assert alike.available(np.arange(100), 1e6).all()
 
 
@@ -236,6 +236,37 @@ def test_without_tiers_all_devices_are_alike():
 def test_built_in_profiles_are_whole(profile):
     kinds = cluster.resolve("quickstart", [f"devices.profile={profile}"]).devices.kinds
     assert sum(tier.share for tier in kinds.values()) == pytest.approx(1.0)
+
+
+#: Watts of training, and milliwatts of the radio: up and down a Mbit/s, and while it is busy.
+LTE, WIFI = (438.39, 51.97, 1288.04), (283.17, 137.01, 132.86)
+WATTS = {
+    "device": (5.6, LTE),
+    "low": (3.6, LTE),
+    "mid": (5.6, LTE),
+    "high": (2.8, LTE),
+    "raspberry-pi-4": (6.4, WIFI),
+    "jetson-nano": (10.0, WIFI),
+    "jetson-xavier-nx": (15.0, WIFI),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"), [pair for profile in PROFILES.values() for pair in profile.items()]
+)
+def test_energy_of_the_profiles_is_what_their_sources_come_to(name, tier):
+    watts, (up, down, busy) = WATTS[name]
+    assert tier["flop_energy"] == pytest.approx(watts / tier["compute"], rel=0.005)
+    for milliwatts, way in ((up, "uplink"), (down, "downlink")):
+        seconds_a_byte = 8 / tier[way]
+        drawn = (milliwatts * tier[way] / 1e6 + busy) / 1e3
+        assert tier[f"{way}_energy"] == pytest.approx(drawn * seconds_a_byte, rel=0.005)
+
+
+def test_energy_does_not_vary_within_a_tier():
+    drawn = devices("devices.tiers.a={share: 1, spread: 1, flop_energy: 2e-10}").of(range(20))
+    assert len({device.compute for device in drawn}) == 20
+    assert {device.flop_energy for device in drawn} == {2e-10}
 
 
 def test_tiers_with_and_without_a_budget_mix():

@@ -113,6 +113,11 @@ class EF21(Algorithm):
                 f"wire.uplink: {config.wire.uplink} rounds what the server adds to its estimates, and ef21's "
                 "clients add the exact values to theirs; leave it at float32"
             )
+        if config.wire.bits is not None:
+            yield (
+                f"wire.grid: {config.wire.bits} rounds what the server adds to its estimates, and ef21's "
+                "clients add the exact values to theirs; leave it at exact"
+            )
         if config.build_server() != ServerOptimizer():
             yield (
                 f"server.name: {config.server.name}, but ef21 takes the server's step itself "

@@ -258,6 +258,8 @@ class FedPM(Algorithm):
             yield f"server.name: {config.server.name}, but {self.name} averages masks; leave the section out"
         if config.wire.uplink != "float32":
             yield f"wire.uplink: {config.wire.uplink}, but {self.name} sends no values; leave it at float32"
+        if config.wire.bits is not None and not config.privacy.secure.asked:
+            yield f"wire.grid: {config.wire.bits}, but {self.name} sends no values; leave it at exact"
         if config.wire.downlink == "int8" and self.epsilon < 0.005:
             yield (
                 f"algorithm.epsilon: {self.epsilon:g} times the largest weight rounds to 0 with "

@@ -79,7 +79,8 @@ def _problems(config: Config, layout: ParameterLayout) -> Iterator[str]:
             f"count of updates below the clip takes all of it; allowed are cohorts above {10 * noise:g}"
         )
     first = Event(noise, planned_events(config, noise)[0].rate)
-    if dp.epsilon is not None and (one := spent(config, [first])) > dp.epsilon:
+    one = spent(config, [first])  # also to find out now whether the library is here
+    if dp.epsilon is not None and one > dp.epsilon:
         yield (
             f"privacy.dp.epsilon: {dp.epsilon:g}, and with privacy.dp.noise_multiplier {noise:g} one round "
             f"costs {one:.3g}; raise one of them"

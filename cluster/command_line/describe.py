@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -290,7 +291,11 @@ def _privacy(console: Console, federation: Federation) -> None:
         return
     noise, clients = noise_of(config), config.population
     events = planned_events(config, noise)
-    empty = (1.0 - min(1.0, config.cohort / clients)) ** clients
+    asked = min(1.0, config.cohort / clients)
+    empty = math.prod(
+        (1.0 - asked * (1.0 - tier.dropout)) ** (tier.share * clients)
+        for tier in config.devices.kinds.values()
+    )
     _heading(console, "privacy", f"of a whole client, by {config.cohort} coins of {clients:,}")
     for key, text in (
         ("clip", f"{dp.clip:g}{', following the median norm' * dp.adaptive}"),
@@ -298,8 +303,8 @@ def _privacy(console: Console, federation: Federation) -> None:
         ("epsilon", f"{spent(config, events):.3g} after {sum(event.count for event in events)} rounds, "
                     f"at delta {dp.delta:g}, by {dp.accountant}"
                     + ("" if dp.epsilon is None else f"; the run ends within {dp.epsilon:g}")),
-        ("nobody", f"a round in {1 / empty:,.3g} asks no client and leaves the model as it is"
-                   if empty > 1e-300 else "every round asks somebody"),
+        ("nobody", f"a round in {1 / empty:,.3g} has no update and leaves the model as it is"
+                   if empty > 1e-300 else "every round has an update"),
     ):  # fmt: skip
         console.print(f"{key:<11} {text}")
 

@@ -67,6 +67,11 @@ def _amounts(config: Any) -> Iterator[str]:
     dp = config.privacy.dp
     if dp.noise_multiplier is None and dp.epsilon is None:
         yield "privacy.dp: without noise; set privacy.dp.noise_multiplier, or privacy.dp.epsilon"
+    if dp.delta * config.population >= 1.0:
+        yield (
+            f"privacy.dp.delta: {dp.delta:g} allows to publish one of {config.population:,} clients whole; "
+            f"allowed is less than {1 / config.population:g}"
+        )
 
 
 def _mechanism(config: Any) -> Iterator[str]:

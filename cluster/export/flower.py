@@ -123,6 +123,10 @@ def refusal(config: Config) -> str | None:
             f"schedule.name = {config.schedule.name}: who arrives when follows from the simulated clock, and "
             "Flower's rounds are synchronous"
         )
+    if config.wire.bits is not None:
+        return (
+            f"wire.grid = {config.wire.bits}: its words count in the round's units, which nodes do not know"
+        )
     if config.privacy.secure.asked:
         return "privacy.secure: the keys of a secure round are simulated, and do not travel to nodes"
     federation = Federation.of(config)

@@ -171,7 +171,8 @@ class SecureUplink:
         Where clients sent more than the mask, it does not know how many hold a position: ``votes`` is empty.
         """
         layout, bits = self._layout, self._bits
-        *_, samples = words = signed(sealed.words, bits)
+        words = signed(sealed.words, bits)
+        samples = words[-1]
         total = self._method.zero(grid, layout)
         total.samples, total.clients = int(samples), list(sealed.clients)
         where = slice(0, layout.up_size) if held is None or not shared else self._positions(held)

@@ -70,6 +70,8 @@ def test_a_client_computes_with_its_whole_estimate(cache, tmp_path):
 def test_a_lossy_uplink_is_refused(cache):
     with pytest.raises(ValueError, match=r"wire.uplink: int8 rounds what the server adds"):
         tiny_federation(cache, algorithm={"name": "ef21"}, wire={"uplink": "int8"})
+    with pytest.raises(ValueError, match=r"wire.grid: 32 rounds what the server adds"):
+        tiny_federation(cache, algorithm={"name": "ef21"}, wire={"grid": 32})
 
 
 def test_a_server_optimizer_is_refused(cache):

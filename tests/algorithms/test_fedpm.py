@@ -314,6 +314,7 @@ def test_a_lossy_downlink_keeps_the_signs(cache, tmp_path, downlink):
         ({"local": {"proximal": 0.1}}, r"local.proximal: 0.1 pulls at weights"),
         ({"server": {"name": "fedadam"}}, r"server.name: fedadam, but fedpm_reg averages masks"),
         ({"wire": {"uplink": "int8"}}, r"wire.uplink: int8, but fedpm_reg sends no values"),
+        ({"wire": {"grid": 32}}, r"wire.grid: 32, but fedpm_reg sends no values"),
     ],
 )
 def test_settings_that_act_on_weights_are_refused(cache, keys, says):

@@ -99,7 +99,7 @@ def test_what_private_models_will_have_told(capsys: pytest.CaptureFixture[str]) 
     shown = described(capsys, "quickstart", *small, "privacy.dp.clip=0.5", "privacy.dp.noise_multiplier=1")
     assert "privacy  of a whole client, by 10 coins of 30" in shown
     assert "epsilon     15.4 after 30 rounds, at delta 1e-05, by rdp" in shown
-    assert "a round in 1.92e+05 asks no client" in shown  # (2/3)^-30
+    assert "a round in 1.92e+05 has no update" in shown  # (2/3)^-30
     assert "privacy  " not in described(capsys, "quickstart", *small)
 
 

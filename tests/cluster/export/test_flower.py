@@ -158,6 +158,7 @@ def test_a_node_with_other_code_says_so(finished, tmp_path, app):
             {"algorithm": {"name": "tests.example_method:RandomK"}},
             "algorithm.name = tests.example_method:RandomK is code of your own",
         ),
+        ({"wire": {"grid": 32}}, "wire.grid = 32: its words count in the round's units"),
         ({"privacy": {"secure": {"masks": "billed"}}}, "privacy.secure: the keys of a secure round"),
         ({"data": {}}, "data.name = tests.tiny_experiment:tiny_images is code of your own"),
     ],

@@ -190,6 +190,7 @@ ON = ["sampler.name=poisson", "privacy.dp.clip=1", "privacy.dp.noise_multiplier=
         ([*ON, "sampler.name=uniform"], "sampler.name: uniform, and privacy.dp needs a coin"),
         ([*ON, "schedule.over_selection=1.3"], "schedule.over_selection: 1.3, and"),
         ([*ON, "schedule.name=buffered"], "schedule.name: buffered, and privacy.dp needs whole rounds"),
+        ([*ON, "privacy.dp.delta=0.9"], "privacy.dp.delta: 0.9 allows to publish one of "),
         ([*ON, "max_update_norm=3"], "max_update_norm: 3, and who is refused tells of its data"),
         ([*ON, "wire.grid=64"], "wire.grid: 64, and privacy.dp needs values to clip"),
         ([*ON, "aggregation.name=median"], "aggregation.name: median, and privacy.dp needs the sum"),

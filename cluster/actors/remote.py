@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.actors.gauges import Gauges
 from cluster.actors.ray_session import ClusterError, connection, ray_engine
 from cluster.configuration.config import Config
 from cluster.configuration.identity import code_digest
@@ -62,6 +63,7 @@ class DriverActor:
     def __init__(self, path: Path, detached: bool) -> None:
         self._path, self._detached = path, detached
         self._config = RunFolder.open(path).config()
+        self._gauges = Gauges(path.name, self._config)
         self._started = time.time()
         self._lines: list[Line] = []
         self._changed = threading.Condition()
@@ -135,6 +137,7 @@ class DriverActor:
         return self._state != "running"
 
     def _on_line(self, line: Line) -> None:
+        self._gauges.set(line)
         with self._changed:
             self._lines.append(line)
             self._changed.notify_all()

@@ -268,7 +268,11 @@ def _compare(arguments: argparse.Namespace) -> int:
             folders = [Path(each) for each in sources or [arguments.root]]
             runs, source = compare.read_folders(folders), f"runs in {', '.join(map(str, folders))}"
         comparison = compare.Comparison.of(
-            runs, source, after=arguments.round, target=compare.target_of(runs, arguments.target)
+            runs,
+            source,
+            after=arguments.round,
+            target=compare.target_of(runs, arguments.target),
+            budgets=compare.budgets_of(arguments.budget),
         )
         folder = Path(arguments.output)
         report = compare.write(comparison, folder)

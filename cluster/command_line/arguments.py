@@ -213,7 +213,14 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         "--target",
         type=float,
         metavar="VALUE",
-        help="accuracy in percent, or whatever selects, whose cost in MB is shown",
+        help="accuracy in percent, or whatever selects, whose cost in MB, simulated h and kJ is shown",
+    )
+    compare.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="AMOUNT",
+        help="such as 50MB, 2h (simulated) or 5kJ: shows how good runs were once it was spent; repeatable",
     )
     compare.add_argument(
         "--watch", action="store_true", help="show it again with every round of runs that go on"

@@ -5,6 +5,7 @@ together and names them, ``table`` holds the figures and tests, ``plots`` the pi
 rounds, ``endings``); ``formats``, ``html`` and ``report`` write them down.
 """
 
+from cluster.compare.costs import budgets_of
 from cluster.compare.formats import print_comparison
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, Run, read_experiment, read_folders
@@ -17,6 +18,7 @@ __all__ = [
     "ComparisonError",
     "Run",
     "Table",
+    "budgets_of",
     "group_runs",
     "log_to_mlflow",
     "print_comparison",

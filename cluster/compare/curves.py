@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from cluster.compare.costs import BYTES, GIGA, HOUR, KILO, MEGA
 from cluster.compare.groups import Group
 from cluster.compare.reading import Run, Series
-from cluster.compare.table import GIGA, HOUR, KILO, MEGA, total_bytes
 from cluster.measures import Measure
 from cluster.statistics import mean_interval
 
@@ -66,7 +66,7 @@ def metric(key: str, scale: float = 1.0, first: int = 0) -> Callable[[Run], Seri
 
 
 def _total(run: Run) -> Series | None:
-    own = total_bytes(run)
+    own = BYTES.spent(run)
     return None if own is None else Series(own.rounds, own.values / MEGA)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from cluster.compare.costs import BYTES, MEGA
 from cluster.compare.curves import PLAIN_NUMBERS, Draw, Plot, each
 from cluster.compare.groups import Group
-from cluster.compare.table import MEGA, bytes_to_reach, selecting
+from cluster.compare.table import selecting
 from cluster.measures import Measure
 from cluster.statistics import mean_interval
 
@@ -119,7 +120,7 @@ def _costs(measure: Measure, levels: Sequence[float]) -> Callable[[Any, Group, d
     def draw(axes: Any, group: Group, style: dict[str, Any]) -> bool:
         points = []
         for level in levels:
-            costs = [bytes_to_reach(run, measure, level) for run in group.runs]
+            costs = [BYTES.to_reach(run, measure, level) for run in group.runs]
             if None in costs:
                 break
             interval = mean_interval([cost for cost in costs if cost is not None])

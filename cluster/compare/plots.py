@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from cluster.compare.costs import merits
 from cluster.compare.curves import Plot, curves
 from cluster.compare.endings import endings
 from cluster.compare.groups import Group
-from cluster.compare.table import merits, selecting
+from cluster.compare.table import selecting
 from cluster.measures import Measure
 from cluster.records.plots import COLOURS, MARKERS
 

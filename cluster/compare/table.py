@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from cluster.compare.contest import Contest, Verdict, contest
+from cluster.compare.costs import COSTS, GIGA, HOUR, KILO, MEGA, Cost, budgets_for, merits
 from cluster.compare.groups import Group, Grouped, group_runs
-from cluster.compare.reading import ComparisonError, Run, Series
+from cluster.compare.reading import ComparisonError, Run
 from cluster.compare.versions import differences, newest, outdated
 from cluster.measures import Better, Measure
 from cluster.statistics import Interval, mean_interval
 
 _PAGE_COLUMNS = 7
-
-KILO, MEGA, GIGA, HOUR = 1e3, 1e6, 1e9, 3600.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Table:
         groups: Its rows.
         columns: Its columns.
         cells: By row and column.
-        target: The value of what selects, of the first objective, whose cost is a column; None for none.
+        target: The value of what selects, of the first objective, whose costs are columns; None for none.
         contests: Those for what selects, each with its measure.
     """
 
@@ -80,20 +79,25 @@ class Table:
     contests: tuple[tuple[Measure, Contest], ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], target: float | None = None) -> Table:
+    def of(
+        cls, groups: Sequence[Group], target: float | None = None, budgets: Mapping[str, float] | None = None
+    ) -> Table:
         """Compute it.
 
         Args:
             groups: The groups compared.
-            target: Value of what selects, of the first objective, whose cost in bytes is a column, such as
-                an accuracy in [0, 1]; by default a round one that every run of half of the groups reaches.
+            target: Value of what selects, of the first objective, whose costs are columns, such as an
+                accuracy in [0, 1]; by default a round one that every run of half of the groups reaches.
+            budgets: What may be spent, by unit of :data:`cluster.compare.costs.COSTS`, as it is stored; by
+                default what the cheapest run spends.
         """
         selects = selecting(groups)
         if target is None and selects:
             target = default_target(groups, selects[0])
         columns, by_column, contests = [], [], {}
         versions = newest(run for group in groups for run in group.runs)
-        for column in columns_for(selects, target):
+        spendable = budgets_for([run for group in groups for run in group.runs], budgets or {})
+        for column in columns_for(selects, target, spendable):
             values = [_values(group, column) for group in groups]
             if any(values):
                 columns.append(column)
@@ -147,7 +151,13 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, runs: Sequence[Run], source: str, *, after: int | None = None, target: float | None = None
+        cls,
+        runs: Sequence[Run],
+        source: str,
+        *,
+        after: int | None = None,
+        target: float | None = None,
+        budgets: Mapping[str, float] | None = None,
     ) -> Comparison:
         """Group runs and compute their table; see :func:`group_runs` and :meth:`Table.of`."""
         grouped = group_runs(runs, after=after)
@@ -159,7 +169,7 @@ class Comparison:
         if "partition.alpha" in shared:
             partition += f" {shared['partition.alpha']}"
         title = "Comparison" + "".join(f", {text}" for text in (data, partition) if text)
-        return cls(title, source, grouped, Table.of(grouped.groups, target))
+        return cls(title, source, grouped, Table.of(grouped.groups, target, budgets))
 
 
 def selecting(groups: Sequence[Group]) -> list[Measure]:
@@ -168,17 +178,26 @@ def selecting(groups: Sequence[Group]) -> list[Measure]:
     return list({measure.key: measure for measure in found}.values())
 
 
-def columns_for(selects: Sequence[Measure], target: float | None) -> tuple[Column, ...]:
+def columns_for(
+    selects: Sequence[Measure], target: float | None, budgets: Mapping[str, float]
+) -> tuple[Column, ...]:
     """Every column that there may be, in order.
 
     Args:
         selects: What selects, of one objective after the other.
-        target: Value of the first one whose cost is a column; None for no such column.
+        target: Value of the first one whose costs are columns; None for no such columns.
+        budgets: What may be spent, by unit: how good the first one is for it are columns.
     """
-    cost = () if target is None else (_cost_column(selects[0], target),)
+    costs = () if target is None else [_cost_column(cost, selects[0], target) for cost in COSTS]
+    bought = [
+        _budget_column(cost, selects[0], budgets[cost.unit])
+        for cost in COSTS
+        if selects and cost.unit in budgets
+    ]
     return (
         *(column for place, measure in enumerate(selects) for column in _columns_of(measure, place)),
-        *cost,
+        *costs,
+        *bought,
         _last("sparsity", "sparsity (%)", "sparsity/global", 100),
         _last("uplink_mb", "MB up", "comm/uplink_bytes_total", 1 / MEGA, digits=2),
         _last("downlink_mb", "MB down", "comm/downlink_bytes_total", 1 / MEGA, digits=2),
@@ -207,30 +226,6 @@ def target_of(runs: Iterable[Run], shown: float | None) -> float | None:
     if selects.unit == "share" and not 0 < shown <= 100:
         raise ComparisonError(f"--target {shown:g}: expected a percentage, such as 80")
     return shown / selects.scale
-
-
-def total_bytes(run: Run) -> Series | None:
-    """Bytes up and down so far, where both were measured."""
-    up, down = run.series.get("comm/uplink_bytes_total"), run.series.get("comm/downlink_bytes_total")
-    if up is None or down is None:
-        return None
-    rounds, at_up, at_down = np.intersect1d(up.rounds, down.rounds, return_indices=True)
-    return Series(rounds, up.values[at_up] + down.values[at_down]) if len(rounds) else None
-
-
-def bytes_to_reach(run: Run, selects: Measure, target: float) -> float | None:
-    """Bytes up and down until what selects first was as good as ``target`` on test data; None if never."""
-    measured, cost = run.series.get(f"test/{selects.key}"), total_bytes(run)
-    if measured is None or cost is None:
-        return None
-    there = measured.rounds[merits(measured, selects) >= selects.merit(target)]
-    at = np.flatnonzero(cost.rounds == there[0]) if len(there) else there
-    return float(cost.values[at[0]]) if len(at) else None
-
-
-def merits(series: Series, measure: Measure) -> np.ndarray:
-    """A series with the sign by which better values are larger."""
-    return -series.values if measure.better == "lower" else series.values
 
 
 def default_target(groups: Sequence[Group], selects: Measure) -> float | None:
@@ -370,11 +365,23 @@ def _ratio(run: Run, rounds: slice) -> float | None:
     return float(dense.values[rounds].sum()) / sent if sent else None
 
 
-def _cost_column(selects: Measure, target: float) -> Column:
+def _cost_column(cost: Cost, selects: Measure, target: float) -> Column:
     def of(run: Run) -> float | None:
-        cost = bytes_to_reach(run, selects, target)
-        return None if cost is None else cost / MEGA
+        spent = cost.to_reach(run, selects, target)
+        return None if spent is None else spent / cost.scale
 
-    metrics = (f"test/{selects.key}", "comm/uplink_bytes_total", "comm/downlink_bytes_total")
+    metrics = (f"test/{selects.key}", *cost.metrics)
     shown = f"{100 * target:g} %" if selects.unit == "share" else f"{selects.title} {target:g}"
-    return Column("mb_to_target", f"MB to {shown}", of, metrics, "lower")
+    digits = 1 if cost.unit == "MB" else 2
+    return Column(f"{cost.unit.lower()}_to_target", f"{cost.unit} to {shown}", of, metrics, "lower", digits)
+
+
+def _budget_column(cost: Cost, selects: Measure, budget: float) -> Column:
+    def of(run: Run) -> float | None:
+        value = cost.bought(run, selects, budget)
+        return None if value is None else selects.scale * value
+
+    metrics = (f"test/{selects.key}", *cost.metrics)
+    header = f"{selects.label} for {budget / cost.scale:.4g} {cost.unit}"
+    digits = 1 if selects.unit == "share" else 3
+    return Column(f"for_{cost.unit.lower()}", header, of, metrics, selects.better, digits)

@@ -10,10 +10,11 @@ import yaml
 from scipy import stats
 
 from cluster.compare import plots
+from cluster.compare.costs import BYTES, COSTS, budgets_of
 from cluster.compare.formats import findings
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, Series, read_folder, read_folders
-from cluster.compare.table import Table, bytes_to_reach, default_target, target_of
+from cluster.compare.table import Table, default_target, target_of
 from cluster.measures import as_values
 from cluster.workload.objectives import Classification
 from tests.cluster.compare.made import made, write_run
@@ -197,13 +198,77 @@ def test_a_lower_cost_is_better(tmp_path):
 
 def test_bytes_to_reach_an_accuracy(tmp_path):
     run = read_folder(write_run(tmp_path / "one", [0.1, None, 0.5, 0.4, 0.7]))
-    assert [bytes_to_reach(run, ACCURACY, target) for target in (0.1, 0.2, 0.5, 0.6)] == [
+    assert [BYTES.to_reach(run, ACCURACY, target) for target in (0.1, 0.2, 0.5, 0.6)] == [
         5e6,
         15e6,
         15e6,
         25e6,
     ]
-    assert bytes_to_reach(run, ACCURACY, 0.71) is None
+    assert BYTES.to_reach(run, ACCURACY, 0.71) is None
+
+
+def spending(folder):
+    """Two methods, 5 MB a round; topk takes 1 h and 2 kJ a round, flash .5 h and 3 kJ."""
+    runs = []
+    for name, values, hours, joules in (
+        ("topk", [0.5, 0.6, 0.7], 1.0, 2000.0),
+        ("flash", [0.4, None, 0.6], 0.5, 3000.0),
+    ):
+        path = write_run(folder / name, values, f"algorithm.name={name}")
+        lines = [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
+        for own in lines:
+            own["time/simulated_s"] = 3600.0 * hours * own["round"]
+            own["energy/joules_total"] = joules * own["round"]
+        (path / "rounds.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
+        runs.append(read_folder(path))
+    return runs
+
+
+def test_what_a_target_costs_and_what_a_budget_buys(tmp_path):
+    groups = group_runs(spending(tmp_path)).groups
+
+    def figures(table):
+        return {
+            each.key: {label: own.values.get("0") for label, own in column(table, each.key).items()}
+            for each in table.columns
+            if each.key.startswith("for_") or each.key.endswith("_to_target")
+        }
+
+    # 60 % after round 2 of topk and round 3 of flash. In all topk spends 3 h and 6 kJ, flash 1.5 h and 9 kJ,
+    # and both 15 MB, of which there is no default budget.
+    table = Table.of(groups, target=0.6)
+    assert figures(table) == {
+        "mb_to_target": {"topk": 10.0, "flash": 15.0},
+        "h_to_target": {"topk": 2.0, "flash": 1.5},
+        "kj_to_target": {"topk": 4.0, "flash": 9.0},
+        "for_h": {"topk": 50.0, "flash": 60.0},  # 1.5 h: a round of topk, all of flash
+        "for_kj": {"topk": 70.0, "flash": 40.0},  # 6 kJ: all of topk, two rounds of flash, the first measured
+    }
+    headers = {each.key: each.header for each in table.columns}
+    assert headers["for_kj"] == "accuracy (%) for 6 kJ"
+    assert headers["h_to_target"] == "h to 60 %"
+    asked = figures(Table.of(groups, target=0.6, budgets=budgets_of(["10MB", "0.5 h"])))
+    assert asked["for_mb"] == {"topk": 60.0, "flash": 40.0}
+    assert asked["for_h"] == {"topk": None, "flash": 40.0}  # topk has no round that is so short
+    assert "for_kj" not in asked
+
+
+def test_the_default_budget_pays_for_the_cheapest_run(tmp_path):
+    hours = COSTS[1]
+    runs = spending(tmp_path)
+    assert hours.default_budget(runs) == 1.5 * 3600
+    assert hours.default_budget(runs[:1]) is None  # all that there is is paid for
+    assert BYTES.default_budget(runs) is None
+    assert hours.default_budget([*runs, made(0.5)]) is None  # nobody knows what that one took
+
+
+@pytest.mark.parametrize("text", ["50", "50GB", "MB", "-1MB", "0kJ", "1.2.3h", "1e999h"])
+def test_a_budget_that_is_none_is_refused(text):
+    with pytest.raises(ComparisonError, match=rf"--budget {text}: expected a number and MB, h, kJ"):
+        budgets_of([text])
+    assert budgets_of(["50MB", "2h", "5e1kJ"]) == {"MB": 50e6, "h": 7200.0, "kJ": 50e3}
+    with pytest.raises(ComparisonError, match="--budget 3MB: there is another one in MB"):
+        budgets_of(["2MB", "3MB"])
 
 
 def test_the_default_target_is_what_half_of_the_groups_reach():

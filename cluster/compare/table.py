@@ -373,7 +373,7 @@ def _cost_column(cost: Cost, selects: Measure, target: float) -> Column:
     metrics = (f"test/{selects.key}", *cost.metrics)
     shown = f"{100 * target:g} %" if selects.unit == "share" else f"{selects.title} {target:g}"
     digits = 1 if cost.unit == "MB" else 2
-    return Column(f"{cost.unit.lower()}_to_target", f"{cost.unit} to {shown}", of, metrics, "lower", digits)
+    return Column(f"{cost.unit.lower()}_to_target", f"{cost.shown} to {shown}", of, metrics, "lower", digits)
 
 
 def _budget_column(cost: Cost, selects: Measure, budget: float) -> Column:
@@ -382,6 +382,6 @@ def _budget_column(cost: Cost, selects: Measure, budget: float) -> Column:
         return None if value is None else selects.scale * value
 
     metrics = (f"test/{selects.key}", *cost.metrics)
-    header = f"{selects.label} for {budget / cost.scale:.4g} {cost.unit}"
+    header = f"{selects.label} for {budget / cost.scale:.4g} {cost.shown}"
     digits = 1 if selects.unit == "share" else 3
     return Column(f"for_{cost.unit.lower()}", header, of, metrics, selects.better, digits)

@@ -10,7 +10,7 @@ import yaml
 from scipy import stats
 
 from cluster.compare import plots
-from cluster.compare.costs import BYTES, COSTS, budgets_of
+from cluster.compare.costs import BYTES, HOURS, budgets_of
 from cluster.compare.formats import findings
 from cluster.compare.groups import group_runs
 from cluster.compare.reading import ComparisonError, Series, read_folder, read_folders
@@ -246,7 +246,7 @@ def test_what_a_target_costs_and_what_a_budget_buys(tmp_path):
     }
     headers = {each.key: each.header for each in table.columns}
     assert headers["for_kj"] == "accuracy (%) for 6 kJ"
-    assert headers["h_to_target"] == "h to 60 %"
+    assert headers["h_to_target"] == "simulated h to 60 %"
     asked = figures(Table.of(groups, target=0.6, budgets=budgets_of(["10MB", "0.5 h"])))
     assert asked["for_mb"] == {"topk": 60.0, "flash": 40.0}
     assert asked["for_h"] == {"topk": None, "flash": 40.0}  # topk has no round that is so short
@@ -254,12 +254,11 @@ def test_what_a_target_costs_and_what_a_budget_buys(tmp_path):
 
 
 def test_the_default_budget_pays_for_the_cheapest_run(tmp_path):
-    hours = COSTS[1]
     runs = spending(tmp_path)
-    assert hours.default_budget(runs) == 1.5 * 3600
-    assert hours.default_budget(runs[:1]) is None  # all that there is is paid for
+    assert HOURS.default_budget(runs) == 1.5 * 3600
+    assert HOURS.default_budget(runs[:1]) is None  # all that there is is paid for
     assert BYTES.default_budget(runs) is None
-    assert hours.default_budget([*runs, made(0.5)]) is None  # nobody knows what that one took
+    assert HOURS.default_budget([*runs, made(0.5)]) is None  # nobody knows what that one took
 
 
 @pytest.mark.parametrize("text", ["50", "50GB", "MB", "-1MB", "0kJ", "1.2.3h", "1e999h"])

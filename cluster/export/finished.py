@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,14 @@ from cluster.workload.preparing import prepare
 
 class ExportError(UserError):
     """A run cannot be exported; the message says why."""
+
+
+def local_file(options: Mapping[str, Any]) -> str | None:
+    """Which of a model's options names a file or folder of one machine, as ``model.key = path``; or None."""
+    for key in ("weights", "folder", "config"):
+        if isinstance(options.get(key), str):
+            return f"model.{key} = {options[key]}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,23 @@ class Finished:
 
         Raises:
             RunFolderError, ForeignCodeError: It holds no run, or one of somebody else that names code.
-            ExportError: The run has not ended, or trained an adapter.
+            ExportError: The run has not ended, went on beyond its result, or trained an adapter.
         """
         folder = RunFolder.open(path)
         if not trust:
             tree = read_stored(folder.config_file)
             refuse_foreign_code(path, tree, whose(folder.config_file), "sparsyfed export")
-        config, summary = folder.config(), folder.result()
-        result = Result(folder.path, summary or {"rounds": len(folder.rounds()), "complete": False})
-        if not result.ended or not folder.model_file.is_file():
+        config, summary, lines = folder.config(), folder.result(), folder.rounds()
+        last = lines[-1]["round"] if lines else 0
+        if summary is None or not Result(path, summary).ended or not folder.model_file.is_file():
+            done = last if summary is None else summary["rounds"]
+            without = " without result.json" * (summary is None and bool(lines))
             raise ExportError(
-                f"{path} is not finished: {result.summary['rounds']} of {config.rounds} rounds; "
+                f"{path} is not finished: {done} of {config.rounds} rounds{without}; sparsyfed resume {path}"
+            )
+        if last != summary["rounds"]:
+            raise ExportError(
+                f"{path}: its result is of round {summary['rounds']}, rounds.jsonl ends with round {last}; "
                 f"sparsyfed resume {path}"
             )
         if config.adapter is not None:
@@ -66,7 +81,7 @@ class Finished:
                 f"{path} trained an adapter (adapter.name = {config.adapter.name}) on a base that is not its "
                 "own; what is exported are whole models. Its adapter.safetensors is as PEFT stores one"
             )
-        return cls(folder, config, result)
+        return cls(folder, config, Result(folder.path, summary))
 
     @cached_property
     def dataset(self) -> Dataset:

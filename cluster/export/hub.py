@@ -6,6 +6,7 @@ Nothing here talks to a hub.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cluster import __version__
-from cluster.export.finished import ExportError, Finished
+from cluster.export.finished import ExportError, Finished, local_file
 from cluster.records.model_card import card
 from cluster.records.model_file import model_bytes, model_metadata
 from cluster.records.run_folder import check_free
@@ -22,6 +23,8 @@ from cluster.workload import models
 from cluster.workload.weights import load_weights
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+#: What a model is told beside its options.
+_BESIDE = ("name", "input_shape", "classes", "tokens", "seed")
 
 _USE = """\
 With sparsyfed installed:
@@ -55,12 +58,11 @@ def write(finished: Finished, output: Path) -> str:
     """
     config, dataset = finished.config, finished.dataset
     options = dict(config.model.options)
-    for key in ("folder", "config"):
-        if isinstance(options.get(key), str):
-            raise ExportError(
-                f"{finished.folder.path}: model.{key} = {options[key]} lies on this machine, and a hub's "
-                "folder cannot name it; its own library exports it, from the run's model.safetensors"
-            )
+    if (local := local_file(options)) is not None:
+        raise ExportError(
+            f"{finished.folder.path}: {local} lies on this machine, and a hub's folder cannot name it; its "
+            "own library exports it, from the run's model.safetensors"
+        )
     described = {
         "library": "sparsyfed",
         "version": __version__,
@@ -71,15 +73,15 @@ def write(finished: Finished, output: Path) -> str:
         "labels": list(dataset.classes),
         "tokens": len(dataset.vocabulary),
     }
-    check_free(output)
-    output.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(finished.folder.model_file)
-    (output / _WEIGHTS).write_bytes(model_bytes(tensors, model_metadata(config, finished.line)))
-    (output / _CONFIG).write_text(json.dumps(described, indent=2, default=list) + "\n", encoding="utf-8")
     use = _USE.format(inputs=_INPUTS[described["inputs"]].format(shape=finished.batch))
     text = card(config, dataset, finished.result.summary, finished.line, use)
+    tensors = load_file(finished.folder.model_file)
+    check_free(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _WEIGHTS).write_bytes(model_bytes(tensors, model_metadata(config, finished.line)))
+    (output / _CONFIG).write_text(json.dumps(described, indent=2, default=list) + "\n", encoding="utf-8")
     (output / "README.md").write_text(text, encoding="utf-8")
-    return f"upload    hf upload OWNER/NAME {output}"
+    return f"upload    hf upload OWNER/NAME {shlex.quote(str(output))}"
 
 
 def load_model(folder: str | Path, *, trust: bool = False) -> nn.Module:
@@ -90,13 +92,14 @@ def load_model(folder: str | Path, *, trust: bool = False) -> nn.Module:
         trust: Import the code that the folder names, where the model is of one's own.
 
     Raises:
-        ModelError: The folder holds no such model, or names code and is not trusted.
+        ModelError, ChoiceError: The folder holds no such model, names code and is not trusted, or has the
+            model begin with a file.
     """
     folder = Path(folder)
     try:
         told: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         name, options, outputs = told["model"]["name"], told["model"]["options"], told["outputs"]
-        shape, tokens = tuple(told["input_shape"]), told["tokens"]
+        shape, tokens = told["input_shape"], told["tokens"]
     except FileNotFoundError:
         raise models.ModelError(
             f"{folder} holds no {_CONFIG}; expected a folder of `export --to hub`"
@@ -105,13 +108,33 @@ def load_model(folder: str | Path, *, trust: bool = False) -> nn.Module:
         raise models.ModelError(
             f"{folder / _CONFIG} is none of sparsyfed's: {type(error).__name__}: {error}"
         ) from None
+    if (wrong := _wrong(name, options, shape, outputs, tokens)) is not None:
+        raise models.ModelError(f"{folder / _CONFIG} describes no model: {wrong}")
     if ":" in name and not trust:
         raise models.ModelError(
             f"{folder / _CONFIG} names code, model.name = {name}; load_model(..., trust=True) runs it"
         )
-    model = models.build(name, input_shape=shape, classes=outputs, tokens=tokens, seed=0, **options)
+    model = models.build(name, input_shape=tuple(shape), classes=outputs, tokens=tokens, seed=0, **options)
     load_weights(model, str(folder / _WEIGHTS), key=_WEIGHTS)
     return model.eval()
+
+
+def _wrong(name: Any, options: Any, shape: Any, outputs: Any, tokens: Any) -> str | None:
+    """What of a description no model can be built of; None where all of it can."""
+    if not isinstance(name, str):
+        return f"model.name is a text, found {name!r}"
+    if not isinstance(options, dict):
+        return f"model.options are keys and values, found {options!r}"
+    if taken := [key for key in _BESIDE if key in options]:
+        return f"model.options.{taken[0]} is no option of a model"
+    if (local := local_file(options)) is not None:
+        return f"{local} is a file, and a model's folder names none; its own library loads such a model"
+    if not (isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)):
+        return f"input_shape is a list of whole numbers, found {shape!r}"
+    for key, number, least in (("outputs", outputs, 1), ("tokens", tokens, 0)):
+        if type(number) is not int or number < least:
+            return f"{key} is a whole number of at least {least}, found {number!r}"
+    return None
 
 
 def _kind(stored: np.dtype[Any]) -> str:

@@ -77,7 +77,8 @@ def card(
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     told = "  \n".join(facts(config))
     done, planned = summary["rounds"], config.rounds
-    ended = f"after {done} of {planned} rounds" + (f", {summary['stopped_by']}" * bool(summary["stopped_by"]))
+    stopped = summary.get("stopped_by")  # results of 0.1 do not say
+    ended = f"after {done} of {planned} rounds" + f", {stopped}" * bool(stopped)
     return (
         f"---\n{head}---\n\n# {run_name(config)} on {dataset_name(config)}\n\n"
         f"Trained by simulated federated learning with sparsyfed {__version__}.\n\n{told}\n\n"

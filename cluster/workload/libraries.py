@@ -77,15 +77,16 @@ class Timm(_OfLibrary):
 
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """See :class:`Architecture`."""
-        timm = _library("timm")
-        if len(input_shape) != 3:
-            raise ModelError(f"model.name = 'timm' takes images, samples have shape {list(input_shape)}")
         options = self._options()
         name = self._named(options.pop("architecture", None))
         if "model_args" in options or "pretrained_cfg" in options:  # as timm saves a model
             for beside in ("num_classes", "num_features", "global_pool", "pretrained_cfg"):
                 options.pop(beside, None)
             options |= options.pop("model_args", {})
+        _refuse_files("model.config", options)
+        timm = _library("timm")
+        if len(input_shape) != 3:
+            raise ModelError(f"model.name = 'timm' takes images, samples have shape {list(input_shape)}")
         if not timm.is_model(name):
             raise ModelError(
                 f"model.architecture = {name!r} is no model of timm {timm.__version__}"
@@ -117,8 +118,9 @@ class Transformers(_OfLibrary):
 
     def build(self, input_shape: tuple[int, ...], classes: int, vocabulary: int = 0) -> nn.Module:
         """See :class:`Architecture`."""
-        library = _library("transformers")
         options = self._options()
+        _refuse_files("model.config", options)
+        library = _library("transformers")
         stored = {key: options.pop(key) for key in _BESIDE if key in options}
         name = self._named((stored.get("architectures") or [stored.get("model_type")])[0])
         kind = _class_of(library, name, len(input_shape) == 3)
@@ -298,6 +300,18 @@ def _stored(path: Path, key: str) -> dict[str, Any]:
         return read_yaml(path)  # JSON is YAML
     except ConfigError as error:
         raise ModelError(f"{key}: {error}") from None
+
+
+def _refuse_files(key: str, options: Mapping[str, Any]) -> None:
+    """Refuse options, at any depth, by which timm reads or downloads a file: unpickling runs code."""
+    for name, value in options.items():
+        if name == "checkpoint_path" or str(name).startswith("pretrained"):
+            raise ModelError(
+                f"{key}.{name}: has timm read weights of a file that may run code; leave it out. A model "
+                "begins with model.folder or model.weights, of safetensors"
+            )
+        if isinstance(value, Mapping):
+            _refuse_files(f"{key}.{name}", value)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What can be exported: a run that has ended and trained a whole model."""
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import cluster
 from cluster.cli import main
 from cluster.configuration.foreign import ForeignCodeError
+from cluster.export import hub
 from cluster.export.finished import ExportError, Finished
 from cluster.records.run_folder import RunFolder
 from tests.tiny_experiment import tiny_federation
@@ -29,6 +31,39 @@ def test_a_run_that_has_not_ended_is_not_exported(cache, tmp_path):
 def test_a_run_that_was_to_stop_there_has_ended(cache, tmp_path):
     run = cluster.run(tiny_federation(cache, stop_after=1), tmp_path / "run")
     assert Finished.open(run.folder).line["round"] == 1
+
+
+def copied(finished, folder):
+    """The run's files in a folder of its own."""
+    folder.mkdir()
+    for path in finished.folder.path.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_run_that_went_on_beyond_its_result_is_not_exported(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    with open(run / "rounds.jsonl", "a") as file:
+        file.write(json.dumps({**finished.line, "round": 3}) + "\n")
+    with pytest.raises(ExportError, match=r"run: its result is of round 2, rounds.jsonl ends with round 3; "):
+        Finished.open(run)
+
+
+def test_a_model_without_its_result_is_not_exported(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    (run / "result.json").unlink()
+    with pytest.raises(ExportError, match=r"run is not finished: 2 of 2 rounds without result.json; sparsyf"):
+        Finished.open(run)
+
+
+def test_a_result_of_before_there_was_stop_is_exported(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    summary = json.loads((run / "result.json").read_text())
+    del summary["stopped_by"]
+    (run / "result.json").write_text(json.dumps(summary))
+    hub.write(Finished.open(run), tmp_path / "out")
+    assert "Of the whole model, after 2 of 2 rounds:" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_adapter_is_not_exported(cache, tmp_path):

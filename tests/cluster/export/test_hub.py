@@ -81,6 +81,47 @@ def test_what_is_no_exported_folder_is_said_in_a_line(folder, tmp_path):
         cluster.load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": {"name": 5, "options": {}}}, "model.name is a text, found 5"),
+        ({"model": {"name": "mlp", "options": []}}, r"model.options are keys and values, found \[\]"),
+        ({"model": {"name": "mlp", "options": {"seed": 1}}}, "model.options.seed is no option of a model"),
+        (
+            {"model": {"name": "mlp", "options": {"name": "mlp"}}},
+            "model.options.name is no option of a",
+        ),
+        (
+            {"model": {"name": "timm", "options": {"folder": "x"}}},
+            "model.folder = x is a file, and a model's",
+        ),
+        (
+            {"model": {"name": "timm", "options": {"config": "x"}}},
+            "model.config = x is a file, and a model's",
+        ),
+        ({"input_shape": 8}, "input_shape is a list of whole numbers, found 8"),
+        ({"input_shape": [1, "8"]}, r"input_shape is a list of whole numbers, found \[1, '8'\]"),
+        ({"outputs": 0}, "outputs is a whole number of at least 1, found 0"),
+        ({"outputs": "10"}, "outputs is a whole number of at least 1, found '10'"),
+        ({"tokens": None}, "tokens is a whole number of at least 0, found None"),
+    ],
+)
+def test_a_malformed_description_is_said_in_a_line(folder, tmp_path, changed, says):
+    told = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | changed))
+    with pytest.raises(ModelError, match=rf"config.json describes no model: {says}"):
+        cluster.load_model(tmp_path)
+
+
+def test_a_downloaded_folder_has_timm_unpickle_nothing(folder, tmp_path):
+    told = json.loads((folder / "config.json").read_text())
+    options = {"architecture": "resnet18", "config": {"checkpoint_path": str(tmp_path / "x.pth")}}
+    told |= {"model": {"name": "timm", "options": options}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ModelError, match=r"model.config.checkpoint_path: has timm read weights of a file"):
+        cluster.load_model(tmp_path)
+
+
 def test_a_model_that_began_with_a_folder_is_left_to_its_library(finished, tmp_path):
     model = {"name": "timm", "architecture": "vit_tiny", "folder": str(tmp_path)}
     config = tiny_federation(tmp_path, model=model)

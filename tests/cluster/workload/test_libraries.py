@@ -347,6 +347,27 @@ def test_what_timm_cannot_build(timm, options, match):
 # --- neither is needed
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "key"),
+    [
+        ("timm", {"checkpoint_path": "x.pth"}, "checkpoint_path"),
+        ("timm", {"pretrained": True}, "pretrained"),
+        ("timm", {"model_args": {"checkpoint_path": "x.pth"}}, "checkpoint_path"),
+        (
+            "timm",
+            {"pretrained_cfg": {}, "pretrained_cfg_overlay": {"file": "x.pth"}},
+            "pretrained_cfg_overlay",
+        ),
+        ("transformers", {"model_args": {"checkpoint_path": "x.pth"}}, "model_args.checkpoint_path"),
+    ],
+)
+def test_no_option_has_timm_unpickle_a_file(name, config, key):
+    with pytest.raises(ModelError, match=rf"^model.config.{key}: has timm read weights of a file that may"):
+        models.build(
+            name, input_shape=(3, 8, 8), classes=2, seed=1, architecture="timm_wrapper", config=config
+        )
+
+
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch, name):
     monkeypatch.setitem(__import__("sys").modules, name, None)

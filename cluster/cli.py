@@ -213,12 +213,16 @@ def _sync(arguments: argparse.Namespace) -> int:
     console, folder, status = _console(), Path(arguments.folder), 0
     for sink in tracking.sinks_of(folder):
         title = TITLES[sink]
-        with _busy(console, f"delivering to {title}"):
-            report = tracking.sync(folder, sink, deadline_s=arguments.timeout)
+        try:
+            with _busy(console, f"delivering to {title}"):
+                report = tracking.sync(folder, sink, deadline_s=arguments.timeout)
+        except tracking.TrackingError as error:  # the other sinks are not to wait for this one
+            _complain(str(error))
+            status = error.status
+            continue
         if not report.complete:
-            behind = f"error: {report.rounds_in_total} rounds are in {title}, not yet all: {report.problem}"
-            print(behind, file=sys.stderr)
-            status = 1
+            _complain(f"{report.rounds_in_total} rounds are in {title}, not yet everything: {report.problem}")
+            status = status or 1
             continue
         of = f" of run {report.run_id}" if report.run_id else ""
         print(f"{title} has all {report.rounds_in_total} rounds{of}; {report.rounds} are new")

@@ -44,7 +44,7 @@ def problems_between(config: Any) -> list[str]:
 
 
 def ending_problems(config: Any) -> Iterator[str]:
-    """An end beyond the planned one, or a run that cannot outlive the process that started it."""
+    """An end beyond the planned one, a run that outlives no process, or a model to keep that is not made."""
     if config.stop_after is not None and config.stop_after > config.rounds:
         yield f"stop_after: {config.stop_after} is beyond rounds: {config.rounds}"
     if config.detached and (config.address == "local" or config.execution == "inline"):
@@ -52,6 +52,8 @@ def ending_problems(config: Any) -> Iterator[str]:
             f"detached: needs a cluster that outlives this process, found address: {config.address}, "
             f"execution: {config.execution}; set address=auto or host:port and execution=ray"
         )
+    if config.tracking.register and not config.tracking.models:
+        yield "tracking.register: the best model, and tracking.models=false makes none; leave one of them out"
 
 
 def sparsity_problems(config: Any) -> Iterator[str]:

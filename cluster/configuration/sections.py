@@ -343,7 +343,7 @@ class TrackingSection(Section):
     )
     models: bool = Field(True, description="log the final and the best model (seconds at the run's end)")
     register: str | None = Field(
-        None, pattern=r"^[^/:]+$", description="name in MLflow's registry for the run's best model"
+        None, pattern=r"""^[^/:'"]+$""", description="name in MLflow's registry for the run's best model"
     )
     tags: dict[str, str] = Field(default_factory=dict)
 

@@ -19,11 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cluster.configuration.foreign import refuse_foreign_code, whose
+from cluster.configuration.trees import read_stored
 from cluster.federation import Federation
 from cluster.records.checkpoint import list_rounds, load_checkpoint
 from cluster.records.model_file import evaluated
 from cluster.records.outbox import OUTBOX_TAG, Cursor, StoredModel
 from cluster.records.run_folder import RunFolder
+from cluster.references import UserError
 from cluster.workload.inputs import to_input
 
 if TYPE_CHECKING:
@@ -79,6 +82,24 @@ def make_models(folder: RunFolder, federation: Federation) -> list[StoredModel]:
         made.append(StoredModel(name, f"models/{name}", number, tags, metrics, round(seconds * 1000)))
     return made
 
+
+def models_of_folder(path: Path) -> list[StoredModel]:
+    """Make the models of a run that has ended, in a process that did not compute it.
+
+    Raises:
+        UserError: They cannot be made here: data is missing, or the folder is somebody else's and names code.
+    """
+    try:
+        folder = RunFolder.open(path)
+        refuse_foreign_code(path, read_stored(folder.config_file), whose(folder.config_file), _RESUME)
+        return make_models(folder, Federation.of(folder.config()))
+    except UserError as error:
+        message = f"its models are missing and cannot be made here ({_RESUME} makes them): {error}"
+        raise UserError(message) from error
+
+
+#: What makes and delivers the models too.
+_RESUME = "sparsyfed resume"
 
 _CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class MlflowDelivery(Delivery):
         self._client: MlflowClient
         # Steps the server already holds, per metric; None where nothing unconfirmed can be there.
         self._present: dict[str, set[int]] | None = {}
-        #: Makes the models that end with the run; called once, off the run's path.
+        #: Makes the models that end with the run, off its path; None: they are made from its folder.
         self.make_models: Callable[[], list[StoredModel]] | None = None
 
     @property
@@ -131,7 +132,11 @@ class MlflowDelivery(Delivery):
             client.log_batch(run_id, metrics=metrics[start : start + NUMBERS_PER_BATCH], synchronous=True)
 
     def _send_ending(self, ending: Ending, stop: Callable[[], bool]) -> bool:
-        """Sends the summary, the artifacts and, last, the status: a run shown as finished is complete."""
+        """Sends the summary, the artifacts, the status and, last, the models.
+
+        A run shown as finished is complete but for its models: what a registry refuses, or data that is not
+        where the models are to be made, does not leave the run going on for ever.
+        """
         client, cursor = self._client, self.cursor
         assert cursor.run_id is not None
         self._present = {}  # a repeated `sync` sends the summary again
@@ -148,24 +153,23 @@ class MlflowDelivery(Delivery):
                 client.log_artifact(cursor.run_id, str(path))
                 cursor.artifacts_logged[name] = version
                 cursor.save(self.folder)
-        if not self._send_models(client, ending, stop):
-            return False
         if cursor.creations > 1:  # a creation given up as timed out may have been carried out later
             for run in self._runs_of_this_outbox(client, client.get_run(cursor.run_id).info.experiment_id):
                 if run.info.run_id != cursor.run_id:
                     client.delete_run(run.info.run_id)
         client.set_terminated(cursor.run_id, ending.status, ending.end_ms)
-        return True
+        return self._send_models(client, ending, stop)
 
     def _send_models(self, client: MlflowClient, ending: Ending, stop: Callable[[], bool]) -> bool:
         cursor = self.cursor
-        if self.make_models is not None:
-            ending.models, self.make_models = self.make_models(), None
-            cursor.save(self.folder)
-        if not ending.models:
+        if not ending.models and not ending.models_wanted:
             return True
         from cluster.records import logged_models  # loads the data's side, which nothing else here needs
 
+        if ending.models_wanted:
+            make = self.make_models or partial(logged_models.models_of_folder, self.folder)
+            ending.models, ending.models_wanted = make(), False
+            cursor.save(self.folder)
         best: LoggedModel | None = None
         for model in ending.models:
             if stop():

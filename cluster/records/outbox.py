@@ -83,13 +83,23 @@ class StoredModel:
 
 @dataclass
 class Ending:
-    """How a run ended; kept in the cursor so that ``sync`` can deliver it from the files alone."""
+    """How a run ended; kept in the cursor so that ``sync`` can deliver it from the files alone.
+
+    Attributes:
+        status: FINISHED, FAILED or KILLED.
+        end_ms: Unix time in milliseconds.
+        artifacts: Files, relative inside the run's folder, which may be moved; absolute outside it.
+        summary: Final scalars.
+        models: Models that were made and may not have arrived.
+        models_wanted: Models are still to be made.
+    """
 
     status: str
     end_ms: int
-    artifacts: list[str]  # relative inside the run's folder, which may be moved; absolute outside it
+    artifacts: list[str]
     summary: dict[str, float]
     models: list[StoredModel] = field(default_factory=list)
+    models_wanted: bool = False
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> Ending:

@@ -60,7 +60,8 @@ class TensorboardDelivery(Delivery):
 
     def _send_ending(self, ending: Ending, stop: Callable[[], bool]) -> bool:
         step = self.cursor.last_round or 0
-        if step not in self._ended:
+        # What failed or was killed may be resumed and finish after the same round: a session ends once.
+        if ending.status == "FINISHED" and step not in self._ended:
             self._append([self._end(ending, step)])
             self._ended.add(step)
         return True
@@ -94,12 +95,11 @@ class TensorboardDelivery(Delivery):
         return self._event(0, cursor.created_ms, summary=summary)
 
     def _end(self, ending: Ending, step: int) -> Event:
-        """The final figures, and how the run ended for the same page: one record, there or not."""
+        """The final figures, and for the same page that the run finished: one record, there or not."""
         from tensorboard.plugins.hparams import api_pb2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 
-        status = api_pb2.STATUS_SUCCESS if ending.status == "FINISHED" else api_pb2.STATUS_FAILURE
-        end = SessionEndInfo(status=status, end_time_secs=ending.end_ms / 1000)
+        end = SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=ending.end_ms / 1000)
         summary = _scalars(numbers_in(ending.summary))
         summary.MergeFrom(_hyperparameters(_END, HParamsPluginData(version=0, session_end_info=end)))
         return self._event(step, ending.end_ms, summary=summary)

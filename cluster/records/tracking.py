@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,7 @@ from cluster.records.sqlite_store import TrackingError, is_sqlite, sqlite_file, 
 from cluster.records.tensorboard_delivery import TensorboardDelivery
 from cluster.records.tracking_store import check, first_line, serve_ui
 from cluster.records.wandb_delivery import WandbDelivery, check_login
-from cluster.references import installed
+from cluster.references import UserError, installed
 
 _logger = logging.getLogger("sparsyfed.tracking")
 
@@ -126,7 +126,7 @@ class Tracker:
         """The MLflow run's id, once MLflow has answered; None where it fails to, or not in time."""
         for courier in self._couriers:
             if courier.cursor.sink == "mlflow":
-                courier.wait(lambda: self.run_id is not None or self.problem is not None, timeout_s)
+                courier.wait_until_known(timeout_s)
         return self.run_id
 
     def round_written(self) -> None:
@@ -191,15 +191,18 @@ class Courier:
             self._pending = True
             self._changed.notify_all()
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
-        """Waits for something that a delivery brings about."""
+    def wait_until_known(self, timeout_s: float) -> None:
+        """Waits until the sink's run is known, or what keeps it from being so."""
         with self._changed:
-            self._changed.wait_for(condition, timeout_s)
+            self._changed.wait_for(
+                lambda: self.cursor.run_id is not None or self.problem is not None, timeout_s
+            )
 
     def close(self, ending: Ending, make_models: Callable[[], list[StoredModel]] | None = None) -> None:
         """Keeps how the run ended and has it delivered; returns at once."""
         if isinstance(self._delivery, MlflowDelivery):
             self._delivery.make_models = make_models
+            ending = replace(ending, models_wanted=make_models is not None)
         self.cursor.ending = ending
         try:
             self.cursor.save(self._delivery.folder)
@@ -329,6 +332,8 @@ def sync(folder: Path, sink: str = "mlflow", *, deadline_s: float = 600.0) -> Sy
                         complete.set()
                 except Exception as error:
                     problem[:] = [first_line(error)]
+                    if isinstance(error, UserError) and not isinstance(error, TrackingError):
+                        return  # the run's own mistake, which waiting does not cure
                     time.sleep(max(0.0, min(_CLOSING_RETRY_S, give_up - time.monotonic())))
         finally:
             delivery.release()

@@ -66,7 +66,7 @@ class WandbDelivery(Delivery):
         if run.resumed and not run.offline:
             cursor.last_round = run.starting_step - 1
         else:
-            held = logged_rounds(self.folder / "wandb")
+            held = logged_rounds(self.folder / "wandb", cursor.token)
             cursor.last_round, cursor.rounds_delivered = max(held, default=None), len(held)
 
     def _send(self, rows: Sequence[Row]) -> None:
@@ -116,12 +116,12 @@ def check_login() -> None:
         )
 
 
-def logged_rounds(folder: Path) -> set[int]:
-    """The rounds that the logs in wandb's folder have."""
+def logged_rounds(folder: Path, run_id: str) -> set[int]:
+    """The rounds that a run's logs in wandb's folder have; another project's run lies there too."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     rounds = set()
-    for path in folder.glob("*run-*/*.wandb"):
+    for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
         for data in log_records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)

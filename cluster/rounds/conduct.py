@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,12 @@ def _conduct(
     torch.set_num_threads(config.threads)
     federation = Federation.of(config)
     watch = Watch(str(folder.path), lambda numbers: record(folder.path, numbers))
-    if config.tracking.enabled:
-        watch.start()  # before the clients' actors are there, which watch where the driver is not
-    engine = make_engine(config, federation)
-    try:
+    with ExitStack() as ends:
+        ends.callback(watch.stop)  # last, or one of the actors would go on with it
+        if config.tracking.enabled:
+            watch.start()  # before the clients' actors are there, which watch where the driver is not
+        engine = make_engine(config, federation)
+        ends.callback(engine.close)
         tracker, callbacks = make_tracker(folder, config, federation), Callbacks(config.callbacks)
 
         def stored(line: Line) -> None:
@@ -117,9 +119,6 @@ def _conduct(
         if storage is not None and not storage.push(folder, finished=True):
             summary["checkpoint_uri_behind"] = True
         return summary
-    finally:
-        engine.close()
-        watch.stop()  # last, or one of the actors would go on with it
 
 
 @contextmanager

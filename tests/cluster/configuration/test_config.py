@@ -191,6 +191,7 @@ def test_a_new_partition_or_data_set_keeps_what_all_share():
         ("locl.lr=3", ["locl: unknown key", "did you mean local?"]),
         ("local.lrr=3", ["local.lrr: unknown key", "did you mean local.lr?", "epochs, batch_size, lr"]),
         ("wire.uplnk=int8", ["wire.uplnk", "did you mean wire.uplink?"]),
+        ("tracking.register=it's", ["tracking.register: String should match pattern", 'found "it\'s"']),
         ("tracking.tag.a=b", ["tracking.tag: unknown key", "did you mean tracking.tags?"]),
         (
             "algorithm.betta=2",
@@ -254,6 +255,12 @@ def test_all_mistakes_are_told_at_once():
     assert len(text.splitlines()) == 4
     text = message(["algorithm.betta=1", "algorithm.sparsity=7", "server.lrr=1", "cohort=99"])
     assert len(text.splitlines()) == 4
+
+
+def test_a_model_to_register_that_is_not_made_is_refused():
+    text = message(["tracking.register=mine", "tracking.models=false"])
+    assert "tracking.register: the best model, and tracking.models=false makes none" in text
+    assert len(text.splitlines()) == 1
 
 
 def test_the_tree_is_frozen():

@@ -1,5 +1,6 @@
 """The final and the best model are in MLflow once, linked to run, metrics and data, and load without us."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cluster
+from cluster.cli import main
 from cluster.federation import Federation
 from cluster.records import logged_models, tracking
 from cluster.records.checkpoint import list_rounds
 from cluster.records.logged_models import make_models
+from cluster.records.outbox import Ending, StoredModel
 from cluster.records.run_folder import RunFolder
-from tests.cluster.records.tracked_runs import DEADLINE_S
+from tests.cluster.records.tracked_runs import DEADLINE_S, runs_of, steps, wait_for
 from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("fast_tracking")
@@ -44,15 +47,20 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(config=config, folder=folder, best=best, federation=Federation.of(config))
 
 
-def deliver(store: str, played: SimpleNamespace, experiment: str, register: str | None = None) -> str:
-    """Deliver the run's end with its models, as its driver does."""
-    for cursor in played.folder.path.glob("tracking*"):
+def tracker(store: str, folder: RunFolder, experiment: str, register: str | None) -> tracking.Tracker:
+    """Of a run that was tracked nowhere before."""
+    for cursor in folder.path.glob("tracking*"):
         cursor.unlink()
     target = tracking.TrackingTarget(store, experiment, "fedavg-s3", register)
     data = {"name": "tiny", "digest": "d" * 12, "source_type": "local", "source": "here"}
-    run = tracking.Tracker(
-        played.folder.path, target, params={"rounds": 3}, tags={"method": "fedavg"}, dataset=data
+    return tracking.Tracker(
+        folder.path, target, params={"rounds": 3}, tags={"method": "fedavg"}, dataset=data
     )
+
+
+def deliver(store: str, played: SimpleNamespace, experiment: str, register: str | None = None) -> str:
+    """Deliver the run's end with its models, as its driver does."""
+    run = tracker(store, played.folder, experiment, register)
     run.start()
     make = lambda: make_models(played.folder, played.federation)  # noqa: E731
     assert run.finish("FINISHED", [], {}, DEADLINE_S, make)
@@ -168,6 +176,74 @@ def test_a_kill_between_two_steps_leads_to_no_second_model(
     outputs = MlflowClient(store).get_run(run_id).outputs.model_outputs
     assert sorted(each.model_id for each in outputs) == sorted(model.model_id for model in found.values())
     assert len(MlflowClient(store).search_model_versions(f"name = '{name}'")) == 1
+
+
+def never_made() -> list[StoredModel]:
+    raise AssertionError("MLflow was away: nobody asks the run's own process")
+
+
+def test_sync_makes_the_models_that_the_run_could_not_deliver(
+    store: str, played: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(logged_models, "_write", lambda model, example, place: _weights_alone(place))
+    run = tracker(store, played.folder, "models-late", "models-late")  # never started: MLflow is away
+    assert not run.finish("FINISHED", [], {}, 0.0, never_made)
+    report = tracking.sync(played.folder.path, deadline_s=DEADLINE_S)
+    assert (report.complete, report.problem) == (True, None)
+    found = models_of(store, str(report.run_id))
+    assert {name: model.tags["round"] for name, model in found.items()} == {
+        "final": "3",
+        "best": str(played.best),
+    }
+    (version,) = MlflowClient(store).search_model_versions("name = 'models-late'")
+    assert version.source == found["best"].artifact_location
+
+
+def test_sync_says_what_is_missing_where_the_models_cannot_be_made(
+    store: str, played: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder was copied, and its configuration names code: looking at it runs nothing of that."""
+    from mlflow.tracking import MlflowClient
+
+    copied = RunFolder(Path(shutil.copytree(played.folder.path, tmp_path / "copied")))
+    run = tracker(store, copied, "models-copied", None)
+    assert not run.finish("FINISHED", [], {}, 0.0, never_made)
+    assert main(["sync", str(copied.path)]) == 1
+    said = capsys.readouterr()
+    assert "has all" not in said.out
+    assert "its models are missing and cannot be made here (sparsyfed resume makes them): " in said.err
+    assert "copied was copied here" in said.err
+    (run_id,) = runs_of(store, "models-copied")
+    assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
+    assert steps(store, run_id) == [1, 2, 3]
+
+
+def test_a_registry_that_refuses_leaves_no_run_going_on(
+    store: str, played: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    def refused(*_: object) -> None:
+        raise MlflowException("no registry here")
+
+    monkeypatch.setattr(logged_models, "_write", lambda model, example, place: _weights_alone(place))
+    run = tracker(store, played.folder, "models-refused", "models-refused")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_registered_model", refused)
+        run.start()
+        make = lambda: make_models(played.folder, played.federation)  # noqa: E731
+        (courier,) = run._couriers
+        courier.close(Ending("FINISHED", 1_700_000_000_000, [], {}), make)
+        wait_for(lambda: run.problem, "the refusal")
+        assert not courier.leave(0.0)
+        courier.thread.join(DEADLINE_S)
+    assert "no registry here" in str(run.problem)
+    assert MlflowClient(store).get_run(str(run.run_id)).info.status == "FINISHED"
+    assert tracking.sync(played.folder.path, deadline_s=DEADLINE_S).complete
+    assert len(MlflowClient(store).search_model_versions("name = 'models-refused'")) == 1
 
 
 def _weights_alone(place: Path) -> str:

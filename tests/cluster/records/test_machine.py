@@ -11,8 +11,10 @@ import cluster
 from cluster import machine
 from cluster.actors.actor_pool import HostActor
 from cluster.machine import SAMPLES, Watch, record, sample
+from cluster.records.run_folder import RunFolder
 from cluster.records.tensorboard_delivery import EVENT_FILE
 from cluster.records.tracking import sync
+from cluster.rounds.conduct import conduct
 from tests.cluster.records.test_sinks import in_tensorboard
 from tests.cluster.records.tracked_runs import DEADLINE_S, finish, steps, tracker, wait_for, write
 from tests.tiny_experiment import tiny_federation
@@ -84,6 +86,25 @@ def machine_name() -> str:
     import socket
 
     return socket.gethostname()
+
+
+def test_an_engine_that_cannot_be_made_leaves_no_watch_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Watch] = []
+    start = Watch.start
+    monkeypatch.setattr(Watch, "start", lambda self: [begun.append(self), start(self)])
+    config = tiny_federation(tmp_path, tracking={"enabled": True})
+    folder = RunFolder.create(tmp_path / "run", config)
+
+    def broken(*_: object) -> None:
+        raise OSError("no actors")
+
+    with pytest.raises(OSError, match="no actors"):
+        conduct(folder.path, broken, lambda line: None, lambda: False)  # type: ignore[arg-type]
+    (watch,) = begun
+    assert not watch._thread.is_alive()
+    assert not watch._lock.is_locked
 
 
 @pytest.mark.usefixtures("fast_tracking")

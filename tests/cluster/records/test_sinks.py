@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cluster
+from cluster.cli import main
 from cluster.records import tracking
 from cluster.records.outbox import Cursor
 from cluster.records.tensorboard_delivery import EVENT_FILE
@@ -165,6 +166,37 @@ def test_tensorboard_has_the_hyperparameters_and_the_end(tmp_path: Path) -> None
     assert in_tensorboard(tmp_path)["final/accuracy"] == [(7, 0.75)]
 
 
+def test_a_run_that_failed_and_then_finished_ends_in_success(tmp_path: Path) -> None:
+    """Resumed behind its last round, so that both ends are of the same step."""
+    run = tracker(tmp_path, "tensorboard")
+    run.start()
+    write(tmp_path, 2)
+    assert run.finish("FAILED", [], {}, DEADLINE_S)
+    resumed = tracker(tmp_path, "tensorboard")
+    resumed.start()
+    assert finish(resumed, summary={"final/accuracy": 0.75})
+    assert in_tensorboard(tmp_path)["final/accuracy"] == [(2, 0.75)]
+    assert sync(tmp_path, "tensorboard", deadline_s=DEADLINE_S).complete
+    assert in_tensorboard(tmp_path)["final/accuracy"] == [(2, 0.75)]
+
+
+@pytest.mark.skipif(not installed("wandb"), reason="wandb is not installed: pip install 'sparsyfed[wandb]'")
+def test_another_project_gets_the_rounds_that_the_first_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tracker(tmp_path, "wandb")
+    run.start()
+    write(tmp_path, 1)
+    assert finish(run)
+    target = TrackingTarget(None, "another", "fedavg-1")
+    moved = Tracker(tmp_path, target, params={}, tags={}, also=["wandb"])
+    moved.start()
+    write(tmp_path, 2)
+    assert finish(moved)
+    assert in_wandb(tmp_path)["test/accuracy"] == [(1, 0.5), (1, 0.5), (2, 0.5)]
+
+
 @pytest.mark.skipif(not installed("wandb"), reason="wandb is not installed: pip install 'sparsyfed[wandb]'")
 def test_wandb_has_the_configuration_the_summary_and_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,6 +233,32 @@ def test_a_sink_that_cannot_be_written_leaves_the_others_alone(store: str, tmp_p
     for sink in tracking.sinks_of(tmp_path):
         assert sync(tmp_path, sink, deadline_s=DEADLINE_S).complete
     assert steps(store, run.run_id) == [1]
+    assert in_tensorboard(tmp_path)["test/accuracy"] == [(1, 0.5)]
+
+
+def test_another_sink_s_problem_is_not_taken_for_mlflow_s(store: str, tmp_path: Path) -> None:
+    (tmp_path / EVENT_FILE).mkdir()
+    run = tracker(tmp_path, "tensorboard", uri=store)
+    mlflow, tensorboard = run._couriers
+    tensorboard.thread.start()
+    wait_for(lambda: tensorboard.problem, "the problem to be noticed")
+    mlflow.thread.start()
+    assert run.wait_until_known(DEADLINE_S) is not None
+    assert not run.finish("FAILED", [], {}, 0.0)
+    wait_for(lambda: not mlflow.thread.is_alive(), "the thread to end")
+
+
+def test_sync_goes_on_behind_a_sink_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_text("no database, but long enough to be told from an empty one")
+    tracker(tmp_path, "tensorboard", uri=f"sqlite:///{tmp_path}/mlflow.db")
+    write(tmp_path, 1)
+    assert main(["sync", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "TensorBoard has all 1 rounds; 1 are new" in said.out
+    assert said.err.count("error: ") == 1
+    assert "mlflow.db" in said.err
     assert in_tensorboard(tmp_path)["test/accuracy"] == [(1, 0.5)]
 
 

@@ -19,5 +19,5 @@ def export(console: Console, arguments: argparse.Namespace) -> int:
     folder, to = Path(arguments.folder), arguments.to
     output = Path(arguments.output) if arguments.output else folder / to
     said = _WRITERS[to](Finished.open(folder, trust=arguments.trust), output)
-    console.print(f"folder    {shown(output)}\n{said}")
+    console.print(f"folder    {shown(output)}\n{said}", soft_wrap=True, markup=False, highlight=False)
     return 0

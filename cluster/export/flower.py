@@ -6,6 +6,7 @@ Its server is this project's driver with an engine that asks nodes, its clients 
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from algorithms import Algorithm
 from cluster import __version__, seeding
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import stored_text
-from cluster.export.finished import ExportError, Finished
+from cluster.export.finished import ExportError, Finished, local_file
 from cluster.federation import Federation
 from cluster.records.introduction import facts, run_name
 from cluster.records.run_folder import check_free
@@ -46,7 +47,7 @@ serverapp = "sparsyfed_app.server_app:app"
 clientapp = "sparsyfed_app.client_app:app"
 
 [tool.flwr.app.config]
-output = "runs/flower"   # the run's folder, on the machine of the ServerApp; one that is there is resumed
+output = "runs/flower"   # the run's folder, where the ServerApp is; one of this experiment is resumed
 nodes = 2                # how many SuperNodes to wait for
 """
 
@@ -101,14 +102,14 @@ def write(finished: Finished, output: Path) -> str:
     told = {"flower": FLOWER, "name": run_name(config), "facts": "  \n".join(facts(config))}
     (output / "pyproject.toml").write_text(_PYPROJECT % told, encoding="utf-8")
     (output / "README.md").write_text(_README % told, encoding="utf-8")
-    return f"run       flwr run {output} --stream"
+    return f"run       flwr run {shlex.quote(str(output))} --stream"
 
 
 def portable(config: Config) -> Config:
     """The same experiment without what belongs to this machine or to Ray; its hash is the same."""
     tree = config.dump()
     tree |= {"execution": "inline", "address": "local", "detached": False, "checkpoint_uri": None}
-    tree["tracking"]["enabled"], tree["data"]["cache"] = False, None
+    tree["tracking"], tree["data"]["cache"] = {"enabled": False}, None
     return validate(tree)
 
 
@@ -118,6 +119,8 @@ def refusal(config: Config) -> str | None:
     if config.references:
         key, reference = next(iter(config.references.items()))
         return f"{key} = {reference} is code of your own, which the app does not carry"
+    if (local := local_file({"weights": config.model.weights, **config.model.options})) is not None:
+        return f"{local} lies on this machine, and the app does not carry it"
     if config.schedule.name != "synchronous":
         return (
             f"schedule.name = {config.schedule.name}: who arrives when follows from the simulated clock, and "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -48,13 +50,18 @@ def write(finished: Finished, output: Path) -> str:
     check_free(output)
     config, dataset = finished.config, finished.dataset
     example = to_input(dataset.train.inputs[:2], torch.device("cpu"))
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "model.onnx"
-    _export(finished.model, example, model_metadata(config, finished.line), file, config.model.name)
-    compared = _compare(finished.model, to_input(dataset.train.inputs[:_CHECKED], torch.device("cpu")), file)
     use = _USE.format(shape=finished.batch, dtype=str(example.dtype).removeprefix("torch."))
     text = card(config, dataset, finished.result.summary, finished.line, use, library="onnx")
-    (output / "README.md").write_text(text, encoding="utf-8")
+    inputs = to_input(dataset.train.inputs[:_CHECKED], torch.device("cpu"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as place:
+        file = Path(place) / "model.onnx"
+        _export(finished.model, example, model_metadata(config, finished.line), file, config.model.name)
+        compared = _compare(finished.model, inputs, file)
+        (file.parent / "README.md").write_text(text, encoding="utf-8")
+        output.mkdir(exist_ok=True)
+        for path in file.parent.iterdir():  # large weights lie in a file beside the model's
+            shutil.move(path, output / path.name)
     return compared
 
 
@@ -97,5 +104,7 @@ def _compare(model: nn.Module, inputs: Tensor, file: Path) -> str:
         expected = model(inputs).numpy()
     apart = float(np.abs(found - expected).max())
     if not apart <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise ExportError(f"{file} computes something else: its outputs are up to {apart:.3g} off torch's")
+        raise ExportError(
+            f"{file.name} computes something else: its outputs are up to {apart:.3g} off torch's"
+        )
     return f"onnxruntime gives torch's outputs on {len(inputs)} samples, at most {apart:.2g} apart"

@@ -34,7 +34,9 @@ from safetensors.torch import load_file
 
 model.load_state_dict(load_file("model.safetensors"))
 ```
+"""
 
+_EXPORT = """
 `sparsyfed export . --to hub` makes a folder of it that can be uploaded, `--to onnx` one for other runtimes.
 """
 
@@ -51,7 +53,8 @@ def write_card(
         summary: What ``result.json`` holds.
         line: The last round's line with its evaluation.
     """
-    text = card(config, dataset, summary, line, _IN_THE_RUN)
+    use = _IN_THE_RUN + _EXPORT * (config.adapter is None)  # what is exported are whole models
+    text = card(config, dataset, summary, line, use)
     write_atomically(folder.card_file, text.encode())
 
 

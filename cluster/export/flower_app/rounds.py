@@ -24,6 +24,7 @@ from cluster.configuration.trees import read_stored
 from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk
 from cluster.federation import Federation
 from cluster.measured import Measured
+from cluster.records.run_folder import RunFolder
 from cluster.references import UserError
 from cluster.rounds.engine import Outcome
 from cluster.simulation.devices import Devices
@@ -47,6 +48,26 @@ def experiment() -> Config:
     return validate(read_stored(Path(__file__).with_name("experiment.yaml")))
 
 
+def folder_of_the_run(path: Path) -> RunFolder:
+    """The folder of this experiment's run: a new one, or one to go on in.
+
+    Raises:
+        NodeError: It holds a run of another experiment.
+        RunFolderError: It holds something else.
+    """
+    config = experiment()
+    if not (path / "config.yaml").is_file():
+        return RunFolder.create(path, config)
+    folder = RunFolder.open(path)
+    found = folder.config(inert=True)  # what code it names is not this app's to run
+    if found.references or found.digest() != config.digest():
+        raise NodeError(
+            f"{path} holds a run of another experiment ({found.digest()}, this app's is {config.digest()}); "
+            "choose another output"
+        )
+    return folder
+
+
 class Node:
     """Plays clients, from what crosses the wire alone.
 
@@ -56,6 +77,7 @@ class Node:
 
     def __init__(self, config: Config) -> None:
         self._config, self._devices, self._code = config, Devices(config), code_digest()
+        self._experiment = config.digest()
         federation = Federation.of(config)
         self._layout = federation.layout
         self._shape = wire.Shape.of(self._layout, "down")
@@ -65,7 +87,7 @@ class Node:
         """Train every client that is asked for on the model that was received.
 
         Raises:
-            NodeError: The server runs other code.
+            NodeError: The server runs other code, or another experiment.
             ClientError: A client's code raised, and ``on_client_error`` is ``stop``.
         """
         config = self._config
@@ -73,6 +95,11 @@ class Node:
             raise NodeError(
                 f"this node has sparsyfed's code {self._code}, the server {question['code']}; "
                 "install the same"
+            )
+        if question["experiment"] != self._experiment:
+            raise NodeError(
+                f"this node has the experiment {self._experiment}, the server {question['experiment']}; "
+                "run the same app"
             )
         told = Instructions(**json.loads(question["instructions"]))
         weights = self._layout.received_down(wire.decode(question["model"], self._shape).values)
@@ -132,6 +159,7 @@ class NodesEngine:
         self, federation: Federation, ask: Callable[[Sequence[Content]], Sequence[Content]], nodes: int
     ) -> None:
         self.actors, self._ask, self._code = nodes, ask, code_digest()
+        self._experiment = federation.config.digest()
         self._sender = Sender(federation.layout, federation.config.wire.downlink)
         self._host = ClientHost(federation.setup())
 
@@ -164,6 +192,7 @@ class NodesEngine:
         return [
             {
                 "code": self._code,
+                "experiment": self._experiment,
                 "instructions": json.dumps(asdict(told)),
                 "model": parcel.message,
                 "clients": [assignment.client for assignment in share],

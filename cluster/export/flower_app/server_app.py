@@ -10,10 +10,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from cluster.records.run_folder import RunFolder
 from cluster.rounds.conduct import conduct
 
-from .rounds import Content, NodeError, NodesEngine, experiment
+from .rounds import Content, NodeError, NodesEngine, folder_of_the_run
 
 app = ServerApp()
 
@@ -22,8 +21,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment in the folder ``output``, or go on where its last checkpoint is."""
     folder = Path(str(context.run_config["output"])).expanduser().absolute()
-    if not (folder / "config.yaml").is_file():
-        RunFolder.create(folder, experiment())
+    folder_of_the_run(folder)
     nodes = wait_for(grid, int(context.run_config["nodes"]))
 
     def ask(questions: Sequence[Content]) -> Sequence[Content]:

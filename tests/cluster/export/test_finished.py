@@ -70,6 +70,7 @@ def test_an_adapter_is_not_exported(cache, tmp_path):
     model = {"name": "mlp", "hidden": [8]}
     config = tiny_federation(cache, model=model, adapter={"name": "lora"}, rounds=1)
     run = cluster.run(config, tmp_path / "run")
+    assert "sparsyfed export" not in (run.folder / "README.md").read_text()
     with pytest.raises(ExportError, match=r"trained an adapter \(adapter.name = lora\) on a base"):
         Finished.open(run.folder)
 
@@ -91,6 +92,12 @@ def test_the_command_makes_a_folder_in_the_runs(finished, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "hub exists and is not empty; choose another --output" in error
+
+
+def test_what_the_command_says_can_be_typed(finished, tmp_path, capsys):
+    output = tmp_path / ("a long name [bold]" + 80 * "x")
+    assert main(["export", str(finished.folder.path), "--to", "hub", "--output", str(output)]) == 0
+    assert f"upload    hf upload OWNER/NAME '{output}'\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

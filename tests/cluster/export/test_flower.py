@@ -10,9 +10,11 @@ import tomllib
 import pytest
 
 import cluster
+from cluster.configuration.identity import code_digest
+from cluster.configuration.sections import TrackingSection
 from cluster.export import flower
 from cluster.export.finished import ExportError, Finished
-from cluster.records.run_folder import RunFolder, comparable
+from cluster.records.run_folder import RunFolder, RunFolderError, comparable
 from cluster.references import installed
 from cluster.rounds.conduct import conduct
 from tests.tiny_experiment import tiny_federation
@@ -143,6 +145,38 @@ def test_a_node_with_other_code_says_so(finished, tmp_path, app):
         node.play({"code": "other"})
 
 
+def test_a_node_with_another_experiment_says_so(finished, cache, tmp_path, app):
+    flower.write(finished, tmp_path / "app")
+    rounds = app("rounds")
+    other = tiny_federation(cache, data={"name": "digits"}, seed=4)
+    node = rounds.Node(other)
+    asked = {"code": code_digest(), "experiment": finished.config.digest()}
+    with pytest.raises(rounds.NodeError, match=rf"experiment {other.digest()}, the server \w+; "):
+        node.play(asked)
+
+
+def test_another_experiments_folder_is_not_resumed(finished, cache, tmp_path, app):
+    flower.write(finished, tmp_path / "app")
+    rounds = app("rounds")
+    other = tiny_federation(cache, data={"name": "digits"}, seed=4)
+    RunFolder.create(tmp_path / "other", other)
+    with pytest.raises(rounds.NodeError, match=rf"a run of another experiment \({other.digest()}, "):
+        rounds.folder_of_the_run(tmp_path / "other")
+    began = rounds.folder_of_the_run(tmp_path / "new")
+    assert rounds.folder_of_the_run(tmp_path / "new") == RunFolder(began.path)
+    (tmp_path / "new" / "config.yaml").unlink()
+    with pytest.raises(RunFolderError, match="new exists and is not empty"):
+        rounds.folder_of_the_run(tmp_path / "new")
+
+
+def test_where_runs_are_tracked_does_not_travel(cache):
+    tracking = {"uri": "http://mine:5000", "tags": {"user": "me"}, "experiment": "mine", "run_name": "mine"}
+    config = tiny_federation(cache, tracking=tracking)
+    portable = flower.portable(config)
+    assert portable.tracking == TrackingSection(enabled=False)
+    assert portable.digest() == config.digest()
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -160,6 +194,11 @@ def test_a_node_with_other_code_says_so(finished, tmp_path, app):
         ),
         ({"wire": {"grid": 32}}, "wire.grid = 32: its words count in the round's units"),
         ({"privacy": {"secure": {"masks": "billed"}}}, "privacy.secure: the keys of a secure round"),
+        (
+            {"model": {"name": "mlp", "weights": "/mine.safetensors"}},
+            "model.weights = /mine.safetensors",
+        ),
+        ({"model": {"name": "timm", "folder": "/mine"}}, "model.folder = /mine lies on this machine"),
         ({"data": {}}, "data.name = tests.tiny_experiment:tiny_images is code of your own"),
     ],
 )

@@ -19,6 +19,22 @@ def test_a_missing_package_is_named(finished, tmp_path, monkeypatch):
     assert not (tmp_path / "onnx").exists()
 
 
+def test_a_file_that_computes_something_else_is_not_left(finished, tmp_path, monkeypatch):
+    def export(model, example, said, file, name):
+        file.write_bytes(b"other")
+
+    def compare(model, inputs, file):
+        assert file.read_bytes() == b"other"
+        raise ExportError("model.onnx computes something else")
+
+    monkeypatch.setattr(onnx_file, "installed", lambda package: True)
+    monkeypatch.setattr(onnx_file, "_export", export)
+    monkeypatch.setattr(onnx_file, "_compare", compare)
+    with pytest.raises(ExportError, match="computes something else"):
+        onnx_file.write(finished, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnxruntime_gives_torchs_outputs(finished, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra onnx)")

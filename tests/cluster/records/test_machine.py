@@ -155,4 +155,6 @@ def test_a_run_watches_its_machine(tmp_path: Path) -> None:
     assert all("system/cpu_utilization_percentage" in line for line in lines)
     assert lines
     assert (tmp_path / "run" / EVENT_FILE).exists()
-    assert len(in_tensorboard(tmp_path / "run")["system/cpu_utilization_percentage"]) == len(lines)
+    # The watch ends after the last delivery: one sample may still lie in the file alone.
+    delivered = len(in_tensorboard(tmp_path / "run")["system/cpu_utilization_percentage"])
+    assert len(lines) - 1 <= delivered <= len(lines)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from cluster import __version__
 from cluster.command_line import terminal
 from cluster.command_line.arguments import parse
-from cluster.disk import in_one_line
-from cluster.references import UserError
+from cluster.command_line.failures import in_words, root_of, status_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
     from cluster.configuration.config import Config
     from cluster.execution import Result
     from cluster.grid import Grid
-
-
-#: Dependencies that only some commands need, by the name they are imported under.
-_OPTIONAL = {
-    **{name: name for name in ("ray", "mlflow", "optuna", "datasets", "matplotlib", "pandas", "scipy")},
-    "sklearn": "scikit-learn",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        status = _status(error)
+        status = status_of(error)
         if status is None:
             raise
-        _complain(_in_words(_root(error), arguments.command))
+        _complain(in_words(root_of(error), arguments.command))
         return status
 
 
@@ -119,8 +111,8 @@ def _run_grid(console: Console, grid: Grid, folder: Path) -> int:
         f"folder    {shown(folder)} (table.md, table.csv)\ncompare   sparsyfed ui --root {shown(folder)}"
     )
     for name, error in outcome.failures.items():
-        root = _root(error)
-        reason = _in_words(root, "run") if _status(error) else f"{type(root).__name__}: {root}"
+        root = root_of(error)
+        reason = in_words(root, "run") if status_of(error) else f"{type(root).__name__}: {root}"
         print(f"error: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
         print("the same command runs what failed again, and nothing else", file=sys.stderr)
@@ -198,7 +190,9 @@ def _follow(
             result = work(display)
     except (Exception, KeyboardInterrupt) as error:
         # Resuming is no cure for a mistake, nor for what the same rounds would run into again.
-        hopeless = _status(error) == 2 or isinstance(_root(error), (DivergedError, ReplayError, RunGoesOn))
+        hopeless = status_of(error) == 2 or isinstance(
+            root_of(error), (DivergedError, ReplayError, RunGoesOn)
+        )
         if not hopeless and RunFolder(folder).begun:
             print(f"what was computed is kept: sparsyfed resume {shown(folder)}", file=sys.stderr)
         raise
@@ -374,37 +368,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 # ------------------------------------------------------------------------------------ errors and terminal
-
-
-def _status(error: BaseException) -> int | None:
-    """Exit code of an expected error; None for any other."""
-    root = _root(error)
-    if isinstance(root, UserError):
-        return root.status
-    if isinstance(root, OSError):
-        return 2 if in_one_line(root) else None
-    return 2 if _missing_package(root) else None
-
-
-def _missing_package(error: BaseException) -> str | None:
-    """The package that only some commands need and that is not installed here, where that is the error."""
-    package = (getattr(error, "name", None) or "").partition(".")[0]
-    return _OPTIONAL.get(package) if isinstance(error, ModuleNotFoundError) else None
-
-
-def _in_words(error: BaseException, command: str) -> str:
-    if isinstance(error, OSError):
-        return in_one_line(error) or str(error)
-    if (package := _missing_package(error)) is None:
-        return str(error)
-    return f"{command} needs {package}, which is not installed here: pip install {package}"
-
-
-def _root(error: BaseException) -> BaseException:
-    """What went wrong on the actor, where Ray has wrapped it."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    return error
 
 
 def _complain(message: str) -> None:

@@ -1,4 +1,4 @@
-"""What does not fit together where the server looks at every update, or where some clients do harm.
+"""How updates are added up and who does harm: the sections, and what does not fit together in them.
 
 Functions take a whole ``Config``, whose choices can be built.
 """
@@ -6,9 +6,37 @@ Functions take a whole ``Config``, whose choices can be built.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from algorithms import registry
+from cluster.configuration.choices import KINDS
+from cluster.configuration.sections import Choice, Section
+
+
+class AggregationChoice(Choice):
+    """How the server adds updates up; other keys are the rule's own."""
+
+    name: str = KINDS["aggregation"].default
+    weighting: Literal["samples", "equal"] | None = Field(
+        None, description="what an update weighs: its samples, or all the same; default what the method asks"
+    )
+
+
+class ByzantineSection(Section):
+    """Clients that are out to do harm, to try rules of aggregation on."""
+
+    share: float = Field(0.0, ge=0.0, lt=0.5, description="share of the clients, the same ones all along")
+    kind: Literal["sign_flip", "scale", "noise", "label_flip", "little_is_enough"] = Field(
+        "sign_flip", description="what they send, or (label_flip) train on"
+    )
+    factor: float | None = Field(
+        None,
+        gt=0.0,
+        description="how many times their update (sign_flip, scale), its root mean square (noise) or the "
+        "others' deviation (little_is_enough); default 10, of the last 1.5",
+    )
 
 
 def aggregation_problems(config: Any) -> Iterator[str]:

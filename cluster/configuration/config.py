@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_
 
 from algorithms import Aggregation, Algorithm, LocalOptimizer, ServerOptimizer, SparsitySchedule
 from cluster.configuration import attacks
+from cluster.configuration.aggregating import AggregationChoice, ByzantineSection
 from cluster.configuration.axes import only_point
 from cluster.configuration.choices import KINDS, ChoiceError, build_choice, fields, values_of
 from cluster.configuration.device_sections import DevicesSection, ShiftSection
@@ -28,9 +29,7 @@ from cluster.configuration.mistakes import in_plain_words
 from cluster.configuration.private import PrivacySection
 from cluster.configuration.sections import (
     AdapterChoice,
-    AggregationChoice,
     AlgorithmChoice,
-    ByzantineSection,
     Choice,
     ClientEvaluationSection,
     DataSection,

@@ -287,30 +287,6 @@ class StopSection(Section):
         return self.target is not None or self.patience is not None
 
 
-class AggregationChoice(Choice):
-    """How the server adds updates up; other keys are the rule's own."""
-
-    name: str = KINDS["aggregation"].default
-    weighting: Literal["samples", "equal"] | None = Field(
-        None, description="what an update weighs: its samples, or all the same; default what the method asks"
-    )
-
-
-class ByzantineSection(Section):
-    """Clients that are out to do harm, to try rules of aggregation on."""
-
-    share: float = Field(0.0, ge=0.0, lt=0.5, description="share of the clients, the same ones all along")
-    kind: Literal["sign_flip", "scale", "noise", "label_flip", "little_is_enough"] = Field(
-        "sign_flip", description="what they send, or (label_flip) train on"
-    )
-    factor: float | None = Field(
-        None,
-        gt=0.0,
-        description="how many times their update (sign_flip, scale), its root mean square (noise) or the "
-        "others' deviation (little_is_enough); default 10, of the last 1.5",
-    )
-
-
 class WireSection(Section):
     """Formats of the values on the wire; supports are always exact."""
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
-import re
 import threading
 import time
 import uuid
@@ -26,6 +24,7 @@ from typing import Any, ClassVar
 from filelock import FileLock, Timeout
 
 from cluster.machine import SAMPLES
+from cluster.records.metric_names import metric_name, numbers_in
 from cluster.records.sqlite_store import TrackingError, absolute_uri
 
 #: About as many numbers are read and sent at a time; MLflow's limit of metrics a batch.
@@ -33,7 +32,7 @@ NUMBERS_PER_BATCH = 1000
 _SAMPLES_PER_BATCH = 50
 
 # MLflow's own limits (mlflow/utils/validation.py), below those of the others.
-KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 8000, 36
+PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
 
 _logger = logging.getLogger("sparsyfed.tracking")
 _save_lock = threading.Lock()
@@ -374,27 +373,6 @@ class Delivery(ABC):
                 if numbers >= NUMBERS_PER_BATCH:
                     break
         return rows, offset
-
-
-def numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among some values, under names that every sink accepts.
-
-    MLflow would store infinity as 1.8e308 and ruin the chart's scale. Its page that compares runs draws the
-    metric that was logged first: what selects, the first metric on test data in a line, comes before all
-    others.
-    """
-    first = next((key for key in values if key.startswith("test/")), None)
-    return {
-        metric_name(key): float(value)
-        for key, value in sorted(values.items(), key=lambda item: item[0] != first)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
-
-
-def metric_name(text: str) -> str:
-    """A key that MLflow accepts: its characters, no empty or dotted path segments, at most 250 characters."""
-    segments = re.sub(r"[^\w\-. :/]", "_", text).split("/")
-    return "/".join(part for part in segments if part.strip(".") != "")[:KEY_LENGTH] or "_"
 
 
 def name_in(folder: Path, path: Path) -> str:

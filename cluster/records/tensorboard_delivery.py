@@ -12,7 +12,8 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.records.outbox import Delivery, Ending, Row, numbers_in
+from cluster.records.metric_names import numbers_in
+from cluster.records.outbox import Delivery, Ending, Row
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.records.outbox import Delivery, Ending, Row, numbers_in
+from cluster.records.metric_names import numbers_in
+from cluster.records.outbox import Delivery, Ending, Row
 from cluster.records.sqlite_store import TrackingError
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ Sources:
 Shares, memory (half of a device's RAM is left to training) and spreads are plain assumptions. So are, of
 energy: that a device draws the watts of [9] to [11] while it reaches the FLOP/s above, and a faster one of
 its tier in proportion more; that a bit takes the radios of today what it took those of 2012, 5G what LTE
-does; that boxes are on Wi-Fi. The screen, waiting, and a radio's tail after a transfer are not counted.
+does; that boxes are on Wi-Fi. The screen, waiting, and a radio's tail after a transfer are not counted. The
+figures of [8] to [10] were not compared with the sources themselves: do so before you publish joules.
 """
 
 from __future__ import annotations

@@ -124,7 +124,11 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
 
 
 def run_grid(
-    grid: Grid, output: Path, *, started: Started, ended: Ended = lambda name, result: None
+    grid: Grid,
+    output: Path,
+    *,
+    started: Started = lambda name, config: lambda line: None,
+    ended: Ended = lambda name, result: None,
 ) -> Outcome:
     """Run what is not complete, side by side where the cluster has room for it.
 

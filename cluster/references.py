@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-#: The project's own packages; a module of one's own cannot have their names.
-_TAKEN = ("algorithms", "cluster", "tuning")
+#: The project's own packages and modules; one of a user's own cannot have their names.
+_TAKEN = ("algorithms", "cluster", "sparsyfed", "tuning")
 
 
 class UserError(ValueError):

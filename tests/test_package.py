@@ -1,6 +1,7 @@
 """The rooms keep their walls, and an installed wheel runs in an empty folder."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import algorithms
+import cluster
+import sparsyfed
 
 ROOT = Path(__file__).parents[1]
 STANDARD = sys.stdlib_module_names
@@ -31,6 +36,31 @@ def test_cluster_does_not_import_tuning():
     for path in (ROOT / "cluster").rglob("*.py"):
         if path.name != "cli.py":
             assert "tuning" not in imported(path), path
+
+
+def test_the_public_names_are_those_of_their_rooms():
+    """One module for all that pages and notebooks import; what it tells a type checker is what it gives."""
+    told = {}
+    for node in ast.walk(ast.parse((ROOT / "sparsyfed.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module not in ("typing", "importlib"):
+            told |= {alias.name: node.module for alias in node.names if alias.name != "*"}
+    assert set(sparsyfed.__all__) == {*told, *algorithms.__all__} - {"__version__"}
+    assert not told.keys() & set(algorithms.__all__)
+    assert len(sparsyfed.__all__) == len(set(sparsyfed.__all__))
+    assert set(sparsyfed.__all__) <= set(dir(sparsyfed))
+    for name in sparsyfed.__all__:
+        home = importlib.import_module(told.get(name, "algorithms"))
+        assert getattr(sparsyfed, name) is getattr(home, name), name
+    assert sparsyfed.__version__ == cluster.__version__
+    with pytest.raises(AttributeError, match=r"^module 'sparsyfed' has no attribute 'rum'$"):
+        _ = sparsyfed.rum
+
+
+def test_a_file_with_a_method_brings_torch_and_numpy_alone():
+    absent = ("ray", "mlflow", "optuna", "datasets", "pandas", "pydantic")
+    code = f"import sys, sparsyfed; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_actor_imports_neither_mlflow_nor_optuna_nor_datasets():
@@ -59,6 +89,6 @@ def test_an_installed_wheel_runs_in_an_empty_folder(installed, tmp_path):
     command = [sys.executable, "-m", "cluster", "run", *overrides, "--output", "run"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["complete"]
-    where = [sys.executable, "-c", "import cluster; print(cluster.__file__)"]
+    where = [sys.executable, "-c", "import cluster, sparsyfed; print(cluster.__file__, sparsyfed.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
-    assert str(installed) in found.stdout
+    assert found.stdout.count(str(installed)) == 2

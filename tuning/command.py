@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
+from rich.console import Console
 
 from cluster.actors.ray_session import connected
 from cluster.command_line.figures import shown
@@ -28,7 +29,6 @@ from tuning.study import Plan, load_plan
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from rich.console import Console
 
 #: Seconds that a study waits for its own run in MLflow; a new SQLite store is migrated first.
 _FIRST_ANSWER_S = 300.0
@@ -76,9 +76,21 @@ def report(console: Console, study: str, *, trust: bool = False) -> int:
     return 0
 
 
-def run_study(plan: Plan, folder: StudyFolder, console: Console) -> tuple[bool, dict[str, MethodResult]]:
-    """Search, final runs, report; returns whether the study is complete, and what it found out."""
+def run_study(
+    plan: Plan, folder: StudyFolder, console: Console | None = None
+) -> tuple[bool, dict[str, MethodResult]]:
+    """Run a study, or go on with it: search, final runs, report.
+
+    Args:
+        plan: The study, from ``load_plan``.
+        folder: Where it is kept.
+        console: Where to show its progress; nowhere by default.
+
+    Returns:
+        Whether it is complete (False where it was stopped), and what it found out by method.
+    """
     _quiet()
+    console = console or Console(quiet=True)
     plan = _tracked(plan, folder.path.parent)
     federation = Federation.of(plan.base)
     # A database that does not answer is an error before a folder is made.

@@ -29,6 +29,8 @@ Purpose = Literal[
     "byzantine",
     "privacy",
     "masks",
+    "jitter",
+    "cells",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -315,7 +315,10 @@ def _devices(console: Console, federation: Federation) -> None:
     dense = wire.dense_bytes(wire.Shape.of(federation.layout))
     flops = federation.flops.dense(int(np.median(federation.sizes)) * config.local.epochs)
     profile = config.devices.profile or ("own tiers" if config.devices.tiers else "uniform")
-    _heading(console, "devices", f"{profile}; training takes {federation.training_bytes / _MEGA:,.1f} MB")
+    cells, uplink = config.devices.cells, config.devices.cell_uplink
+    shared = "" if uplink is None else f"; {cells:,} cells of {uplink / _MEGA:,.1f} Mbit/s up"
+    takes = f"training takes {federation.training_bytes / _MEGA:,.1f} MB"
+    _heading(console, "devices", f"{profile}; {takes}{shared}")
     table = _table(
         "tier", "clients", "GFLOP/s", "Mbit/s up", "down", "dropout", "available", "dense visit", "takes"
     )

@@ -42,6 +42,7 @@ class TierSection(Section):
     latency: float = Field(0.04, ge=0.0, description="seconds a visit, beside transfers and training")
     dropout: float = Field(0.0, ge=0.0, le=1.0, description="chance to download the model and never answer")
     spread: float = Field(0.0, ge=0.0, le=3.0, description="sigma of log compute and of log bandwidth")
+    jitter: float = Field(0.0, ge=0.0, le=3.0, description="the same, drawn anew every round")
     availability: AvailabilityChoice = Field(default_factory=AvailabilityChoice)
     sparsity: float | None = Field(
         None, ge=0.0, le=0.9999, description="target sparsity; default algorithm.sparsity"
@@ -65,6 +66,10 @@ class DevicesSection(Section):
     flops: Literal["dense", "sparse"] = Field(
         "dense", description="FLOPs that take time: all, or those that a device spares by zeros not counted"
     )
+    cells: int | None = Field(
+        None, ge=1, description="cells that clients are spread over, whose uplink they share; null: none"
+    )
+    cell_uplink: float | None = Field(None, gt=0.0, description="bit/s of a cell's uplink")
     tiers: dict[str, TierSection] = Field(default_factory=dict, description="kinds of devices by name")
 
     @model_validator(mode="before")

@@ -67,8 +67,12 @@ def sparsity_problems(config: Any) -> Iterator[str]:
 
 
 def device_problems(config: Any) -> Iterator[str]:
-    """Tiers whose shares or sparsities do not fit together, or not the method."""
-    kinds = config.devices.kinds
+    """Tiers whose shares or sparsities do not fit together, or not the method; half of what cells need."""
+    kinds, cells, uplink = config.devices.kinds, config.devices.cells, config.devices.cell_uplink
+    if cells is not None and uplink is None:
+        yield f"devices.cells: {cells}, but how much their clients share is not said; set devices.cell_uplink"
+    if cells is None and uplink is not None:
+        yield f"devices.cell_uplink: {uplink:g} bit/s, but there are no cells; set devices.cells"
     if abs(sum(tier.share for tier in kinds.values()) - 1.0) > 1e-6:
         shares = ", ".join(f"{name} {tier.share:g}" for name, tier in kinds.items())
         yield f"devices.tiers: shares must sum to 1, found {shares}"

@@ -60,6 +60,8 @@ _ADDED = {
     "data.length": None,
     "data.text_column": None,
     "data.tokenizer": None,
+    "devices.cell_uplink": None,
+    "devices.cells": None,
     "evaluate_attack.epsilon": 8 / 255,
     "evaluate_attack.every": 0,
     "evaluate_attack.name": "pgd",
@@ -97,8 +99,9 @@ _ADDED = {
     "wire.grid": "exact",
 }
 
-#: The same of tiers: there the default is that of the profile's tier, else that of a tier without a profile.
-_ADDED_TO_TIERS = re.compile(r"devices\.tiers\.(.+)\.((?:flop|uplink|downlink)_energy)")
+#: The same of tiers: there the default is that of the profile's tier, else that of a tier without a profile;
+#: what neither names is 0.
+_ADDED_TO_TIERS = re.compile(r"devices\.tiers\.(.+)\.((?:flop|uplink|downlink)_energy|jitter)")
 
 
 def digest_of(flat: Mapping[str, Any]) -> str:
@@ -128,7 +131,7 @@ def relevant_of(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key in flat:
         if found := _ADDED_TO_TIERS.fullmatch(key):
             tier, figure = found.groups()
-            usual[key] = profile.get(tier, phone)[figure]
+            usual[key] = profile.get(tier, phone).get(figure, 0.0)
     return {
         key: value
         for key, value in flat.items()

@@ -164,7 +164,7 @@ class Buffered(Schedule):
             self._parcels[version] = self.sender.parcel(replace(state, round=version, weights=weights))
         for sequence, version, start, client, downlink_bytes, bound, lost in flights:
             sparsity = self.devices.sparsity(client, self.method.sparsity, version + 1)
-            parcel, device = self._parcels[version], self.devices.of([client])[0]
+            parcel, device = self._parcels[version], self.devices.of([client], version + 1)[0]
             part = self.part(parcel, self.instruct(parcel.state), sequence, sparsity)
             own = self.kept.of(client)
             assignment = Assignment(client, sparsity, device, downlink_bytes, kept=own, part=part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,8 @@ class Schedule(ABC):
         default, spares = self.method.sparsity, self.config.devices.flops == "sparse"
         sizes, bounds = self.sizes(instructions.round), []
         assignments: list[Assignment] = []
-        for client, device in zip(clients.tolist(), self.devices.of(clients), strict=True):
+        devices = self.devices.of(clients, instructions.round)
+        for client, device in zip(clients.tolist(), devices, strict=True):
             sparsity, kept = self.devices.sparsity(client, default, instructions.round), self.kept.of(client)
             part = self.part(parcel, instructions, place + len(assignments), sparsity)
             size = self.sender.bytes_for(client, parcel, part)
@@ -220,6 +221,12 @@ class Schedule(ABC):
             bounds.append(device.duration(size, least, 0))
             assignments.append(Assignment(client, sparsity, device, size, kept=kept, part=part))
         return assignments, np.array(bounds)
+
+    def uploading(self, visits: Sequence[Assignment]) -> list[Assignment]:
+        """Visits of clients that upload in one round, each with its share of its cell's uplink."""
+        clients = np.array([visit.client for visit in visits], np.int64)
+        devices = self.devices.uploading(clients, [visit.device for visit in visits])
+        return [replace(visit, device=device) for visit, device in zip(visits, devices, strict=True)]
 
     def known(self, received: np.ndarray) -> np.ndarray | None:
         """What a message need not hold of an update of ``received``, float32[trained], or None."""

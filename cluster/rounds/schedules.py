@@ -83,6 +83,11 @@ class Buffered(Timing):
                 f"schedule.name: {config.algorithm.name} needs all clients of a round on one model; "
                 f"buffered works with {able}"
             )
+        if config.devices.cells is not None:
+            yield (
+                f"devices.cells: {config.devices.cells}, but who uploads together is known of rounds of one "
+                "cohort alone, and buffered has none; set schedule.name=synchronous or leave cells out"
+            )
         if method.keeps_updates:
             yield f"schedule.name: {config.algorithm.name} looks at every update of a round: synchronous"
         size, places, clients = self.size(config), self.places(config), config.population

@@ -56,14 +56,15 @@ class Synchronous(Schedule):
         clients = np.array([assignment.client for assignment in sent], np.int64)
         self.sender.deliver(clients, parcel)
         gone = self.devices.drop_outs(clients, number)
-        secure = SecureRound.of(self.config, number, sent) if self.config.privacy.secure.asked else None
+        secure = None
+        if self.config.privacy.secure.asked:
+            secure = SecureRound.of(self.config, number, self.uploading(sent))
         waits_s = 0.0 if secure is None else secure.setup_s
         bounds = np.sort(bounds[punctual][~gone]) + waits_s
         fold_before = float(bounds[wanted]) if len(bounds) > wanted else math.inf
         playing = [
             replace(assignment, deadline=deadline, fold_before=fold_before, waits_s=waits_s)
-            for assignment, lost in zip(sent, gone, strict=True)
-            if not lost
+            for assignment in self.uploading([one for one, lost in zip(sent, gone, strict=True) if not lost])
         ]
         broadcast = self.broadcast(parcel, instructions, clients[~gone], chunks)
         if secure is not None:

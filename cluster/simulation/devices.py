@@ -7,6 +7,7 @@ byte a client for its tier, and a device costs nothing until it is drawn.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,30 +49,77 @@ class Devices:
         tiers[order] = tier_of_place
         return tiers
 
-    def of(self, clients: Sequence[int] | np.ndarray) -> list[Device]:
+    def of(self, clients: Sequence[int] | np.ndarray, round_number: int | None = None) -> list[Device]:
         """The devices of some clients: the figures of their tiers, spread by log-normal factors.
 
-        Compute has a factor of its own; both directions of the network share one.
+        Args:
+            clients: Who, int64[n].
+            round_number: The round that they are asked in, by whose ``jitter`` all figures move once more;
+                None for what they are like over all rounds.
         """
         clients = np.asarray(clients, np.int64)
-        seed = self.config.seed
-        radii, angles = (seeding.uniform(seed, "devices", step, clients).tolist() for step in (1, 2))
-        devices = []
-        for tier_index, u, v in zip(self.tiers[clients], radii, angles, strict=True):
-            tier = self.kinds[tier_index]
+        tiers = [self.kinds[index] for index in self.tiers[clients]]
+        devices = [Device.of(tier) for tier in tiers]
+        devices = self._varied(devices, [tier.spread for tier in tiers], "devices", 1, clients)
+        if round_number is None or not any(tier.jitter for tier in self.kinds):
+            return devices
+        return self._varied(devices, [tier.jitter for tier in tiers], "jitter", 2 * round_number, clients)
+
+    def _varied(
+        self,
+        devices: list[Device],
+        sigmas: list[float],
+        purpose: seeding.Purpose,
+        step: int,
+        clients: np.ndarray,
+    ) -> list[Device]:
+        """Devices with log-normal factors about 1: one of compute, one of both directions of the network."""
+        radii, angles = (
+            seeding.uniform(self.config.seed, purpose, own, clients).tolist() for own in (step, step + 1)
+        )
+        varied = []
+        for device, sigma, u, v in zip(devices, sigmas, radii, angles, strict=True):
             # Box and Muller 1958. One by one: vectorised logarithms may round by an array's length.
-            radius = tier.spread * math.sqrt(-2.0 * math.log(1.0 - u))
+            radius = sigma * math.sqrt(-2.0 * math.log(1.0 - u))
             compute = math.exp(radius * math.cos(2.0 * math.pi * v))
             network = math.exp(radius * math.sin(2.0 * math.pi * v))
-            devices.append(
+            varied.append(
                 replace(
-                    Device.of(tier),
-                    compute=tier.compute * compute,
-                    downlink=tier.downlink * network,
-                    uplink=tier.uplink * network,
+                    device,
+                    compute=device.compute * compute,
+                    downlink=device.downlink * network,
+                    uplink=device.uplink * network,
                 )
             )
-        return devices
+        return varied
+
+    def cells(self, clients: np.ndarray) -> np.ndarray:
+        """The cell that each of some clients is in for good, int64[n]; every cell is as likely."""
+        count = self.config.devices.cells or 1
+        return (seeding.uniform(self.config.seed, "cells", 0, clients) * count).astype(np.int64)
+
+    def uploading(self, clients: np.ndarray, devices: Sequence[Device]) -> list[Device]:
+        """Devices with what each has of its cell's uplink while all of these clients upload.
+
+        A cell's uplink is divided equally among its clients of the round, from its beginning to its end; who
+        is slower than that keeps its own. A simplification: under processor sharing, where only those that
+        are sending divide it, what early and late ones leave goes to the others, so that no upload takes
+        longer than here, and just as long where a cell's clients are alike, begin together and send as much.
+        In return a share depends on who takes part alone, and a visit's time is known where it is played.
+
+        Args:
+            clients: Everybody that uploads in the round, int64[n].
+            devices: Their devices.
+        """
+        capacity = self.config.devices.cell_uplink
+        if capacity is None:
+            return list(devices)
+        cells = self.cells(clients).tolist()
+        among = Counter(cells)
+        return [
+            replace(device, uplink=min(device.uplink, capacity / among[cell]))
+            for device, cell in zip(devices, cells, strict=True)
+        ]
 
     def sparsity(self, client: int, default: float, round_number: int) -> float:
         """What the client is to cut to in a round.

@@ -118,12 +118,14 @@ class Node:
             Assignment(
                 client,
                 self._devices.sparsity(client, config.method.sparsity, told.round),
-                device,
+                replace(device, uplink=uplink),
                 len(question["model"]),
                 deadline=question["deadline"],
                 fold_before=0.0,  # nothing is folded here: updates travel
             )
-            for client, device in zip(clients.tolist(), self._devices.of(clients), strict=True)
+            for client, device, uplink in zip(
+                clients.tolist(), self._devices.of(clients, told.round), question["uplinks"], strict=True
+            )
         ]
         reports = self._host.play(broadcast, assignments)
         return {
@@ -196,6 +198,8 @@ class NodesEngine:
                 "instructions": json.dumps(asdict(told)),
                 "model": parcel.message,
                 "clients": [assignment.client for assignment in share],
+                # Of cells that others share as well, whom this node is not told of.
+                "uplinks": [assignment.device.uplink for assignment in share],
                 "deadline": share[0].deadline,
             }
             for share in shares

@@ -60,7 +60,18 @@ def run_on_nodes(rounds, folder, ask, count=2):
     ("method", "overrides"),
     [
         ("fedavg", {}),
-        ("topk", {"devices": {"profile": "phones"}, "schedule": {"over_selection": 1.5, "deadline": 20}}),
+        (
+            "topk",
+            {
+                "devices": {
+                    "profile": "phones",
+                    "tiers": {"mid": {"jitter": 0.4}},
+                    "cells": 2,
+                    "cell_uplink": 2e6,
+                },
+                "schedule": {"over_selection": 1.5, "deadline": 20},
+            },
+        ),
         ("sparsyfed", {"wire": {"uplink": "int8", "downlink": "float16"}, "shift": {"round": 2}}),
     ],
 )

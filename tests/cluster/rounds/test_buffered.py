@@ -144,7 +144,7 @@ def test_updates_that_are_too_old_are_left_out(cache, tmp_path):
     assert driver.state.round == 3
 
 
-SPREAD = {"share": 0.5, "spread": 0.8}
+SPREAD = {"share": 0.5, "spread": 0.8, "jitter": 0.5}
 PHONES = {
     "cohort": 2,
     "rounds": 5,
@@ -270,6 +270,7 @@ def local_ray(start_ray):
 SYNCHRONOUS = {
     "schedule": {"over_selection": 1.5, "deadline": 6.0},
     "algorithm": {"name": "sparsyfed", "sparsity": 0.8},
+    "devices": PHONES["devices"] | {"cells": 3, "cell_uplink": 5e4},
 }
 
 
@@ -278,7 +279,7 @@ def test_ray_gives_the_bits_of_inline(local_ray, cache, tmp_path, kind):
     def config(**more):
         if kind == "buffered":
             return asynchronous(cache, concurrency=4, buffer=3, **PHONES, **more)
-        return tiny_federation(cache, **{**PHONES, "cohort": 6}, **SYNCHRONOUS, **more)
+        return tiny_federation(cache, **{**PHONES, "cohort": 6, **SYNCHRONOUS}, **more)
 
     inline = cluster.run(config(), tmp_path / "inline")
     cluster.run(config(execution="ray", actors=2), tmp_path / "ray")
@@ -289,7 +290,7 @@ def test_ray_gives_the_bits_of_inline(local_ray, cache, tmp_path, kind):
 
 
 def test_a_deadline_run_is_the_same_when_interrupted(cache, tmp_path):
-    config = tiny_federation(cache, **{**PHONES, "cohort": 6}, **SYNCHRONOUS)
+    config = tiny_federation(cache, **{**PHONES, "cohort": 6, **SYNCHRONOUS})
     federation = Federation.of(config)
     drive(RunFolder.create(tmp_path / "reference", config), federation)
     lines = RunFolder(tmp_path / "reference").rounds()

@@ -91,6 +91,54 @@ def test_the_spread_is_log_normal_about_the_tier():
     assert all(device.uplink == pytest.approx(device.downlink / 10) for device in drawn[:50])
 
 
+def test_jitter_by_hand(monkeypatch):
+    """u = 1 - e^-2 is a radius of two deviations: at an angle of 0 of compute, at a quarter turn of links."""
+    steps = []
+
+    def uniform(seed, purpose, step, clients):
+        steps.append((purpose, step))
+        if purpose == "devices":
+            return np.zeros(len(clients))
+        return np.full(len(clients), 1.0 - np.exp(-2.0)) if step % 2 == 0 else np.array([0.0, 0.25])
+
+    shaky = devices("devices.tiers.a={share: 1, compute: 1e9, downlink: 1e7, uplink: 1e6, jitter: 0.3}")
+    monkeypatch.setattr("cluster.seeding.uniform", uniform)
+    first, second = shaky.of([4, 5], 7)
+    grown = np.exp(0.3 * 2.0)
+    assert first.compute == pytest.approx(1e9 * grown)
+    assert (first.downlink, first.uplink) == (1e7, 1e6)
+    assert second.compute == pytest.approx(1e9)
+    assert (second.downlink, second.uplink) == pytest.approx((1e7 * grown, 1e6 * grown))
+    assert first.latency == shaky.kinds[0].latency
+    assert steps == [("devices", 1), ("devices", 2), ("jitter", 14), ("jitter", 15)]
+
+
+def test_jitter_is_drawn_anew_for_every_client_and_round():
+    tier = "{share: 1, compute: 1e9, downlink: 1e7, uplink: 1e6, spread: 0.5, jitter: 0.2}"
+    shaky = devices(f"devices.tiers.a={tier}", clients=400)
+    usual = shaky.of(range(400))
+    rounds = [shaky.of(range(400), number) for number in range(10)]
+    assert [shaky.of([70, 3], number) for number in range(10)] == [[own[70], own[3]] for own in rounds]
+    factors = np.log([[d.compute / u.compute for d, u in zip(own, usual, strict=True)] for own in rounds])
+    links = np.log([[d.uplink / u.uplink for d, u in zip(own, usual, strict=True)] for own in rounds])
+    # 4,000 draws of sigma .2: four deviations of their mean are .013, of their own deviation .009.
+    for drawn in (factors, links):
+        assert abs(drawn.mean()) < 0.013
+        assert abs(drawn.std() - 0.2) < 0.009
+        assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.07
+    assert abs(np.corrcoef(factors.ravel(), links.ravel())[0, 1]) < 0.07
+
+
+def test_without_jitter_a_round_changes_nothing():
+    phones = devices("devices.profile=phones")
+    assert phones.of(range(100), 5) == phones.of(range(100))
+    # Nor for the tiers that have none.
+    mixed = devices("devices.profile=phones", "devices.tiers.low.jitter=0.3")
+    usual, now = mixed.of(range(100)), mixed.of(range(100), 5)
+    moved = [own != was for own, was in zip(now, usual, strict=True)]
+    assert moved == (mixed.tiers == 0).tolist()
+
+
 def test_drop_outs_come_at_their_rate_and_anew_each_round():
     lossy = devices("devices.tiers.a={share: 1.0, dropout: 0.3}", clients=4000)
     clients = np.arange(4000)

@@ -94,6 +94,11 @@ def take(words: Sequence[str]) -> None:
         sparsyfed_takes(arguments)
     elif program == "python":
         python_takes(arguments)
+    elif program == "uv":
+        if arguments[0] == "run":
+            take(arguments[1:])
+        else:
+            assert arguments[0] in ("lock", "sync"), words
     elif program == ".ci/run":
         assert (ROOT / program).is_file()
         assert arguments in ([], ["quick"]), words

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "ray_configs"
 CLUSTERS = ["cluster-local.yaml", "cluster-aws-gpu.yaml", "cluster-gcp-gpu.yaml"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-(RAY,) = [line.split("==")[1] for line in PROJECT["dependencies"] if line.startswith("ray[")]
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+(RAY,) = [package["version"] for package in LOCK["package"] if package["name"] == "ray"]
 
 
 def load(name):

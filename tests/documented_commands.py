@@ -39,6 +39,7 @@ _OTHERS = {
     "export",
     "git",
     "kubectl",
+    "mkdocs",
     "mypy",
     "optuna-dashboard",
     "tensorboard",

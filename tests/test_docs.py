@@ -1,6 +1,7 @@
 """Every command that a page shows is one that its program takes, and every link leads somewhere."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -113,6 +114,20 @@ def test_every_link_leads_somewhere(page):
         if "://" in target or target.startswith(("#", "mailto:")):
             continue
         assert (page.parent / target.partition("#")[0]).exists(), f"{name_of(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_and_lists_are_drawn(page):
+    """Rows as long as their table's head, and a blank line before a list, which the site wants."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    cells = 0
+    for before, line in pairwise(["", *text.splitlines()]):
+        if line.startswith("|"):
+            found = len(re.sub(r"`[^`]*`|\\\|", "", line).strip("|").split("|"))
+            cells = found if not before.startswith("|") else cells
+            assert found == cells, line
+        elif re.match(r"- |\d+\. ", line):
+            assert not before or re.match(r" *- |\d+\. |  ", before), line
 
 
 def test_the_table_of_presets_says_how_many_runs_each_has():

@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Config": "cluster.configuration.config",
     "ConfigError": "cluster.configuration.trees",
+    "DivergedError": "cluster.rounds.setbacks",
     "Result": "cluster.execution",
     "load_model": "cluster.export.hub",
     "resolve": "cluster.configuration.config",

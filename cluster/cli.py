@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from cluster import __version__
 from cluster.command_line import terminal
 from cluster.command_line.arguments import parse
-from cluster.command_line.failures import in_words, root_of, status_of
+from cluster.command_line.failures import in_words, status_of
+from cluster.references import root_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -42,7 +42,7 @@ _LIBRARIES = ("<", *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdli
 class DiskError(UserError):
     """A file or folder failed in the middle of a run; what was computed until then is kept."""
 
-    status = 1
+    status, passes = 1, True
 
 
 @contextmanager

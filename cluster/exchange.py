@@ -153,6 +153,12 @@ class ClientError(UserError):
     status = 1
 
 
+class ActorLostError(ClientError):
+    """The actors that played a client, or evaluated some rows, were lost one after the other."""
+
+    passes = True
+
+
 @dataclass(frozen=True)
 class Broadcast:
     """What every actor gets for one round: one object in the store, arrays read without copying.

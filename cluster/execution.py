@@ -28,7 +28,7 @@ from cluster.records.outputs import (
 from cluster.records.resuming import check_ground, forget_later_rounds, standing
 from cluster.records.run_folder import RunFolder, RunFolderError, check_free
 from cluster.records.shared_storage import SharedStorage, is_uri
-from cluster.references import installed
+from cluster.references import UserError, installed, reason_of, root_of
 from cluster.rounds.callbacks import Callbacks
 from cluster.rounds.conduct import Progress, RunGoesOn, conduct, stop_on_signal
 from cluster.rounds.engine import InlineEngine
@@ -204,6 +204,14 @@ def run_or_resume(
     now = [f"{key}={json.dumps(config.dump()[key])}" for key in RESULT_FREE - {"tracking"}]
     trust = _same_code(RunFolder.open(path), config)
     return resume(path, now, trust=trust, progress=progress, should_stop=should_stop)
+
+
+def tell_of_another_try(name: str, error: Exception) -> None:
+    """Warn that a run of many failed and is tried again; what no message explains keeps its traceback."""
+    unexplained = not isinstance(root_of(error), UserError)
+    _logger.warning(
+        "%s is tried once more: %s", name, reason_of(error), exc_info=error if unexplained else None
+    )
 
 
 def _same_code(folder: RunFolder, config: Config) -> bool:

@@ -30,13 +30,14 @@ from cluster.actors import ray_session
 from cluster.configuration.axes import points
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
-from cluster.execution import Result, complete, run_or_resume, stored
+from cluster.execution import Result, complete, run_or_resume, stored, tell_of_another_try
 from cluster.federation import Federation
 from cluster.measures import Measure
 from cluster.records.checkpoint import write_atomically
 from cluster.records.csv_text import as_csv
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.records.shared_storage import below
+from cluster.references import may_pass
 from cluster.rounds.conduct import stop_on_signal
 from cluster.workload.objectives import selects_of
 
@@ -132,7 +133,9 @@ def run_grid(
 ) -> Outcome:
     """Run what is not complete, side by side where the cluster has room for it.
 
-    A run that fails does not keep the others from running. The first Ctrl-C ends every run after its round.
+    A run that fails does not keep the others from running. Where the machine was at fault and not the
+    experiment, it is tried once more, from its last checkpoint. The first Ctrl-C ends every run after its
+    round.
 
     Args:
         grid: The runs.
@@ -156,12 +159,22 @@ def run_grid(
 
     def work(name: str, config: Config) -> Result | Exception:
         progress, folder = started(name, config), RunFolder(output / name)
+
+        def play() -> Result:
+            folder.clear_half_made()
+            return complete(config, folder.path) or run_or_resume(
+                config, folder.path, progress=progress, should_stop=stopped.is_set
+            )
+
         try:
             with folder.claimed():
-                folder.clear_half_made()
-                result: Result | Exception = complete(config, folder.path) or run_or_resume(
-                    config, folder.path, progress=progress, should_stop=stopped.is_set
-                )
+                try:
+                    result: Result | Exception = play()
+                except Exception as error:
+                    if stopped.is_set() or not may_pass(error):
+                        raise
+                    tell_of_another_try(name, error)
+                    result = play()
         except Exception as error:
             result = error
         ended(name, result)

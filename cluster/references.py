@@ -29,13 +29,37 @@ class UserError(ValueError):
     Attributes:
         status: Exit status of a command that ends with it: 2 for a mistake that the user can put right, 1
             where the run itself failed.
+        passes: The machine is at fault, not what was asked of it: the same again may well succeed.
     """
 
     status: ClassVar[int] = 2
+    passes: ClassVar[bool] = False
 
 
 class DataError(UserError):
     """An unusable data set; the message names the key or file, what was found and what is allowed."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """What went wrong on the actor, where Ray has wrapped it."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    return error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a run that failed is worth another try; what the same run would run into again is not."""
+    root = root_of(error)
+    return root.passes if isinstance(root, UserError) else True
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a run failed, as one line of a list."""
+    root = root_of(error)
+    text = next(iter(str(root).strip().splitlines()), "")
+    return (
+        text if isinstance(root, UserError) and text else f"{type(root).__name__}: {text}".removesuffix(": ")
+    )
 
 
 def nearest(word: object, known: Iterable[object]) -> str | None:

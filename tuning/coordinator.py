@@ -24,22 +24,26 @@ from cluster.actors.ray_session import ClusterError, room
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, merge
 from cluster.exchange import ClientError
-from cluster.execution import complete, run_or_resume
+from cluster.execution import complete, run_or_resume, tell_of_another_try
 from cluster.records.run_folder import BusyError, RunFolder
 from cluster.records.shared_storage import below
+from cluster.references import may_pass, reason_of
 from cluster.rounds.setbacks import DivergedError
 from tuning.folder import StudyFolder
 from tuning.protocol import MethodResult, collect
-from tuning.search import Cost, Search
+from tuning.search import Cost, Search, present
 from tuning.study import Plan
 
 Line = dict[str, Any]
 Outcome = Literal["finished", "pruned", "failed"]
 
-#: How often a run is begun anew after the cluster took its driver or its actors.
-_ATTEMPTS = 4
+#: How often a run is begun where the cluster takes its driver or its actors, and where something else fails.
+_ATTEMPTS, _OTHER_ATTEMPTS = 4, 2
 #: Seconds that a run waits for the driver of a killed coordinator to let go of its folder.
 _HANDOVER_S = 60.0
+
+#: What is no run's own: without a cluster none of them goes on.
+_OF_THE_CLUSTER = (ClusterError, PlacementError)
 
 
 @dataclass(eq=False)
@@ -109,6 +113,9 @@ class Coordinator:
         display: What shows it.
         tags: Tags of every run in MLflow.
         stopped: Whether the user asked to stop.
+
+    Attributes:
+        failed_finals: Why a final run failed, by its name; the next coordinator runs it again.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class Coordinator:
     ) -> None:
         self._plan, self._folder, self._searches = plan, folder, searches
         self._display, self._tags, self._stopped = display, tags, stopped
+        self.failed_finals: dict[str, str] = {}
         self._lock = threading.RLock()
         self._running: set[Job] = set()
         self._done: queue.SimpleQueue[tuple[Job, BaseException | None]] = queue.SimpleQueue()
@@ -131,7 +139,7 @@ class Coordinator:
         """Search, then run every best configuration on fresh seeds, on the connected cluster.
 
         Returns:
-            Whether the study is complete; False where it was stopped.
+            Whether it came to its end; False where it was stopped.
         """
         free = room(self._plan.base) if self._plan.base.execution == "ray" else 1
         self._slots, self._actors = shares(self._plan, free)
@@ -203,7 +211,7 @@ class Coordinator:
     # ------------------------------------------------------------------------------------ running it
 
     def _work(self, following: Callable[[], Job | None]) -> None:
-        """Keep every place busy until nothing follows; the first error ends the rest after their round."""
+        """Keep every place busy until nothing follows; what no run can do without ends all of them."""
         failure: BaseException | None = None
         while True:
             with self._lock:
@@ -226,24 +234,24 @@ class Coordinator:
             raise failure
 
     def _follow(self, job: Job) -> None:
+        problem: BaseException | None = None
         try:
-            summary = self._compute(job)
-            with self._lock:
-                self._conclude(job, summary)
-        except (DivergedError, ClientError) as error:
             try:
+                summary = self._compute(job)
+            except Exception as error:
+                if not _of_one_run(error):
+                    raise
                 with self._lock:
                     self._fail(job, error)
-            except BaseException as second:
-                self._done.put((job, second))
-                return
+            else:
+                with self._lock:
+                    self._conclude(job, summary)
         except BaseException as error:
-            self._done.put((job, error))
-            return
-        self._done.put((job, None))
+            problem = error
+        self._done.put((job, problem))
 
     def _compute(self, job: Job) -> dict[str, Any]:
-        """The run's summary; begun anew where the cluster lost its driver or actors."""
+        """The run's summary; tried again where machine or cluster were at fault, not the experiment."""
         done = complete(job.config, job.path)
         if done is not None:
             return done.summary
@@ -265,10 +273,12 @@ class Coordinator:
                 if time.monotonic() > give_up:
                     raise
                 time.sleep(1.0)
-            except (ClusterError, PlacementError):
-                attempt += 1
-                if attempt > _ATTEMPTS:
+            except Exception as error:
+                limit = _ATTEMPTS if isinstance(error, _OF_THE_CLUSTER) else _OTHER_ATTEMPTS
+                if attempt == limit or self._stopped() or not may_pass(error):
                     raise
+                attempt += 1
+                tell_of_another_try(job.shown, error)
 
     def _on_line(self, job: Job, line: Line) -> None:
         self._judge(job, line)
@@ -291,24 +301,44 @@ class Coordinator:
             if whole:
                 self._display.ended(job, "finished", summary[key], None)
             return
-        search, cost = self._searches[job.label], Cost.of(job.path)
+        search, cost, value = self._searches[job.label], Cost.of(job.path), summary[f"val_{key}"]
+        shown = f"validation {self._plan.selects.title} {self._plan.selects.text(value)}"
         if whole:
-            search.tell_finished(job.trial, summary[f"val_{key}"], cost)
-            self._display.ended(job, "finished", summary[f"val_{key}"], None)
-        elif search.pruned_at(job.trial) is not None:
+            self._present(job, f"finished: {shown}")
+            search.tell_finished(job.trial, value, cost)
+            self._display.ended(job, "finished", value, None)
+        elif (at := search.pruned_at(job.trial)) is not None:
+            text = f"pruned for its value after round {at}; at its end {shown}"
+            self._present(job, text)
             search.tell_pruned(job.trial, cost)
-            self._display.ended(job, "pruned", summary[f"val_{key}"], None)
+            self._display.ended(job, "pruned", value, None)
         else:
             return  # it stays running, for the coordinator that goes on with the study
         _drop_checkpoints(job.path)
 
+    def _present(self, job: Job, outcome: str) -> None:
+        if job.trial is not None:
+            present(job.trial, job.label, job.path, self._folder.artifacts, outcome)
+
     def _fail(self, job: Job, error: Exception) -> None:
-        reason = str(error).strip().partition("\n")[0]
+        """Tell the study that a run cannot finish; a final run is left to the next coordinator."""
+        lost, reason = may_pass(error), reason_of(error)
+        if lost and self._stopped():
+            return  # it was not tried again, and stays running
         if job.trial is None:
-            raise error
-        self._searches[job.label].tell_failed(job.trial, reason, Cost.of(job.path))
+            self.failed_finals[job.shown] = reason
+        else:
+            self._present(job, f"failed: {reason}")
+            self._searches[job.label].tell_failed(job.trial, reason, Cost.of(job.path), lost=lost)
+            _drop_checkpoints(job.path)
         self._display.ended(job, "failed", None, reason)
-        _drop_checkpoints(job.path)
+
+
+def _of_one_run(error: Exception) -> bool:
+    """Whether other runs may well do better, of the errors that a run ends with."""
+    if isinstance(error, (DivergedError, ClientError)):
+        return True
+    return may_pass(error) and not isinstance(error, _OF_THE_CLUSTER)
 
 
 def _drop_checkpoints(path: Path) -> None:

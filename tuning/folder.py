@@ -15,6 +15,7 @@ from cluster.configuration.foreign import refuse_foreign_code, whose
 from cluster.configuration.trees import read_stored
 from cluster.records.checkpoint import write_atomically
 from cluster.records.run_folder import BusyError, RunFolderError
+from tuning.dashboard import ARTIFACTS
 from tuning.study import Plan, inert_dump, plan_of
 
 
@@ -33,6 +34,11 @@ class StudyFolder:
     def report(self) -> Path:
         """Folder of tables and pictures."""
         return self.path / "report"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of the pictures that Optuna's dashboard shows."""
+        return self.path / ARTIFACTS
 
     def trial(self, label: str, number: int) -> Path:
         """Run folder of a trial."""

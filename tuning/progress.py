@@ -19,9 +19,11 @@ from rich.text import Text
 
 from cluster.command_line.figures import duration, shown
 from cluster.command_line.progress import place
+from tuning import dashboard
 from tuning.coordinator import Job, Outcome
 from tuning.protocol import MethodResult
 from tuning.report import Table
+from tuning.storage import JOURNAL
 from tuning.study import Plan
 
 Line = dict[str, Any]
@@ -74,7 +76,7 @@ class StudyDisplay:
         seconds = time.monotonic() - self._begun.pop(job)
         self._seconds, self._ended = self._seconds + seconds, self._ended + 1
         if job.trial is None:
-            self._finals[job.label] += 1
+            self._finals[job.label] += outcome == "finished"
             count, of, split = self._finals[job.label], len(self._plan.final_seeds), "test"
         else:
             self._trials[job.label] += 1
@@ -153,6 +155,7 @@ def announce(console: Console, plan: Plan, folder: Path, title: str) -> None:
         ("final", f"the best of each on seeds {', '.join(map(str, plan.final_seeds))}"),
         ("on", place(base)),
         ("folder", shown(folder)),
+        ("trials", dashboard.command(folder, JOURNAL, section.storage)),
     ]
     for label, contender in plan.contenders.items():
         space = [f"{key.removeprefix('algorithm.')} {d.describe()}" for key, d in contender.space.items()]
@@ -163,8 +166,16 @@ def announce(console: Console, plan: Plan, folder: Path, title: str) -> None:
     console.file.flush()
 
 
-def conclude(console: Console, table: Table, folder: Path, command: str, complete: bool) -> None:
-    """The final table, and what to do next."""
+def conclude(console: Console, table: Table, folder: Path, trials: str, go_on: str | None) -> None:
+    """The final table, and what to do next.
+
+    Args:
+        console: Where to show it.
+        table: The table.
+        folder: The study's folder.
+        trials: The command that shows its trials.
+        go_on: The command that goes on with it; None where there is nothing left.
+    """
     if table.rows:
         rich = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for column, head in enumerate(table.header):
@@ -176,7 +187,8 @@ def conclude(console: Console, table: Table, folder: Path, command: str, complet
         for note in table.notes:
             console.print(Text(note, "dim"))
     steps = [("report", f"{shown(folder / 'report' / 'report.md')}, tables and pictures beside it")]
-    if not complete:
-        steps.append(("go on", command))
+    steps.append(("trials", trials))
+    if go_on is not None:
+        steps.append(("go on", go_on))
     for key, value in steps:
         console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)

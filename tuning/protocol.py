@@ -20,7 +20,7 @@ from cluster.measures import Measure
 from cluster.statistics import Difference, Interval, expected_best, mean_interval, paired_differences
 from cluster.workload.objectives import selecting
 from tuning.folder import StudyFolder
-from tuning.search import Search, cost_of
+from tuning.search import LOST, Search, cost_of
 from tuning.study import Contender, Plan
 
 State = Literal["finished", "pruned", "failed", "running"]
@@ -52,6 +52,7 @@ class Tried:
         reason: Why it failed.
         steps: Local steps of its clients.
         flops: Ideal sparse training FLOPs.
+        lost: It failed though tried twice, for nothing that its configuration would explain.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Tried:
     reason: str | None
     steps: int = 0
     flops: float = 0.0
+    lost: bool = False
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Tried:
@@ -82,6 +84,7 @@ class Tried:
             reason=trial.user_attrs.get("reason"),
             steps=cost.steps,
             flops=cost.flops,
+            lost=bool(trial.user_attrs.get(LOST)),
         )
 
 
@@ -127,7 +130,7 @@ class MethodResult:
         k of n trials drawn at random cost k times the mean on average. A failed trial is worth 0 where what
         selects is a share, else as much as the worst.
         """
-        ended = [trial for trial in self.tried if trial.state != "running"]
+        ended = [trial for trial in self.tried if trial.state != "running" and not trial.lost]
         if not ended:
             return [], []
         mean = sum(trial.client_rounds for trial in ended) / len(ended)

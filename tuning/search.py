@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cluster.records.run_folder import RunFolder
+from cluster.statistics import Interval
+from tuning import dashboard
 from tuning.budget import epochs_of
 from tuning.spaces import Dimension
 from tuning.storage import make_sampler, open_study
@@ -19,6 +22,9 @@ from tuning.study import Contender, Plan
 
 #: Attribute of a trial that is to end early: the round after which that was decided.
 PRUNED_AT = "pruned_at"
+
+#: Attribute of a trial that failed though tried twice, its configuration not being at fault.
+LOST = "lost"
 
 #: Different configurations that an importance is computed from, at least.
 _ENOUGH_FOR_IMPORTANCE = 4
@@ -120,15 +126,29 @@ class Search:
             return True
         if self._plan.section.two_objectives or round_number in known.intermediate_values:
             return False
-        trial.report(value, round_number)
-        if not self._plan.pruned or round_number >= self._plan.base.rounds or not trial.should_prune():
-            return False
-        trial.set_user_attr(PRUNED_AT, round_number)
-        return True
+        return judge(trial, round_number, value, self._plan.base.rounds)
 
     def pruned_at(self, trial: Trial) -> int | None:
         """The round after which it was decided to end the trial, if it was."""
         return self._frozen(trial).user_attrs.get(PRUNED_AT)
+
+    def introduce(self, root: Path) -> None:
+        """Say in the dashboard what is searched; ``root`` is the folder of the whole study."""
+        plan, others = self._plan, ", ".join(self._plan.contenders)
+        section, base = plan.section, plan.base
+        text = (
+            f"# {plan.name}: {self.contender.label}\n\nOne of the methods {others}, tuned alike: "
+            f"{section.trials} trials of {base.rounds} rounds of {base.cohort} clients, judged by validation "
+            f"{plan.selects.title}. Trial 0 is the published default.\n"
+        )
+        dashboard.introduce(self._study, text, root)
+
+    def judged(self, score: Interval) -> None:
+        """Show in the dashboard what the best configuration came to on test data, over the final seeds."""
+        name, half = f"test_{self._plan.selects.key}", score.high - score.mean
+        text = f"{score.mean:.6g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
+        if self._study.user_attrs.get(name) != text:
+            self._study.set_user_attr(name, text)
 
     def tell_finished(self, trial: Trial, value: float, cost: Cost) -> None:
         """A trial ran its planned rounds; ``value`` is what selects."""
@@ -141,9 +161,11 @@ class Search:
         self._spent(trial, cost)
         self._study.tell(trial.number, state=TrialState.PRUNED)
 
-    def tell_failed(self, trial: Trial, reason: str, cost: Cost) -> None:
-        """A trial cannot finish, such as one that diverged."""
+    def tell_failed(self, trial: Trial, reason: str, cost: Cost, *, lost: bool = False) -> None:
+        """A trial cannot finish, such as one that diverged; ``lost``: for nothing its values explain."""
         trial.set_user_attr("reason", reason)
+        if lost:
+            trial.set_user_attr(LOST, lost)
         self._spent(trial, cost)
         self._study.tell(trial.number, state=TrialState.FAIL)
 
@@ -170,11 +192,32 @@ class Search:
         if self._frozen(trial).params.keys() < self.contender.space.keys():
             self._study.sampler = make_sampler(self._plan.section.sampler, self._plan.section.seed, number)
             for dimension in self.contender.space.values():
-                _suggest(trial, dimension)
+                suggest(trial, dimension)
         return trial
 
 
-def _suggest(trial: Trial, dimension: Dimension) -> Any:
+def judge(trial: Trial, round_number: int, value: float, last: int) -> bool:
+    """Report what selects after a round; returns whether the pruner ends the trial, before its last one."""
+    trial.report(value, round_number)
+    if round_number >= last or not trial.should_prune():
+        return False
+    trial.set_user_attr(PRUNED_AT, round_number)
+    return True
+
+
+def present(trial: Trial, label: str, run: Path, artifacts: Path, outcome: str) -> None:
+    """Show in Optuna's dashboard what a trial came to; before it is told."""
+    cost = Cost.of(run)
+    text = (
+        f"**{label}, trial {trial.number}** {outcome}\n\n"
+        f"- {cost.rounds} rounds, {cost.client_rounds:,.0f} client-rounds, "
+        f"{cost.uplink_bytes / 1e6:,.2f} MB sent by clients, {cost.seconds:,.0f} s"
+    )
+    dashboard.keep(trial, run, artifacts, text)
+
+
+def suggest(trial: Trial, dimension: Dimension) -> Any:
+    """One value of a trial."""
     space = dimension.distribution
     if isinstance(space, CategoricalDistribution):
         return trial.suggest_categorical(dimension.key, space.choices)

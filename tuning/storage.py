@@ -21,6 +21,7 @@ from cluster.configuration.trees import ConfigError
 from cluster.logins import LoginError, hidden, written_out
 from cluster.records.run_folder import BusyError, RunFolderError
 from cluster.records.sqlite_store import absolute_uri
+from tuning.dashboard import name_metrics
 from tuning.study import Plan, SamplerSection
 
 #: Name of the default storage in a study's folder.
@@ -164,6 +165,7 @@ def open_study(plan: Plan, label: str, storage: BaseStorage, owner: str) -> optu
         raise BusyError(
             f"study.name: the storage holds a study {name!r} of another folder; set study.name to another one"
         )
+    name_metrics(study, [f"val_{plan.selects.key}", *["uplink_bytes"] * plan.section.two_objectives])
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(plan.contenders[label].default)
     return study

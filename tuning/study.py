@@ -262,17 +262,21 @@ class Plan:
             )
 
 
-def load_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read a study file or preset, apply ``key=value`` overrides and check all of it.
+def load_plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """Read a study's file, preset or nested values, apply ``key=value`` overrides and check all of it.
 
     Raises:
         ConfigError: Naming every wrong key with what was found and what is allowed.
     """
     tree = apply_overrides(load_tree(source), overrides)
     if not isinstance(tree.get("study"), dict):
+        if isinstance(source, Mapping):
+            raise ConfigError(
+                f"study: missing; the values have {', '.join(map(str, tree)) or 'no key at all'}"
+            )
         kind = "grid: sparsyfed run" if "grid" in tree else "single experiment: sparsyfed run"
         raise ConfigError(f"{source} has no section `study`, it is a {kind} {source}")
-    return plan_of(tree, Path(source).stem)
+    return plan_of(tree, "study" if isinstance(source, Mapping) else Path(source).stem)
 
 
 def inert_dump(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

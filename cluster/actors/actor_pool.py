@@ -29,6 +29,8 @@ MakeHost = Callable[[HostSetup, float], ClientHost]
 class PlacementError(UserError):
     """The cluster has no room for the actors that were asked for."""
 
+    passes = True
+
 
 @dataclass(frozen=True)
 class Place:

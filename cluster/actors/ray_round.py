@@ -20,7 +20,14 @@ from typing import Any
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.ray_calls import Call, Crew, Evaluation
-from cluster.exchange import Assignment, Broadcast, ClientError, ClientReport, Evaluated, EvaluationChunk
+from cluster.exchange import (
+    ActorLostError,
+    Assignment,
+    Broadcast,
+    ClientReport,
+    Evaluated,
+    EvaluationChunk,
+)
 from cluster.rounds.engine import Outcome
 
 #: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
@@ -371,7 +378,7 @@ class Rounds:
         who = f"rows {work.start} to {work.stop} of {work.split}" if whole else f"client {work.client}"
         failure = f"{who} failed in round {number}, {reason}"
         if not self._crew.skip_failing or whole:
-            raise ClientError(failure)
+            raise ActorLostError(failure)
         _logger.warning(failure)
         if evaluation is None:
             self._failed[work.client] = f"failed in {reason}"

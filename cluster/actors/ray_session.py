@@ -30,6 +30,8 @@ from cluster.workload.preparing import prepare
 class ClusterError(UserError):
     """The Ray cluster cannot be reached or lost the driver; the message says what to do."""
 
+    passes = True
+
 
 def ray_engine(
     config: Config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.disk import in_one_line
-from cluster.references import UserError
+from cluster.references import UserError, root_of
 
 #: Dependencies that only some commands need, by the name they are imported under.
 _OPTIONAL = {
@@ -35,10 +35,3 @@ def in_words(error: BaseException, command: str) -> str:
     if (package := _missing_package(error)) is None:
         return str(error)
     return f"{command} needs {package}, which is not installed here: pip install {package}"
-
-
-def root_of(error: BaseException) -> BaseException:
-    """What went wrong on the actor, where Ray has wrapped it."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    return error

@@ -365,7 +365,7 @@ def resolve(source: str | Path | Mapping[str, Any] | None = None, overrides: Seq
     Raises:
         ConfigError: Naming every wrong key with what was found, what is allowed and the nearest spelling.
     """
-    tree = dict(source) if isinstance(source, Mapping) else load_tree(source or "quickstart")
+    tree = load_tree(source if isinstance(source, Mapping) else source or "quickstart")
     if "study" in tree:
         raise ConfigError(f"{source} is a study of several methods: sparsyfed tune {source}")
     try:

@@ -51,14 +51,20 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"{key}: {text!r} is not a YAML value ({error}); quote what is text") from None
 
 
-def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a preset or YAML file as nested values, over what it ``extends``: a base, or several in order."""
+def load_tree(source: str | Path | Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Nested values, of a preset or YAML file too, over what they ``extend``: a base, or several in order."""
+    if isinstance(source, Mapping):
+        return _over_bases(dict(source), Path("values"), ())
     path = find(source).resolve()
     if str(path) in seen:
         raise ConfigError(f"{path}: extends itself ({' -> '.join((*seen, str(path)))})")
     tree = read_yaml(path)
     if {"name", *KINDS["partition"].shared, *EARLIER["partition"]} <= set(tree.get("partition") or {}):
         tree = _as_it_counted(tree)  # nobody typed all of these: a folder's config.yaml up to 0.1
+    return _over_bases(tree, path, (*seen, str(path)))
+
+
+def _over_bases(tree: dict[str, Any], path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     bases = tree.pop("extends", None) or []
     below: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -67,7 +73,7 @@ def load_tree(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
                 f"{path}: extends: expected presets or files, found {base!r}; presets: {', '.join(presets())}"
             )
         beside = path.parent / base  # beside the file that names it, wherever the command is typed
-        below = merge(below, load_tree(beside if is_file(beside) else base, (*seen, str(path))))
+        below = merge(below, load_tree(beside if is_file(beside) else base, seen))
     return merge(below, tree)
 
 

@@ -3,8 +3,8 @@
 from rich.console import Console
 
 from tests.tiny_experiment import tiny_federation
-from tuning.command import run_study
 from tuning.folder import StudyFolder
+from tuning.running import run_study
 from tuning.study import plan_of
 
 
@@ -22,9 +22,9 @@ def tiny_plan(tmp_path, study, **overrides):
 
 def finish(plan, path):
     """Run a study to its end, unseen; returns what every method came to."""
-    complete, results = run_study(plan, StudyFolder(path), Console(quiet=True))
-    assert complete
-    return results
+    result = run_study(plan, StudyFolder(path), Console(quiet=True))
+    assert not result.stopped
+    return result.methods
 
 
 def seen(results):

@@ -17,8 +17,8 @@ from cluster.actors.ray_session import ClusterError
 from cluster.records.run_folder import RunFolder
 from tests.tuning.studies import finish, seen, tiny_plan, tiny_tree
 from tuning import coordinator
-from tuning.command import run_study
 from tuning.folder import StudyFolder
+from tuning.running import run_study
 from tuning.storage import open_journal
 from tuning.study import plan_of
 
@@ -87,8 +87,9 @@ def test_a_stopped_study_goes_on(cache, tmp_path, undisturbed, no_pictures, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(coordinator.Coordinator, "_judge", stop_in_the_third_trial)
-        complete, results = run_study(plan, folder, Console(quiet=True))
-    assert not complete
+        result = run_study(plan, folder, Console(quiet=True))
+    assert result.stopped
+    results = result.methods
     assert sum(result.count("finished") for result in results.values()) == 2
     assert sum(result.count("running") for result in results.values()) == 1
     assert not finals(folder.path)

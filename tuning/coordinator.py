@@ -308,7 +308,7 @@ class Coordinator:
             search.tell_finished(job.trial, value, cost)
             self._display.ended(job, "finished", value, None)
         elif (at := search.pruned_at(job.trial)) is not None:
-            text = f"pruned for its value after round {at}; at its end {shown}"
+            text = f"pruned for its value after round {at}; after its last round {shown}"
             self._present(job, text)
             search.tell_pruned(job.trial, cost)
             self._display.ended(job, "pruned", value, None)

@@ -8,7 +8,6 @@ version, attributes of the study. Pictures are Optuna's artifacts in a folder of
 from __future__ import annotations
 
 import logging
-import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from optuna.trial import Trial
 from cluster.command_line.figures import shown
 from cluster.logins import place
 from cluster.records.outbox import Cursor
-from cluster.records.sqlite_store import TrackingError, absolute_uri, is_sqlite
+from cluster.records.sqlite_store import TrackingError, absolute_uri, is_sqlite, sqlite_file
 from cluster.references import installed
 
 #: Folder of the pictures in a study's.
@@ -128,7 +127,7 @@ def _in_mlflow(cursor: Cursor | None) -> list[str]:
     if uri.startswith(("http://", "https://")):
         return [f"- [{run}]({uri.rstrip('/')}/#/runs/{cursor.run_id})"]
     if is_sqlite(uri):
-        served = f"while `sparsyfed ui --store {shlex.quote(uri)}` serves it"
+        served = f"while `sparsyfed ui --store {shown(sqlite_file(uri))}` serves it"
         return [f"- [{run}]({_SERVED_AT}/#/runs/{cursor.run_id}), {served}"]
     return [f"- {run}, at `{uri}`"]
 

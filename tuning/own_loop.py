@@ -15,6 +15,7 @@ from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, merge
 from cluster.execution import run_or_resume
 from cluster.records.outputs import default_folder, with_tracking
+from cluster.references import did_you_mean
 from cluster.workload.objectives import selecting
 from tuning.dashboard import ARTIFACTS
 from tuning.search import judge, present, suggest
@@ -56,7 +57,10 @@ def objective(
     """
     options = {field: vars(config.method)[field] for field in fixed if field in vars(config.method)}
     if unknown := sorted(set(fixed) - options.keys()):
-        raise ConfigError(f"fixed: {config.algorithm.name} has no field {', '.join(unknown)}")
+        raise ConfigError(
+            f"fixed: {config.algorithm.name} has no field {unknown[0]}"
+            + did_you_mean(unknown[0], vars(config.method))
+        )
     method = {"name": config.algorithm.name, **options, "search": dict(search or {})}
     section = {"methods": [method], "shared": dict(shared or {}), "trials": 1}
     plan = plan_of({**config.dump(), "study": section}, "objective")

@@ -155,7 +155,6 @@ def announce(console: Console, plan: Plan, folder: Path, title: str) -> None:
         ("final", f"the best of each on seeds {', '.join(map(str, plan.final_seeds))}"),
         ("on", place(base)),
         ("folder", shown(folder)),
-        ("trials", dashboard.command(folder, JOURNAL, section.storage)),
     ]
     for label, contender in plan.contenders.items():
         space = [f"{key.removeprefix('algorithm.')} {d.describe()}" for key, d in contender.space.items()]
@@ -163,6 +162,7 @@ def announce(console: Console, plan: Plan, folder: Path, title: str) -> None:
     for key, value in rows:
         grid.add_row(key, Text(value))
     console.print(grid)
+    _row(console, "watch", dashboard.command(folder, JOURNAL, section.storage))
     console.file.flush()
 
 
@@ -191,4 +191,8 @@ def conclude(console: Console, table: Table, folder: Path, trials: str, go_on: s
     if go_on is not None:
         steps.append(("go on", go_on))
     for key, value in steps:
-        console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)
+        _row(console, key, value)
+
+
+def _row(console: Console, key: str, value: str) -> None:
+    console.print(Text(f"{key:<10}", "dim") + Text(value), soft_wrap=True)

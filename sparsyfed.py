@@ -1,8 +1,9 @@
 """The public names in one place: ``import sparsyfed``.
 
 An experiment: ``resolve``, ``run``, ``resume``, and the ``Result`` of one. Many: ``expand`` and ``run_grid``,
-the room ``compare``, and for studies ``load_plan``, ``run_study``, ``final_table``. A method of one's own:
-``Algorithm``, ``Client``, ``hyperparameter`` and all else that the package ``algorithms`` has for one.
+the room ``compare``, and for studies ``load_plan``, ``run_study``, ``final_table``, or ``objective`` for
+a loop of Optuna's. A method of one's own: ``Algorithm``, ``Client``, ``hyperparameter`` and all else that the
+package ``algorithms`` has for one.
 
 Each is the object of the file that it lives in. What runs experiments is loaded when it is asked for, so that
 a file with a method brings torch and numpy alone into an actor.
@@ -23,45 +24,53 @@ if TYPE_CHECKING:
     from cluster.export.hub import load_model
     from cluster.grid import expand, run_grid
     from cluster.references import UserError
-    from tuning.command import run_study
+    from cluster.rounds.setbacks import DivergedError
     from tuning.folder import StudyFolder
+    from tuning.own_loop import objective
     from tuning.protocol import MethodResult
     from tuning.report import final_table
+    from tuning.running import StudyResult, run_study
     from tuning.study import Plan, load_plan
 
 #: Where the names above live.
 _HOMES = {
     "Config": "cluster.configuration.config",
     "ConfigError": "cluster.configuration.trees",
+    "DivergedError": "cluster.rounds.setbacks",
     "MethodResult": "tuning.protocol",
     "Plan": "tuning.study",
     "Result": "cluster.execution",
     "StudyFolder": "tuning.folder",
+    "StudyResult": "tuning.running",
     "UserError": "cluster.references",
     "expand": "cluster.grid",
     "final_table": "tuning.report",
     "load_model": "cluster.export.hub",
     "load_plan": "tuning.study",
+    "objective": "tuning.own_loop",
     "resolve": "cluster.configuration.config",
     "resume": "cluster.execution",
     "run": "cluster.execution",
     "run_grid": "cluster.grid",
-    "run_study": "tuning.command",
+    "run_study": "tuning.running",
 }
 
 __all__ = [
     "Config",
     "ConfigError",
+    "DivergedError",
     "MethodResult",
     "Plan",
     "Result",
     "StudyFolder",
+    "StudyResult",
     "UserError",
     "compare",
     "expand",
     "final_table",
     "load_model",
     "load_plan",
+    "objective",
     "resolve",
     "resume",
     "run",

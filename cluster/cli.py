@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+    from cluster.command_line.many_runs import Batch
     from cluster.command_line.progress import RunDisplay
     from cluster.configuration.config import Config
     from cluster.execution import Result
@@ -306,33 +307,19 @@ def _watch(console: Console, arguments: argparse.Namespace) -> None:
             console.print(each.source, style="dim")
 
 
+def _study_batches(source: str, overrides: Sequence[str]) -> tuple[str, list[Batch]]:
+    from tuning.command import batches
+
+    return batches(source, overrides)
+
+
 def _describe(arguments: argparse.Namespace) -> int:
-    what, overrides = arguments.source, arguments.overrides
     console = _console()
     with _busy(console, "loading"):
-        from cluster.command_line import describe
-        from cluster.command_line.describe_choice import choice_asked, describe_choice
-        from cluster.configuration.config import resolve
+        from cluster.command_line import describe_command
 
-        choice = choice_asked(arguments.sources) if what else None
-        run = describe.run_named(what) if what and choice is None else None
-        config = None if choice or run else resolve(what, overrides)
-    picture = Path(arguments.picture) if arguments.picture else None
-    if choice is not None and overrides:
-        section, name = choice
-        run_of_it = f" {section}.name={name}" if name else ""
-        arguments.parser.error(
-            f"{' '.join(arguments.sources)} is no experiment; to see a run of it: "
-            f"sparsyfed describe{run_of_it} {' '.join(overrides)}"
-        )
-    if run is not None and overrides:
-        arguments.parser.error(f"{what} is a run, whose keys are as they are; found {' '.join(overrides)}")
-    if run is not None:
-        describe.describe_run(console, run, picture)
-    elif choice is not None:
-        describe_choice(console, *choice)
-    elif config is not None:
-        describe.describe_config(console, config, picture)
+        show = describe_command.asked(arguments, _study_batches)
+    show(console)
     return 0
 
 

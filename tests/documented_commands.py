@@ -18,6 +18,7 @@ from cluster.command_line.describe_choice import choice_asked
 from cluster.configuration.choices import choice_named
 from cluster.configuration.config import resolve
 from cluster.configuration.identity import changes_results
+from cluster.configuration.trees import load_tree
 from cluster.grid import expand
 from tests.benchmarks.__main__ import BENCHMARKS
 from tuning.study import load_plan
@@ -145,8 +146,12 @@ def sparsyfed_takes(words: Sequence[str]) -> None:
             resolve(source, overrides)
     elif arguments.command == "describe":
         choice = choice_asked(arguments.sources) if source else None
-        if choice is None:
+        if choice is None and source is not None and "study" in load_tree(source):
+            load_plan(source, overrides)
+        elif choice is None and (source is None or expand(source, overrides) is None):
             resolve(source, overrides)
+        elif choice is None:
+            assert arguments.picture is None, words
         elif choice[1] is not None:
             choice_named(*choice)
     elif arguments.command == "tune" and arguments.report is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.command_line.figures import shown
+from cluster.command_line.many_runs import Batch
 from tuning import dashboard
 from tuning.folder import StudyFolder
 from tuning.progress import announce, conclude
@@ -61,6 +62,17 @@ def report(console: Console, study: str, *, trust: bool = False) -> int:
     command = f"sparsyfed tune {shown(folder.path / 'study.yaml')} --output {shown(folder.path)}"
     _conclude(console, StudyResult(folder.path, plan, results), None if whole else command)
     return 0
+
+
+def batches(source: str, overrides: Sequence[str]) -> tuple[str, list[Batch]]:
+    """What a study is, in words, and its runs: the trials of every method, and its final runs."""
+    plan = load_plan(source, overrides)
+    parts = []
+    for label, own in plan.contenders.items():
+        trials = plan.section.trials if own.space else 1
+        parts.append(Batch(label, own.trial_config(own.default), trials + len(plan.final_seeds)))
+    pruned = f", at most: {plan.section.pruner.name} ends some early" if plan.pruned else ""
+    return f"a study of {len(parts)} methods{pruned}", parts
 
 
 def _conclude(console: Console, result: StudyResult, command: str | None) -> None:

@@ -100,19 +100,20 @@ def run(
     """
     plan = load_plan(study, overrides)
     return run_study(
-        plan, StudyFolder(Path(output or Path("runs") / plan.name).absolute()), Console(quiet=True)
+        plan, StudyFolder(Path(output or Path("runs") / plan.name).absolute())
     )
 
 
-def run_study(plan: Plan, folder: StudyFolder, console: Console) -> StudyResult:
-    """Search, final runs, report.
+def run_study(plan: Plan, folder: StudyFolder, console: Console | None = None) -> StudyResult:
+    """Run a study, or go on with it: search, final runs, report.
 
     Args:
-        plan: The study.
-        folder: Its folder.
-        console: Where to show it while it goes on.
+        plan: The study, from ``load_plan``.
+        folder: Where it is kept.
+        console: Where to show its progress; nowhere by default.
     """
     quiet()
+    console = console or Console(quiet=True)
     plan = _tracked(plan, folder.path.parent)
     federation = Federation.of(plan.base)
     # A database that does not answer is an error before a folder is made.

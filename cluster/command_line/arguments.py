@@ -255,12 +255,15 @@ def _command_parser(study_section: Callable[[], type[BaseModel]] | None) -> argp
         Show what there is to choose in a section (partition, sampler, server ...), one choice with its fields
         and ranges, a method with its paper and hyperparameters, or what an experiment would run: its
         resolved configuration, the model's layers, who holds which data, memory and bytes a round. Of a
-        run's folder the same is shown, without the code that it names.""",
+        run's folder the same is shown, without the code that it names; of a grid or study its runs.""",
         details=describe_details,
     )
     describe.add_argument("words", nargs="*", metavar="SECTION [NAME]|METHOD|PRESET|FILE|DIR|key=value")
     describe.add_argument(
         "--picture", type=_path, metavar="FILE", help="draw the partition (.png, .svg or .pdf)"
+    )
+    describe.add_argument(
+        "--probe", action="store_true", help="play two rounds: hours, GB sent and on disk of all runs"
     )
 
     _add_bench(command)

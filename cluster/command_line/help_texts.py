@@ -36,7 +36,7 @@ def tune_details(study_section: Callable[[], type[BaseModel]] | None) -> str:
         "sparsyfed tune study-digits study.methods=[topk,sparsyfed] --output runs/two",
         "sparsyfed tune study-digits study.pruner.name=hyperband    budgets in client-rounds",
         "sparsyfed tune --report runs/study-digits",
-        "optuna-dashboard runs/study-digits/study.journal           the trials in a browser",
+        "sparsyfed describe study-digits --probe                    how long all of it will take",
     )
     text = """a study is an experiment with a section `study`:
   extends: quickstart
@@ -60,6 +60,8 @@ def describe_details() -> str:
         "sparsyfed describe                                the quickstart",
         "sparsyfed describe partition.alpha=0.1 --picture alpha0.1.png",
         "sparsyfed describe my_experiment.yaml model.name=resnet18",
+        "sparsyfed describe paper-methods                  a grid or study: how many runs",
+        "sparsyfed describe compare-digits --probe         and their hours, by two rounds of each kind",
     )
     return f"{shown}\n\n{_choices_text()}"
 

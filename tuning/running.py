@@ -99,9 +99,7 @@ def run(
         ConfigError, RunFolderError, DataError, ...: Before anything starts; the message says what to do.
     """
     plan = load_plan(study, overrides)
-    return run_study(
-        plan, StudyFolder(Path(output or Path("runs") / plan.name).absolute())
-    )
+    return run_study(plan, StudyFolder(Path(output or Path("runs") / plan.name).absolute()))
 
 
 def run_study(plan: Plan, folder: StudyFolder, console: Console | None = None) -> StudyResult:

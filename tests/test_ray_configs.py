@@ -198,12 +198,47 @@ def test_of_a_definition_the_part_in_use_is_kept():
 
 def test_the_image_is_built_on_the_projects_ray_from_files_that_exist():
     lines = (CONFIGS / "Dockerfile").read_text().splitlines()
-    assert f"FROM rayproject/ray:{RAY}-py311-gpu" in lines
+    built = [line for line in lines if not line.startswith("#")]
+    # The platform is for GPUs unless it is asked for another, and known behind FROM as well.
+    assert built[:3] == ["ARG PLATFORM=gpu", f"FROM rayproject/ray:{RAY}-py311-${{PLATFORM}}", "ARG PLATFORM"]
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
     assert {"pyproject.toml", *PROJECT["license-files"], "algorithms", "cluster", "ray_configs"} <= set(
         copied
     )
+    assert set(packages["packages"]) <= set(copied)
     assert all((ROOT / word).exists() for word in copied)
+
+
+@pytest.mark.parametrize(
+    ("platform", "index"), [("gpu", ""), ("cpu", "https://download.pytorch.org/whl/cpu")]
+)
+def test_the_image_without_gpus_gets_the_torch_without_cuda(tmp_path, platform, index):
+    text = (CONFIGS / "Dockerfile").read_text()
+    (tmp_path / "sparsyfed").mkdir()
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$PIP_EXTRA_INDEX_URL"; echo "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", re.search("^RUN (.*)", text, re.MULTILINE | re.DOTALL)[1]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PLATFORM": platform},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [index, "install --no-cache-dir ./sparsyfed"]
+    assert not (tmp_path / "sparsyfed").exists()
+
+
+def test_the_rayjob_has_the_image_that_its_commands_build():
+    job = load("kuberay-rayjob.yaml")["spec"]["rayClusterSpec"]
+    groups = [job["headGroupSpec"], *job["workerGroupSpecs"]]
+    (image,) = {c["image"] for group in groups for c in group["template"]["spec"]["containers"]}
+    commands = re.findall(r"docker build (.*) \.\n", (CONFIGS / "README.md").read_text())
+    tags = {command.rpartition(" ")[2]: "PLATFORM=cpu" in command for command in commands}
+    assert tags == {image: False, f"{image}-cpu": True}
 
 
 # --- Slurm

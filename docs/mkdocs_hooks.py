@@ -37,7 +37,7 @@ def relinked(text: str, path: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         label, target, anchor = found.groups(default="")
-        if "://" in target or not target:
+        if not target or re.match(r"\w+:", target):
             return found[0]
         there = place(posixpath.normpath(posixpath.join(posixpath.dirname(path), target)))
         here = place(path)
@@ -64,7 +64,10 @@ def page_of(notebook: dict[str, Any]) -> str:
             if "image/png" in data:
                 pieces.append(f"![output](data:image/png;base64,{''.join(data['image/png']).strip()})")
             elif "text/html" in data:
-                pieces.append(f"<div>{''.join(data['text/html'])}</div>")
+                # Without its own looks a pandas frame has those of the other tables.
+                html = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+                table = re.sub(r"<table[^>]*", "<table", html)
+                pieces.append(table.replace("\n\n", "\n"))
             else:
                 pieces.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
     return "\n\n".join(pieces) + "\n"

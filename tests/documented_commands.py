@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ STAND_INS = {
     "my_study.yaml": "study-digits",
     "my_module:RandomK": "tests.example_method:RandomK",
     "my_partition:Halves": "tests.example_partition:Halves",
+    "fedsparsify:FedSparsify": "tests.example_fedsparsify:FedSparsify",
 }
 
 #: Programs of others, whose arguments are not looked at.
@@ -54,13 +56,22 @@ _OTHERS = {
 }
 
 
+def text_of(page: Path) -> str:
+    """A page's Markdown; of a notebook what its cells say, code in blocks."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{code}\n```" if kind == "code" else code for kind, code in cells)
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """Every command of a page in words, without comments and variables set in front of it.
 
     Commands are the lines of bash blocks, and indented lines and text between backticks that begin with
     ``sparsyfed`` or ``python -m``.
     """
-    text = page.read_text()
+    text = text_of(page)
     fenced = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
     begin = r"(?:[A-Z_]+=\S+ )*(?:sparsyfed [a-z-]|python -m )"

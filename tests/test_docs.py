@@ -10,12 +10,14 @@ from cluster.configuration.trees import presets
 from cluster.grid import expand
 from tests import measures_page
 from tests.benchmarks import layers, results
-from tests.documented_commands import ROOT, commands, take
+from tests.documented_commands import ROOT, commands, take, text_of
+from tuning.study import load_plan
 
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/*.ipynb"),
         ROOT / "ray_configs/README.md",
         *ROOT.glob("tests/**/*.md"),
     ]
@@ -107,9 +109,23 @@ def test_the_partition_that_is_shown_is_the_one_that_is_tested():
     assert (ROOT / "tests/example_partition.py").read_text().endswith(f'"""\n\n{shown}')
 
 
+def test_the_way_from_a_paper_is_the_one_that_is_tested(tmp_path):
+    """Method, test and study file of the page; ``tests/test_example_fedsparsify.py`` is run."""
+    text = (ROOT / "docs/from-paper-to-comparison.md").read_text()
+    method, test = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert method == (ROOT / "tests/example_fedsparsify.py").read_text()
+    own = "tests.example_fedsparsify"
+    assert test == (ROOT / "tests/test_example_fedsparsify.py").read_text().replace(own, "fedsparsify")
+    (study,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_study.yaml").write_text(study.replace("fedsparsify:", f"{own}:"))
+    plan = load_plan(tmp_path / "my_study.yaml")
+    assert [*plan.contenders] == ["topk", "sparsyfed", "FedSparsify"]
+    assert [*plan.contenders["FedSparsify"].default] == ["algorithm.until", "algorithm.exponent", "local.lr"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target or target.startswith(("#", "mailto:")):
             continue
@@ -119,7 +135,7 @@ def test_every_link_leads_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_tables_and_lists_are_drawn(page):
     """Rows as long as their table's head, and a blank line before a list, which the site wants."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
     cells = 0
     for before, line in pairwise(["", *text.splitlines()]):
         if line.startswith("|"):

@@ -1,5 +1,6 @@
 """The pages as a site: ``mkdocs build --strict``, which follows every link and anchor."""
 
+import json
 import re
 from pathlib import Path
 
@@ -54,3 +55,14 @@ def test_links_between_the_rooms_of_the_repository(site):
     assert 'href="../experiments/#data-sets"' in readme
     assert 'src="../laptop.png"' in readme
     assert "Cite it by CITATION.cff." in readme
+
+
+def test_a_notebook_is_a_page_with_its_outputs(site):
+    """Cells, tables and pictures of docs/tour.ipynb, whose bytes are untouched."""
+    notebook = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))
+    page = (site / "tour" / "index.html").read_text(encoding="utf-8")
+    outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    pictures = ["".join(data["image/png"]).strip() for data in outputs if "image/png" in data]
+    assert re.findall(r'src="data:image/png;base64,([^"]*)"', page) == pictures
+    assert "<th>test/accuracy</th>" in page
+    assert 'href="../writing-methods/"' in page

@@ -16,6 +16,7 @@ dealt, a lock a run keeps two from playing the same one, and whoever ends a run 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from cluster.federation import Federation
 from cluster.measures import Measure
 from cluster.records.checkpoint import write_atomically
 from cluster.records.csv_text import as_csv
+from cluster.records.introduction import run_name
 from cluster.records.run_folder import RunFolder, RunFolderError
 from cluster.records.shared_storage import below
 from cluster.references import may_pass
@@ -97,6 +99,8 @@ class Outcome:
 def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
     """The runs of a grid, or None where ``source`` is a single experiment.
 
+    Runs that MLflow would show under one name, such as two settings of a method, have the grid's names there.
+
     Raises:
         ConfigError: A key or value of the grid is wrong, two of its runs have one name, or two names mean the
             same run.
@@ -121,6 +125,11 @@ def expand(source: str | Path, overrides: Sequence[str] = ()) -> Grid | None:
             )
     if at_once is not None and at_once > 1 and any(c.execution == "inline" for c in runs.values()):
         raise ConfigError(f"{source}: runs_at_once: {at_once} runs side by side need execution=ray")
+    shown = Counter(map(run_name, runs.values()))
+    for name, config in runs.items():
+        if shown[run_name(config)] > 1 and config.tracking.run_name is None:
+            tracking = config.tracking.model_copy(update={"run_name": name})
+            runs[name] = config.model_copy(update={"tracking": tracking})
     return Grid(runs, at_once)
 
 

@@ -51,6 +51,9 @@ _COMPARED = 12
 # Has MLflow open the experiment on its runs and their charts, not on the traces of language models.
 _TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
+# Has a page show the menu of model training; a browser that is new to MLflow is shown that of agents.
+_AS_TRAINING = "workflowType=machine_learning"
+
 
 def check(uri: str, timeout_s: float = 5.0) -> None:
     """Refuses a store that cannot be used, before anything starts and without importing MLflow.
@@ -243,9 +246,10 @@ def _show_last_runs(uri: str, address: str) -> None:
         if not runs:
             return
         asked = {"runs": json.dumps(runs), "experiments": json.dumps([experiment])}
-        page = f"{address}/#/experiments/{experiment}/runs/{runs[0]}"
+        page = f"{address}/#/experiments/{experiment}/runs/{runs[0]}?{_AS_TRAINING}"
         if len(runs) > 1:
-            page = f"{address}/#/compare-runs?{urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)}"
+            asked_for = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
+            page = f"{address}/#/compare-runs?{asked_for}&{_AS_TRAINING}"
         print(f"the last {len(runs)} runs: {page}" if len(runs) > 1 else f"its run: {page}", flush=True)
         screen = any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY"))
         # Elsewhere a browser of texts would take the terminal.

@@ -192,6 +192,28 @@ def test_the_runs_of_every_preset_differ(preset):
 # -------------------------------------------------------------------------------------------------- runs
 
 
+def test_runs_that_mlflow_would_show_under_one_name_have_the_grids(tmp_path):
+    (tmp_path / "zerofl.yaml").write_text(
+        "extends: quickstart\n"
+        "grid:\n"
+        "  method:\n"
+        "    fedavg: {algorithm: {name: fedavg}}\n"
+        "    zerofl: {algorithm: {name: zerofl}}\n"
+        "    equal: {algorithm: {name: zerofl, mask_ratio: 0.0}}\n"
+    )
+    own = expand(tmp_path / "zerofl.yaml").runs
+    assert {name: config.tracking.run_name for name, config in own.items()} == {
+        "fedavg": None,
+        "zerofl": "zerofl",
+        "equal": "equal",
+    }
+    alone = expand(tmp_path / "zerofl.yaml", ["method=[fedavg,equal]"]).runs
+    assert {config.tracking.run_name for config in alone.values()} == {None}
+    assert [config.digest() for config in alone.values()] == [own[name].digest() for name in alone]
+    mine = expand(tmp_path / "zerofl.yaml", ["tracking.run_name=mine"]).runs
+    assert {config.tracking.run_name for config in mine.values()} == {"mine"}
+
+
 def test_a_grid_run_again_resumes_what_is_not_complete(grid_file, tmp_path):
     short = run_grid(expand(grid_file, ["stop_after=1"]), tmp_path / "out", started=quiet)
     assert [result.summary["rounds"] for result in short.results.values()] == [1] * 6

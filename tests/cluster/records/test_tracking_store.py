@@ -227,7 +227,7 @@ def test_the_pages_show_a_run_and_its_artifacts(store: str, tmp_path: Path) -> N
         assert pages.stdout is not None
         assert pages.stdout.readline().startswith(f"port {port} is in use, taking ")
         address = pages.stdout.readline().split()[4]
-        page = f"{address}/#/experiments/{experiment}/runs/{run.run_id}"
+        page = f"{address}/#/experiments/{experiment}/runs/{run.run_id}?workflowType=machine_learning"
         assert pages.stdout.readline() == f"its run: {page}\n"
     try:
         query = urllib.parse.urlencode({"run_id": run.run_id})

@@ -1,7 +1,9 @@
 """Runs benchmarks by name: ``sparsyfed bench`` or ``python -m tests.benchmarks``; see ``--list``.
 
 A benchmark is a module of this folder with ``figures(quick) -> list[Figure]``; it prints nothing by itself
-but progress. Read ratios within one run: absolute times depend on who else uses the machine.
+but progress. Read ratios within one run: absolute times depend on who else uses the machine. ``--repeat 3``
+measures all of it three times over, so that ``--output`` stores medians with their noise and ``--compare``
+knows which differences are beyond that of both runs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from pathlib import Path
 
 from cluster.references import UserError
-from tests.benchmarks.report import Figure, comparison, machine, table, write
+from tests.benchmarks.report import Figure, comparison, machine, repeated, table, write
 
 #: Name -> (module, what it measures, whether it is part of a run without names).
 BENCHMARKS = {
@@ -29,7 +31,8 @@ BENCHMARKS = {
     "long": ("bench_long", "2,000 rounds with MLflow: time, CPU, memory, files, late and early", False),
     "compare": ("bench_compare", "reading 100 of 10,000 runs of one MLflow store", False),
     "gpu": ("gpu.command", "all that concerns CUDA in --minutes: checks, speed, the paper's run", False),
-    "peers": ("bench_peers", "the same workload in Flower's simulation and in pfl-research", False),
+    "peers": ("bench_peers", "the same rounds in Flower's simulation, pfl-research and BlazeFL", False),
+    "peers-cnn": ("bench_peers", "the same on BlazeFL's own benchmark, half of its samples", False),
 }
 
 _OF_GPU = ("minutes", "data", "resume", "device", "draw")
@@ -43,6 +46,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--compare", type=Path)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--began", type=float, help="when the minutes began, in seconds since 1970")
     parser.add_argument("--data", type=Path)
@@ -53,7 +57,7 @@ def main() -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if arguments.list:
         for name, (_, meaning, default) in BENCHMARKS.items():
-            print(f"{name:<8} {meaning}{'' if default else ' (only when named)'}")
+            print(f"{name:<9} {meaning}{'' if default else ' (only when named)'}")
         return 0
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -62,9 +66,13 @@ def main() -> int:
     if arguments.compare is not None and not arguments.compare.is_file():
         print(f"error: --compare {arguments.compare}: no such file", file=sys.stderr)
         return 2
+    if arguments.repeat < 1:
+        print(f"error: --repeat {arguments.repeat}: expected a number from 1", file=sys.stderr)
+        return 2
     of_gpu = [option for option in _OF_GPU if getattr(arguments, option) is not None]
     if "gpu" in arguments.names or of_gpu:
-        if arguments.names != ["gpu"] or arguments.quick or arguments.output or arguments.compare:
+        others = arguments.quick or arguments.output or arguments.compare or arguments.repeat > 1
+        if arguments.names != ["gpu"] or others:
             shown = ", ".join(f"--{option}" for option in _OF_GPU)
             print(f"error: sparsyfed bench gpu runs alone, with {shown} and no other option", file=sys.stderr)
             return 2
@@ -73,13 +81,19 @@ def main() -> int:
     about = machine()
     print(f"{about['cores']} x {about['processor']}, torch {about['torch']}, commit {about['commit']}")
     found: list[Figure] = []
-    for name in names:
-        module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name][0]}")
-        measured = module.figures(name, arguments.quick)
-        print(f"\n{table(measured)}" if measured else "", flush=True)
-        found += measured
-        if arguments.output is not None:
-            write(found, arguments.output)
+    for repetition in range(1, arguments.repeat + 1):  # of everything, as a machine's noise is slow
+        if arguments.repeat > 1:
+            print(f"\nrepetition {repetition} of {arguments.repeat}", flush=True)
+        for name in names:
+            module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name][0]}")
+            measured = module.figures(name, arguments.quick)
+            print(f"\n{table(measured)}" if measured else "", flush=True)
+            found += measured
+            if arguments.output is not None:
+                write(repeated(found), arguments.output)
+    found = repeated(found)
+    if arguments.repeat > 1:
+        print(f"\nmedians\n\n{table(found)}")
     if arguments.compare is not None:
         print(f"\n{comparison(found, arguments.compare)}")
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
+    """One measured number, or the median of several repetitions of it.
 
     Attributes:
         benchmark: The benchmark's name.
@@ -24,6 +25,8 @@ class Figure:
         metric: Of what, with its unit, such as ``round ms``.
         value: The number; medians unless the metric says otherwise.
         target: What it should not exceed, or None.
+        span: The lowest and the highest repetition; None if it was measured once, so that nothing is known of
+            its noise.
     """
 
     benchmark: str
@@ -31,6 +34,25 @@ class Figure:
     metric: str
     value: float
     target: float | None = None
+    span: tuple[float, float] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is a figure of."""
+        return self.benchmark, self.case, self.metric
+
+
+def repeated(figures: Sequence[Figure]) -> list[Figure]:
+    """Repetitions of the same figures as one each: their median, with the lowest and the highest."""
+    groups: dict[tuple[str, str, str], list[Figure]] = {}
+    for figure in figures:
+        groups.setdefault(figure.key, []).append(figure)
+    found = []
+    for group in groups.values():
+        values = [figure.value for figure in group]
+        span = (min(values), max(values)) if len(values) > 1 else None
+        found.append(replace(group[0], value=statistics.median(values), span=span))
+    return found
 
 
 def machine(*, gpu: bool = True) -> dict[str, Any]:
@@ -78,18 +100,40 @@ def write(figures: Sequence[Figure], path: Path) -> None:
 
 
 def comparison(figures: Sequence[Figure], path: Path) -> str:
-    """Every figure that a stored run has too, as now / then."""
+    """Every figure that a stored run has too, as now / then, with both sides' noise.
+
+    The noise of a side is the width of its repetitions over their median. ``*`` marks a ratio that noise does
+    not explain: all repetitions of one side lie above all of the other's.
+    """
     stored = json.loads(path.read_text())
-    then = {(f["benchmark"], f["case"], f["metric"]): f["value"] for f in stored["figures"]}
-    rows = [["case", "metric", "then", "now", "ratio"]]
+    then = {figure.key: figure for figure in (Figure(**fields) for fields in stored["figures"])}
+    rows = [["case", "metric", "then", "noise", "now", "noise", "ratio", ""]]
+    unknown = False
     for figure in figures:
-        before = then.get((figure.benchmark, figure.case, figure.metric))
-        if before:
-            ratio = f"{figure.value / before:.2f}"
-            case = f"{figure.benchmark}: {figure.case}"
-            rows.append([case, figure.metric, _number(before), _number(figure.value), ratio])
+        before = then.get(figure.key)
+        if before is None or not before.value:
+            continue
+        sides = [cell for side in (before, figure) for cell in (_number(side.value), _noise(side))]
+        apart = False
+        if before.span is None or figure.span is None:
+            unknown = True
+        else:
+            apart = figure.span[0] > before.span[1] or figure.span[1] < before.span[0]
+        ratio = f"{figure.value / before.value:.2f}"
+        case = f"{figure.benchmark}: {figure.case}"
+        rows.append([case, figure.metric, *sides, ratio, "*" if apart else ""])
     about = stored["machine"]
-    return f"then: commit {about['commit']}, {about['cores']} x {about['processor']}\n" + _aligned(rows, 2)
+    lines = [f"then: commit {about['commit']}, {about['cores']} x {about['processor']}", _aligned(rows, 2)]
+    lines.append("* beyond the noise: all repetitions of one side lie above all of the other's")
+    if unknown:
+        lines.append("without a noise on both sides nothing is marked: store and compare runs of --repeat 3")
+    return "\n".join(lines)
+
+
+def _noise(figure: Figure) -> str:
+    if figure.span is None or not figure.value:
+        return ""
+    return f"{100 * (figure.span[1] - figure.span[0]) / abs(figure.value):.0f}%"
 
 
 def _cell(figure: Figure) -> str:

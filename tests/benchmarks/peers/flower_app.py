@@ -1,9 +1,8 @@
-"""The workload in Flower's simulation: ``flower_app.py ROUNDS WORKERS``, in Flower's environment."""
+"""A workload in Flower's simulation: ``flower_app.py NAME SAMPLES ROUNDS WORKERS``, in its environment."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -11,80 +10,71 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
 
 import torch
-import workload
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch.nn import functional as F
+from workload import asked, report
 
 client_app, server_app = ClientApp(), ServerApp()
+WORKLOAD, ROUNDS, WORKERS = asked()
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """One local epoch of plain SGD."""
+    """The local epochs of plain SGD."""
     torch.set_num_threads(1)
-    model = workload.small_cnn()
+    model = WORKLOAD.network()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    images, labels = _data()
-    partition = int(context.node_config["partition-id"])
-    rows = torch.arange(partition * workload.SAMPLES, (partition + 1) * workload.SAMPLES)
-    optimizer = torch.optim.SGD(model.parameters(), lr=workload.LR)
-    for chosen in rows[torch.randperm(len(rows))].split(workload.BATCH):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-        optimizer.step()
-    metrics = MetricRecord({"num-examples": len(rows)})
+    client = int(context.node_config["partition-id"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=WORKLOAD.lr)
+    for _ in range(WORKLOAD.epochs):
+        for images, labels in WORKLOAD.batches(client):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    metrics = MetricRecord({"num-examples": WORKLOAD.samples})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=message)
-
-
-_kept: list[torch.Tensor] = []
-
-
-def _data() -> list[torch.Tensor]:
-    if not _kept:
-        _kept.extend(workload.tensors("train"))  # once a worker
-    return _kept
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """The rounds, evaluated centrally."""
     torch.set_num_threads(1)
-    model, marks = workload.small_cnn(), []
-    images, labels = workload.tensors("test")
+    torch.manual_seed(0)
+    model, marks, tested = WORKLOAD.network(), [], (0.0, 0.0)
 
     def evaluate(round_number: int, arrays: ArrayRecord) -> MetricRecord:
+        nonlocal tested
         model.load_state_dict(arrays.to_torch_state_dict())
-        with torch.no_grad():
-            accuracy = (model(images).argmax(1) == labels).double().mean()
+        tested = WORKLOAD.evaluate(model)
         marks.append(time.perf_counter())
-        return MetricRecord({"accuracy": float(accuracy)})
+        return MetricRecord({"accuracy": tested[0], "loss": tested[1]})
 
     strategy = FedAvg(
-        fraction_train=workload.COHORT / workload.CLIENTS,
+        fraction_train=WORKLOAD.cohort / WORKLOAD.clients,
         fraction_evaluate=0.0,
-        min_available_nodes=workload.CLIENTS,
+        min_available_nodes=WORKLOAD.clients,
     )
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
-        num_rounds=int(sys.argv[1]),
-        evaluate_fn=evaluate,
+        num_rounds=ROUNDS,
+        evaluate_fn=evaluate,  # before the first round too
     )
-    workload.report([later - earlier for earlier, later in zip(marks, marks[1:])])  # noqa: B905, RUF007
+    report(marks, *tested)
 
 
 if __name__ == "__main__":
     run_simulation(
         server_app=server_app,
         client_app=client_app,
-        num_supernodes=workload.CLIENTS,
+        num_supernodes=WORKLOAD.clients,
         backend_config={
-            "init_args": {"num_cpus": int(sys.argv[2]), "include_dashboard": False},
+            "init_args": {"num_cpus": WORKERS, "include_dashboard": False},
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )

@@ -1,4 +1,7 @@
-"""The workload in pfl-research: ``torchrun --nproc_per_node WORKERS pfl_app.py ROUNDS``."""
+"""A workload in pfl-research: ``torchrun --nproc_per_node WORKERS pfl_app.py NAME SAMPLES ROUNDS WORKERS``.
+
+Its simulator divides a cohort among processes that torch.distributed joins, on CPUs by gloo.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ os.environ.setdefault("PFL_PYTORCH_DEVICE", "cpu")
 
 import numpy as np
 import torch
-import workload
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -25,14 +27,15 @@ from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch import nn
 from torch.nn import functional as F
+from workload import asked, report
 
 
 class Model(nn.Module):
-    """The small CNN with the two methods that pfl asks for."""
+    """A network with the two methods that pfl asks for."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = workload.small_cnn()
+        self.network = network
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, eval: bool = False) -> torch.Tensor:
         """Mean cross-entropy."""
@@ -41,17 +44,25 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def metrics(self, images: torch.Tensor, labels: torch.Tensor, eval: bool = True) -> dict[str, Any]:
-        """Accuracy."""
+        """Accuracy and loss."""
         self.eval() if eval else self.train()
-        correct = (self.network(images).argmax(1) == labels).sum().item()
-        return {"accuracy": Weighted(correct, len(labels))}
+        outputs = self.network(images)
+        return {
+            "accuracy": Weighted((outputs.argmax(1) == labels).sum().item(), len(labels)),
+            "loss": Weighted(F.cross_entropy(outputs, labels, reduction="sum").item(), len(labels)),
+        }
 
 
 class Clock(TrainingProcessCallback):
-    """When each round ended."""
+    """When training began and each round ended."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> Metrics:
+        """See the base class."""
+        self.marks.append(time.perf_counter())
+        return Metrics()
 
     def after_central_iteration(self, *args: Any, **kwargs: Any) -> tuple[bool, Metrics]:
         """See the base class."""
@@ -61,16 +72,19 @@ class Clock(TrainingProcessCallback):
 
 def main() -> None:
     """The rounds, evaluated centrally after each."""
+    workload, rounds, _ = asked()
     torch.set_num_threads(1)
     np.random.seed(0)
+    torch.manual_seed(0)
     images, labels = workload.tensors("train")
 
-    def user(index: int) -> Dataset:
-        rows = slice(index * workload.SAMPLES, (index + 1) * workload.SAMPLES)
-        return Dataset(raw_data=[images[rows], labels[rows]], user_id=str(index))
+    def user(client: int) -> Dataset:
+        rows = workload.rows(client)
+        return Dataset(raw_data=[images[rows], labels[rows]], user_id=str(client))
 
-    users = FederatedDataset(user, get_user_sampler("random", list(range(workload.CLIENTS))))
-    module = Model()
+    # In turn: its other sampler may draw one user twice for a round.
+    users = FederatedDataset(user, get_user_sampler("minimize_reuse", list(range(workload.clients))))
+    module = Model(workload.network())
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     model = PyTorchModel(model=module, local_optimizer_create=torch.optim.SGD, central_optimizer=optimizer)
     test = Dataset(raw_data=list(workload.tensors("test")), eval_kwargs={"eval": True})
@@ -78,21 +92,23 @@ def main() -> None:
     clock = Clock()
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
-            central_num_iterations=int(sys.argv[1]),
+            central_num_iterations=rounds,
             evaluation_frequency=10**9,  # users' own evaluation; the central one is a callback
-            train_cohort_size=workload.COHORT,
+            train_cohort_size=workload.cohort,
             val_cohort_size=0,
         ),
         backend=SimulatedBackend(training_data=users, val_data=users),
         model=model,
         model_train_params=NNTrainHyperParams(
-            local_num_epochs=1, local_learning_rate=workload.LR, local_batch_size=workload.BATCH
+            local_num_epochs=workload.epochs,
+            local_learning_rate=workload.lr,
+            local_batch_size=workload.batch,
         ),
         model_eval_params=evaluation,
         callbacks=[CentralEvaluationCallback(test, model_eval_params=evaluation, frequency=1), clock],
     )
     if os.environ.get("RANK", "0") == "0":
-        workload.report([later - earlier for earlier, later in zip(clock.marks, clock.marks[1:])])  # noqa: B905
+        report(clock.marks, *workload.evaluate(module.network))
     sys.stdout.flush()
     os._exit(0)  # its sampling processes would hold the interpreter
 

@@ -129,13 +129,14 @@ def figures(name: str, quick: bool) -> list[Figure]:
             started = time.perf_counter()
             for _ in range(scale.rounds):
                 driver._round()
-            driver._book_keeping()  # with the last evaluation
+            driver._book_keeping()  # its evaluation rides on the next round, as that before on the first
             seconds["sparsyfed"].append((time.perf_counter() - started) / scale.rounds)
             for peer, command in peers.items():
                 measured, *told = _run_peer(command, scale)
                 seconds[peer] += measured
                 tested[peer] = told[0], told[1]
                 print(f"  {peer}: {statistics.median(measured):.3g} s a round", flush=True)
+        driver._settle()
         engine.close()
     last = folder.rounds()[_WARM + scale.rounds - 1]
     tested["sparsyfed"] = last["test/accuracy"], last["test/loss"]

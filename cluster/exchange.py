@@ -196,6 +196,14 @@ class Broadcast:
     keys: KeyRound | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the model, its mask, its parts and what clients keep."""
+        kept = (array for own in self.kept.values() for array in own.values())
+        parts = (array for part in self.parts for array in (part.weights, part.held))
+        arrays = {id(a): a for a in (self.weights, self.exact, self.mask, *parts, *kept) if a is not None}
+        return sum(array.nbytes for array in arrays.values())
+
+    @property
     def grid(self) -> Grid:
         """The round's grid."""
         return Grid(self.limit, self.samples, self.bits)

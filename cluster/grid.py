@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from cluster.actors import ray_session
+from cluster.actors import ray_session, remote
 from cluster.configuration.axes import points
 from cluster.configuration.config import Config, validate
 from cluster.configuration.trees import ConfigError, load_tree, parse_override
@@ -313,7 +313,7 @@ def _shared_cluster(
         # The object store of a private cluster holds what all runs at once put there.
         planned, share = shares_of(ray_session.local_room(first), first, len(pending), at_once)
     widest = first.model_copy(update={"actors": share})
-    with ray_session.connected(widest, planned * size, also=pending.values()):
+    with ray_session.connected(widest, planned * size, also=pending.values()), remote.warm_drivers():
         planned, share = shares_of(ray_session.room(first), first, len(pending), at_once)
         yield _Shares({n: c.model_copy(update={"actors": share}) for n, c in pending.items()}, planned)
 

@@ -13,6 +13,7 @@ import optuna
 from rich.console import Console
 
 from cluster.actors.ray_session import connected
+from cluster.actors.remote import warm_drivers
 from cluster.configuration.trees import flatten
 from cluster.federation import Federation
 from cluster.records import tracking
@@ -124,6 +125,7 @@ def run_study(plan: Plan, folder: StudyFolder, console: Console | None = None) -
         configs = [own.config for own in plan.contenders.values()]
         with (
             connected(whole_machine, federation.stored_floats, also=configs),
+            warm_drivers(),
             stop_on_signal() as stopped,
         ):
             parent = _Parent(plan, folder)

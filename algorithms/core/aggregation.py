@@ -292,11 +292,15 @@ class Total:
         self.high += other.high
         self.low += other.low
         self.votes += other.votes
-        self.layer_counts += other.layer_counts
         if self.mask_samples is not None and other.mask_samples is not None:
             self.mask_samples += other.mask_samples
         if self.marked is not None and other.marked is not None:
             self.marked += other.marked
+        return self.merge_rest(other)
+
+    def merge_rest(self, other: Total) -> Total:
+        """Add what ``other`` holds beside its entries a position, in place."""
+        self.layer_counts += other.layer_counts
         self.samples += other.samples
         self.unclipped += other.unclipped
         self.clients = sorted(self.clients + other.clients)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from algorithms import Total
+from algorithms.core.packing import merge, pack, unpack
 from cluster.actors.placement import Bundle
+from cluster.actors.totals import Stored
 from cluster.clients.client import ClientHost
 from cluster.exchange import Assignment, Broadcast, ClientReport, EvaluationChunk, HostSetup
 from cluster.federation import prepare_arguments
@@ -47,45 +48,71 @@ class Place:
     gpus: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What an actor is told of a run, again after each of its deaths.
+
+    Attributes:
+        run: Tells the run from the one before, whose actors it may have taken over.
+        driver: The driver actor, which is told what the actors' machines are doing; None: nobody is.
+        watched_as: Name of the run there.
+    """
+
+    run: str
+    driver: Any = None
+    watched_as: str | None = None
+
+
 class HostActor:
-    """An actor around a host, which is built by the first call.
+    """An actor around a host, which is built when it is told what to play.
 
     What goes wrong then is that call's error and is tried again by the next; an actor whose constructor
     raises would be dead for good.
     """
 
-    def __init__(
-        self,
-        make: MakeHost,
-        setup: HostSetup,
-        gpus: float,
-        driver: Any = None,
-        watched_as: str | None = None,
-    ) -> None:
-        self._make, self._setup, self._gpus = make, setup, gpus
-        if driver is not None and watched_as is not None:
-            host = socket.gethostname()
-            Watch(watched_as, lambda numbers: driver.sampled.remote(host, numbers)).start()
+    def __init__(self, make: MakeHost, gpus: float) -> None:
+        self._make, self._gpus = make, gpus
+        self._run: str | None = None
+        self._watch: Watch | None = None
         self._built: ClientHost | None = None
 
     @property
     def _host(self) -> ClientHost:
-        if self._built is None:
-            if not self._setup.folder.exists():  # a node that joined after the run had begun
-                prepare(**prepare_arguments(self._setup.config))
-            self._built = self._make(self._setup, self._gpus)
+        assert self._built is not None
         return self._built
 
-    def ready(self) -> Place:
-        """Build the host; returns where it is."""
+    def alive(self) -> None:
+        """Answers."""
+
+    def ready(self, setup: HostSetup, beginning: Beginning) -> Place:
+        """Build the host of a run, unless it stands; returns where it is."""
         import ray
 
-        _ = self._host
+        if self._run != beginning.run:
+            self._built = None  # one model at a time
+            self._look_around(beginning)
+            if not setup.folder.exists():  # a node that joined after the run had begun
+                prepare(**prepare_arguments(setup.config))
+            self._built = self._make(setup, self._gpus)
+            self._run = beginning.run
         return Place(os.getpid(), ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids())))
 
-    def play(self, broadcast: Broadcast, assignments: Sequence[Assignment]) -> list[ClientReport]:
-        """See :meth:`ClientHost.play`."""
-        return self._host.play(broadcast, assignments)
+    def _look_around(self, beginning: Beginning) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        driver, name = beginning.driver, beginning.watched_as
+        if driver is not None and name is not None:
+            host = socket.gethostname()
+            self._watch = Watch(name, lambda numbers: driver.sampled.remote(host, numbers))
+            self._watch.start()
+
+    def play(
+        self, broadcast: Broadcast, assignments: Sequence[Assignment], hand_over: bool, store: bool
+    ) -> tuple[list[ClientReport], Any]:
+        """See :meth:`ClientHost.play`; to ``hand_over`` spares :meth:`collect` its way there and back."""
+        reports = self._host.play(broadcast, assignments)
+        return reports, self.collect(broadcast.instructions.round, store) if hand_over else None
 
     def evaluate(
         self, broadcast: Broadcast, chunks: Sequence[EvaluationChunk]
@@ -93,9 +120,31 @@ class HostActor:
         """See :meth:`ClientHost.evaluate`."""
         return self._host.evaluate(broadcast, chunks)
 
-    def collect(self, round_number: int) -> Total | None:
-        """See :meth:`ClientHost.collect`."""
-        return self._host.collect(round_number)
+    def collect(self, round_number: int, store: bool) -> Any:
+        """See :meth:`ClientHost.collect`; packed, and to ``store`` it is to tell of it alone."""
+        total = self._host.collect(round_number)
+        if total is None:
+            return None
+        return _stored(pack(total)) if store else pack(total)
+
+    def combine(self, parts: Sequence[Stored]) -> Stored | None:
+        """Combine stored totals; None where one of them is lost."""
+        import ray
+
+        try:
+            # One after the other: a total may be as large as the model many times over.
+            total = unpack(ray.get(parts[0].reference))
+            for part in parts[1:]:
+                merge(total, ray.get(part.reference))
+        except ray.exceptions.ObjectLostError:
+            return None
+        return _stored(pack(total))
+
+
+def _stored(total: Any) -> Stored:
+    import ray
+
+    return Stored(ray.put(total), tuple(total.clients), ray.get_runtime_context().get_node_id())
 
 
 class ActorPool:
@@ -105,39 +154,31 @@ class ActorPool:
     dispatched again by the round, never by Ray.
 
     Args:
-        setup: What there is to play.
         bundles: What to reserve.
         make_host: Builds the host of an actor from the setup and the actor's GPUs.
         placement_timeout: Seconds until actors that cannot be placed are an error.
-        watched_as: Name of the run, whose driver actor this is called in is told what the actors' machines
-            are doing; None to tell nobody.
 
     Raises:
         PlacementError: The actors were not placed in time; names asked and free resources.
 
     Attributes:
+        bundles: What is reserved.
         kinds: Name of each actor's kind.
+        nodes: Id of each actor's node, as far as is known.
         down: Dead actors, and when their death was noticed.
     """
 
-    def __init__(
-        self,
-        setup: HostSetup,
-        bundles: Sequence[Bundle],
-        make_host: MakeHost,
-        placement_timeout: float,
-        watched_as: str | None = None,
-    ) -> None:
+    def __init__(self, bundles: Sequence[Bundle], make_host: MakeHost, placement_timeout: float) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._ray = ray
+        self.bundles, self.make_host = tuple(bundles), make_host
         self.kinds = [bundle.kind.name for bundle in bundles for _ in range(bundle.actors)]
+        self.nodes = [""] * len(self.kinds)
         self.down: dict[int, float] = {}
+        self._beginning: tuple[Any, Any] = (None, None)
         self._group = self._reserve(bundles, placement_timeout)
-        # Kept for as long as the actors: a restarted actor reads its constructor's argument again.
-        self._setup = ray.put(setup)
-        driver = ray.get_runtime_context().current_actor if watched_as is not None else None
         actor, token = ray.remote(HostActor), secrets.token_hex(3)
         self._hosts: list[Any] = []
         for place, bundle in enumerate(bundles):
@@ -151,24 +192,48 @@ class ActorPool:
                     max_task_retries=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, place),
                 )
-                self._hosts.append(options.remote(make_host, self._setup, kind.gpus, driver, watched_as))
+                self._hosts.append(options.remote(make_host, kind.gpus))
+
+    def begin(self, setup: HostSetup, watched_as: str | None = None) -> None:
+        """Have every actor build its host of a run.
+
+        Args:
+            setup: What there is to play.
+            watched_as: Name of the run, whose driver actor this is called in is told what the actors'
+                machines are doing; None to tell nobody.
+        """
+        context = self._ray.get_runtime_context()
+        driver = context.current_actor if watched_as is not None else None
+        beginning = Beginning(secrets.token_hex(8), driver, watched_as)
+        self._beginning = (self._ray.put(setup), self._ray.put(beginning))
         try:
             # Starting is slow on a busy machine, and no reason to give up.
-            self.places()
+            self.nodes[:] = [place.node for place in self.places()]
         except BaseException:
             self.close()
             raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether every actor answers; ends those that are left where one does not."""
+        try:
+            self._ray.get([host.alive.remote() for host in self._hosts])
+        except self._ray.exceptions.RayActorError:
+            self.close()
+            return False
+        return True
 
     def __len__(self) -> int:
         return len(self._hosts)
 
     def call(self, actor: int, method: str, *arguments: Any) -> Any:
-        """Start a call; returns its reference."""
+        """Start a call; returns its reference. An actor is asked to be ready as it was when the run began."""
+        arguments = self._beginning if method == "ready" else arguments
         return getattr(self._hosts[actor], method).remote(*arguments)
 
     def places(self) -> list[Place]:
         """Where every actor is."""
-        return list(self._ray.get([host.ready.remote() for host in self._hosts]))
+        return list(self._ray.get([self.call(actor, "ready") for actor in range(len(self))]))
 
     def kill(self, actor: int) -> None:
         """End an actor that hangs; Ray kills its process, frozen or not, and starts another."""
@@ -180,6 +245,11 @@ class ActorPool:
             return False
         self.down[actor] = time.monotonic()
         return True
+
+    def back(self, actor: int, place: Place) -> None:
+        """Take note that a dead actor is back, perhaps on another node."""
+        del self.down[actor]
+        self.nodes[actor] = place.node
 
     def seconds_without(self, kind: str | None = None) -> float:
         """For how long every actor (of a kind) has been dead; 0 while one is alive."""

@@ -26,6 +26,7 @@ class Crew:
         kind_of: Name of the kind of actors that plays a client.
         client_timeout_s: Seconds beyond the expected ones until an actor counts as hung.
         skip_failing: A client whose actors are lost again and again is skipped; else it ends the run.
+        inlined_bytes: Arguments of so many bytes travel with a call; larger ones through the object store.
     """
 
     pool: ActorPool
@@ -34,6 +35,7 @@ class Crew:
     kind_of: Callable[[int], str]
     client_timeout_s: float
     skip_failing: bool
+    inlined_bytes: int
 
 
 @dataclass(eq=False)
@@ -73,6 +75,7 @@ class Call:
         evaluation: Where its chunks belong.
         seconds: What it is expected to take, as far as that is known.
         limit_s: Seconds after which its actor counts as hung.
+        collects: Whether it brings the actor's total of the round.
     """
 
     actor: int
@@ -81,3 +84,4 @@ class Call:
     evaluation: Evaluation | None
     seconds: float
     limit_s: float
+    collects: bool

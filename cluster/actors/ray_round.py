@@ -14,24 +14,18 @@ import heapq
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
+from cluster.actors.queues import CALLS_IN_FLIGHT, Queues
 from cluster.actors.ray_calls import Call, Crew, Evaluation
-from cluster.exchange import (
-    ActorLostError,
-    Assignment,
-    Broadcast,
-    ClientReport,
-    Evaluated,
-    EvaluationChunk,
-)
+from cluster.actors.totals import Totals
+from cluster.exchange import ActorLostError, Assignment, Broadcast, ClientReport, Evaluated, EvaluationChunk
 from cluster.rounds.engine import Outcome
-
-#: Calls an actor holds at once: one runs, one waits, so that it never idles between two.
-CALLS_IN_FLIGHT = 2
 
 #: Losses of its actor that a client, or a chunk of the evaluation, may see in one round.
 LOSSES = 3
@@ -48,6 +42,9 @@ KIND_DOWN_S = 30.0
 #: Seconds for which every actor may be dead before the run ends.
 ALL_DOWN_S = 120.0
 
+#: Calls without which a round has no total.
+_TO_THE_TOTAL = ("play", "collect", "combine")
+
 _logger = logging.getLogger("sparsyfed.round")
 
 
@@ -58,34 +55,36 @@ class Rounds:
         import ray
 
         self._ray, self._crew, self._pool = ray, crew, crew.pool
-        actors = len(crew.pool)
-        self._calls: dict[Any, Call] = {}
-        self._queues: list[list[Any]] = [[] for _ in range(actors)]  # references, oldest first
-        self._since = [0.0] * actors  # when the oldest call began, as far as it can be told
+        self._queues = Queues(len(crew.pool))
+        self._totals = Totals(ray, crew.pool.nodes)
+        kinds = np.array(crew.pool.kinds)
+        self._kind_masks = {kind: kinds == kind for kind in crew.pool.kinds}
         self._probe_at: dict[int, float] = {}
         self._evaluations: deque[Evaluation] = deque()  # oldest first; the last one is this round's
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether every actor lives and has nothing to do."""
+        return not self._pool.down and not self._queues.methods.total()
 
     def start(
         self, broadcast: Broadcast, assignments: Sequence[Assignment], chunks: Sequence[EvaluationChunk]
     ) -> None:
         """Begin a round."""
-        actors, kinds = len(self._pool), self._pool.kinds
-        for reference in [r for r, call in self._calls.items() if call.method in ("play", "collect")]:
-            # Of a round that an error has ended.
-            self._queues[self._calls.pop(reference).actor].remove(reference)
+        for actor in range(len(self._pool)):  # of a round that an error has ended
+            self._queues.drop(actor, _TO_THE_TOTAL)
+        self._totals.begin()
         self._number = broadcast.instructions.round
-        self._broadcast = self._ray.put(broadcast)
+        small = broadcast.nbytes <= self._crew.inlined_bytes
+        self._broadcast = broadcast if small else self._ray.put(broadcast)
         self._tasks = {assignment.client: assignment for assignment in assignments}
         self._evaluations = deque(one for one in self._evaluations if not one.done)
         self._evaluations.append(Evaluation(self._broadcast, self._number, deque(chunks)))
-        self._waiting: dict[str, deque[Assignment]] = {kind: deque() for kind in kinds}
-        self._work = dict.fromkeys(kinds, 0.0)  # what waits, in average samples
+        self._waiting: dict[str, deque[Assignment]] = {kind: deque() for kind in self._pool.kinds}
+        self._work = dict.fromkeys(self._waiting, 0.0)  # what waits, in average samples
         for assignment in longest_first(assignments, self._crew.sizes, self._crew.costs):
             self._wait_for(assignment)
         self._reports: dict[int, ClientReport] = {}
-        self._played: list[set[int]] = [set() for _ in range(actors)]  # and not yet collected
-        self._uncollected_s = [0.0] * actors
-        self._total: Any = None
         self._losses: Counter[int] = Counter()  # how often its actor was lost under a client
         self._failed: dict[int, str] = {}
         self._lost = 0
@@ -95,8 +94,11 @@ class Rounds:
     def finish(self) -> Outcome:
         """Wait for every client, and have done again what lost actors had done."""
         started, evaluation = time.perf_counter(), self._evaluations[-1]
-        while not self._complete():
-            self._wait()
+        while self._totals.left or self._to_do():
+            if self._totals.few and not self._to_do():
+                self._again(self._totals.take_stored())
+            else:
+                self._wait()
             self._hand_out()
         layers = len(next(iter(self._reports.values())).measured.flops_sparse) if self._reports else 1
         for client, reason in self._failed.items():
@@ -105,14 +107,8 @@ class Rounds:
         reports = [self._reports[client] for client in sorted(self._reports)]
         worked = max(started, self._last_play)
         seconds = {"work": worked - started, "merge": time.perf_counter() - worked}
-        return Outcome(
-            self._total,
-            reports,
-            lambda: self._evaluated(evaluation),
-            not evaluation.done,
-            seconds,
-            self._lost,
-        )
+        total, pending = self._totals.total, not evaluation.done
+        return Outcome(total, reports, lambda: self._evaluated(evaluation), pending, seconds, self._lost)
 
     def _evaluated(self, evaluation: Evaluation) -> Evaluated:
         """Wait for an evaluation, perhaps while the next round's clients are played."""
@@ -121,64 +117,85 @@ class Rounds:
             self._hand_out()
         return evaluation.results
 
-    def _complete(self) -> bool:
-        working = any(call.method in ("play", "collect") for call in self._calls.values())
-        return not (working or any(self._waiting.values()) or any(self._played))
+    def _to_do(self) -> bool:
+        """Whether something is still to be played, handed over by its actor, or combined."""
+        working = any(self._queues.methods[method] for method in _TO_THE_TOTAL)
+        return working or any(self._waiting.values()) or any(self._totals.played)
 
     # ---------------------------------------------------------------------------------- handing out
 
     def _hand_out(self) -> None:
         """Give the live actors with room their next calls.
 
-        What is left of the last round's evaluation comes first, then clients, then the actor's total is
-        collected, and the small evaluation chunks come last, which keeps the actors level at the end and
-        leaves them at work while totals travel and the driver takes its step.
+        What is left of the last round's evaluation comes first, then clients, then totals, and the small
+        evaluation chunks come last, which keeps the actors level at the end and leaves them at work while
+        totals travel and the driver takes its step.
         """
-        now, down = time.monotonic(), self._pool.down
-        for actor in down:
-            if not self._queues[actor] and now >= self._probe_at.get(actor, 0.0):
+        now, queues = time.monotonic(), self._queues
+        for actor in self._pool.down:
+            if not queues.count[actor] and now >= self._probe_at.get(actor, 0.0):
                 self._call(actor, "ready")
         # Whoever is expected to be done first takes the next work. If it has no room, that work waits for
         # it: only an idle actor may take it, not one that would come to it later.
-        ends = [(self._expected_end(a, now), len(q), a) for a, q in enumerate(self._queues) if a not in down]
-        heapq.heapify(ends)
-        full: set[str] = set()  # kinds whose first actor to be done has no room
-        while ends:
-            *_, actor = heapq.heappop(ends)
-            queue, kind = self._queues[actor], self._pool.kinds[actor]
-            if len(queue) >= CALLS_IN_FLIGHT:
-                full.add(kind)
-            elif self._give(actor, work=not queue or kind not in full):
-                heapq.heappush(ends, (self._expected_end(actor, now), len(queue), actor))
+        ends, room = queues.ends(now), queues.count < CALLS_IN_FLIGHT
+        alive = np.ones(len(ends), np.bool_)
+        alive[list(self._pool.down)] = False
+        full: dict[str, float] = {}  # by kind: when the first of those without room is done
+        for actor in np.flatnonzero(alive & ~room).tolist():
+            kind = self._pool.kinds[actor]
+            full[kind] = min(full.get(kind, np.inf), ends[actor])
+        nodes = self._totals.nodes
+        playing = self._playing() if nodes else set()
+        if not any(self._waiting.values()) and not any(one.waiting for one in self._evaluations):
+            # Totals are all that there is to hand on.
+            folded = np.fromiter(map(bool, self._totals.played), np.bool_, len(ends)) | (queues.playing > 0)
+            room &= (folded & (queues.collecting == 0)) | [node in nodes for node in self._pool.nodes]
+        first = [(ends[a], queues.count[a], a) for a in np.flatnonzero(alive & room).tolist()]
+        heapq.heapify(first)
+        while first:
+            end, _, actor = heapq.heappop(first)
+            count, kind = queues.count[actor], self._pool.kinds[actor]
+            if not self._give(actor, playing, work=not count or not full.get(kind, np.inf) < end):
+                continue
+            end = queues.ends(now)[actor]
+            if queues.count[actor] < CALLS_IN_FLIGHT:
+                heapq.heappush(first, (end, queues.count[actor], actor))
+            else:
+                full[kind] = min(full.get(kind, np.inf), end)
 
-    def _expected_end(self, actor: int, now: float) -> float:
-        """When an actor will be done with what it holds, by what such work has cost so far."""
-        seconds = [self._calls[reference].seconds for reference in self._queues[actor]]
-        if not seconds:
-            return now
-        return max(now, self._since[actor] + seconds[0]) + sum(seconds[1:])
-
-    def _give(self, actor: int, *, work: bool) -> bool:
-        """Start the actor's next call, if there is one; without ``work`` only its total is collected."""
+    def _give(self, actor: int, playing: set[str], *, work: bool) -> bool:
+        """Start the actor's next call, if there is one; without ``work`` only totals are handed on."""
         *late, current = self._evaluations
         kind = self._kind_to_play(actor)
-        due = self._uncollected_s[actor] >= COLLECT_AFTER_S
-        queued = {self._calls[reference].method for reference in self._queues[actor]}
+        due = self._totals.uncollected_s[actor] >= COLLECT_AFTER_S
+        queues = self._queues
         left = next((one for one in late if one.waiting), None)
         if left is not None:
             if work:
                 self._evaluate(actor, left)
         elif kind is not None and not due:
             if work:
-                self._call(actor, "play", self._take(kind, actor))
-        elif (self._played[actor] or "play" in queued) and "collect" not in queued:
+                taken, last = self._take(kind, actor)
+                self._call(actor, "play", taken, collects=last)
+        elif (self._totals.played[actor] or queues.playing[actor]) and not queues.collecting[actor]:
             self._call(actor, "collect")
+            return True
+        elif not queues.count[actor] and (parcels := self._totals.to_combine(actor, playing)):
+            self._call(actor, "combine", parcels)
             return True
         elif current.waiting and work:
             self._evaluate(actor, current)
         else:
             return False
         return work
+
+    def _playing(self) -> set[str]:
+        """Nodes from which more totals will come."""
+        if any(self._waiting.values()):
+            return set(self._pool.nodes)
+        busy = self._queues.playing + self._queues.collecting > 0
+        played = self._totals.played
+        return {node for actor, node in enumerate(self._pool.nodes) if busy[actor] or played[actor]}
 
     def _kind_to_play(self, actor: int) -> str | None:
         """The actor's own kind while its clients wait, else one whose actors are all gone."""
@@ -192,9 +209,11 @@ class Rounds:
                 return kind
         return None
 
-    def _take(self, kind: str, actor: int) -> list[Assignment]:
+    def _take(self, kind: str, actor: int) -> tuple[list[Assignment], bool]:
+        """The actor's next clients, and whether they are its last of the round, as far as can be told."""
         waiting, pace = self._waiting[kind], self._crew.costs.pace(actor)
-        room = 0.0 if pace is None else call_seconds(self._share(kind, actor, pace)) / pace
+        share = 0.0 if pace is None else self._share(kind, actor, pace)
+        room = 0.0 if pace is None else call_seconds(share) / pace
         taken: list[Assignment] = []
         while waiting:
             work = self._work_of(waiting[0])
@@ -205,14 +224,17 @@ class Rounds:
             taken.append(waiting.popleft())
             self._work[kind] -= work
             room -= work
-        return taken
+        return taken, not any(self._waiting.values()) or 0.0 < share <= call_seconds(share)
 
     def _share(self, kind: str, actor: int, pace: float) -> float:
         """Seconds of a kind's waiting work that are the actor's if all actors are to end at the same time."""
-        now, down = time.monotonic(), self._pool.down
-        fellows = {a for a, name in enumerate(self._pool.kinds) if name == kind and a not in down} | {actor}
-        held = {a: self._expected_end(a, now) - now for a in fellows}
-        return (sum(held.values()) + self._work[kind] * pace) / len(fellows) - held[actor]
+        now = time.monotonic()
+        held = self._queues.ends(now) - now
+        fellows = self._kind_masks[kind].copy()
+        fellows[list(self._pool.down)] = False
+        fellows[actor] = True
+        waiting = self._work[kind] * pace
+        return float((held[fellows].sum() + waiting) / np.count_nonzero(fellows) - held[actor])
 
     def _evaluate(self, actor: int, evaluation: Evaluation) -> None:
         waiting, losses = evaluation.waiting, evaluation.losses
@@ -235,25 +257,31 @@ class Rounds:
         return self._crew.costs.work(assignment.client, int(self._crew.sizes[assignment.client]))
 
     def _call(
-        self, actor: int, method: str, work: Sequence[Any] = (), evaluation: Evaluation | None = None
+        self,
+        actor: int,
+        method: str,
+        work: Sequence[Any] = (),
+        evaluation: Evaluation | None = None,
+        *,
+        collects: bool = False,
     ) -> None:
         costs, seconds, patience = self._crew.costs, 0.0, self._crew.client_timeout_s
         arguments: tuple[Any, ...] = ()
         if method == "play":
-            arguments = (self._broadcast, work)
+            arguments = (self._broadcast, work, collects, self._totals.stores)
             seconds = sum(self._work_of(assignment) for assignment in work) * (costs.pace(actor) or 0.0)
         elif method == "collect":
-            arguments = (self._number,)
+            arguments, collects = (self._number, self._totals.stores), True
+        elif method == "combine":
+            arguments = ([parcel.stored for parcel in work],)
         elif evaluation is not None:
             arguments = (evaluation.broadcast, work)
             seconds = sum(costs.chunk_seconds(chunk) for chunk in work)
             patience *= len(work)
         reference = self._pool.call(actor, method, *arguments)
-        if not self._queues[actor]:
-            self._since[actor] = time.monotonic()
-        self._queues[actor].append(reference)
         limit = patience + PATIENCE * seconds
-        self._calls[reference] = Call(actor, method, work, evaluation, seconds, limit)
+        call = Call(actor, method, work, evaluation, seconds, limit, collects)
+        self._queues.put(reference, call, time.monotonic())
 
     # ----------------------------------------------------------------------------------- taking in
 
@@ -264,32 +292,29 @@ class Rounds:
                 f"every actor died and none came back within {ALL_DOWN_S:g} s in round {self._number}; "
                 "the checkpoints are kept: resume the run when the cluster has room again"
             )
-        deadlines = {
-            actor: self._since[actor] + self._calls[queue[0]].limit_s
-            for actor, queue in enumerate(self._queues)
-            if queue and actor not in self._pool.down  # a dead one may take its time
-        }
-        patience = max(0.0, min(deadlines.values(), default=now + PROBE_EVERY_S) - now)
+        deadlines = self._queues.deadline.copy()
+        deadlines[list(self._pool.down)] = np.inf  # a dead one may take its time
+        first = deadlines.min()
+        patience = PROBE_EVERY_S if first == np.inf else max(0.0, float(first - now))
         if self._pool.down:
             patience = min(patience, PROBE_EVERY_S)
         ready: list[Any] = []
         # An actor answers in the order in which it was asked.
-        oldest = [queue[0] for queue in self._queues if queue]
+        oldest = self._queues.oldest()
         if oldest:
-            ready, _ = self._ray.wait(oldest, num_returns=1, timeout=patience)
+            ready, _ = self._ray.wait(list(oldest), num_returns=1, timeout=patience)
         else:
             time.sleep(patience)
         if ready:
-            self._take_in(ready[0])
+            self._take_in(oldest[ready[0]], ready[0])
             return
-        for actor, deadline in deadlines.items():
-            if deadline <= time.monotonic():
-                self._pool.kill(actor)
-                self._lose(actor, f"did not answer within {deadline - self._since[actor]:.0f} s")
+        for actor in np.flatnonzero(deadlines <= time.monotonic()).tolist():
+            self._pool.kill(actor)
+            waited = deadlines[actor] - self._queues.since[actor]
+            self._lose(actor, f"did not answer within {waited:.0f} s")
 
-    def _take_in(self, reference: Any) -> None:
-        call = self._calls[reference]
-        actor = call.actor
+    def _take_in(self, actor: int, reference: Any) -> None:
+        call = self._queues.call(actor, reference)
         try:
             result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -300,36 +325,25 @@ class Rounds:
         except self._ray.exceptions.RayError as error:
             self._lose(actor, f"died ({str(error).splitlines()[0]})")
             return
-        del self._calls[reference]
-        self._queues[actor].remove(reference)
-        self._since[actor] = time.monotonic()
+        self._queues.take(actor, reference, time.monotonic())
         if call.method == "play":
-            self._reports |= {report.client: report for report in result}
-            # What was not folded needs no collecting, and cannot be lost any more.
-            self._played[actor] |= {report.client for report in result if report.folded}
-            self._uncollected_s[actor] += sum(report.seconds for report in result)
-            self._crew.costs.learn(actor, result)
+            reports, total = result
+            self._reports |= {report.client: report for report in reports}
+            self._totals.folded(actor, reports)
+            self._crew.costs.learn(actor, reports)
             self._last_play = time.perf_counter()
+            if call.collects:
+                self._again(self._totals.take_in(actor, total))
         elif call.method == "collect":
-            self._merge(actor, result)
+            self._again(self._totals.take_in(actor, result))
+        elif call.method == "combine":
+            self._again(self._totals.combined(actor, call.work, result))
         elif call.evaluation is not None:
             call.evaluation.running -= len(call.work)
             call.evaluation.results += result
             self._crew.costs.learn_chunks(chunk for chunk, _ in result)
         else:
-            del self._pool.down[actor]
-
-    def _merge(self, actor: int, total: Any) -> None:
-        played = self._played[actor]
-        if total is None or sorted(total.clients) != sorted(played):
-            # The actor died and came back in between: what it had folded is gone, or was put back already.
-            self._put_back_played(actor)
-            return
-        if self._total is None:
-            self._total = total.copy()
-        else:
-            self._total.merge(total)
-        self._played[actor], self._uncollected_s[actor] = set(), 0.0
+            self._pool.back(actor, result)
 
     # ------------------------------------------------------------------------------------- losses
 
@@ -337,14 +351,15 @@ class Rounds:
         """An actor is dead: put back what it held, and ask from now on whether it is back."""
         self._lost += self._pool.lost(actor)
         self._probe_at[actor] = time.monotonic() + PROBE_EVERY_S
-        references, self._queues[actor] = self._queues[actor], []
-        for place, reference in enumerate(references):
-            call = self._calls.pop(reference)
+        for place, call in enumerate(self._queues.drop(actor)):
             if call.evaluation is not None:
                 call.evaluation.running -= len(call.work)
+            if call.method == "combine":
+                self._again(self._totals.combined(actor, call.work, None))
+                continue
             for work in call.work:
                 self._put_back(work, call.evaluation, why if place == 0 else None)
-        self._put_back_played(actor)
+        self._again(self._totals.lose(actor))
 
     def _put_back(self, work: Any, evaluation: Evaluation | None, why: str | None) -> None:
         """Have a client or a chunk done again; with ``why``, its actor was lost under it."""
@@ -359,11 +374,11 @@ class Rounds:
         else:
             evaluation.waiting.append(work)
 
-    def _put_back_played(self, actor: int) -> None:
-        for client in self._played[actor]:
+    def _again(self, clients: Iterable[int]) -> None:
+        """Have clients played again whose updates were lost."""
+        for client in sorted(clients):
             del self._reports[client]
             self._wait_for(self._tasks[client])
-        self._played[actor], self._uncollected_s[actor] = set(), 0.0
 
     def _give_up(self, work: Any, evaluation: Evaluation | None, why: str) -> None:
         # What is evaluated is the result of the round before.

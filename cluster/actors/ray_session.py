@@ -18,13 +18,20 @@ import psutil
 
 from cluster.actors.actor_pool import MakeHost
 from cluster.actors.placement import Node, bundles, kinds_of
-from cluster.actors.ray_engine import RayEngine
+from cluster.actors.ray_engine import KeptPool, RayEngine
 from cluster.clients.client import ClientHost
 from cluster.configuration.config import Config
 from cluster.federation import Federation, prepare_arguments
 from cluster.references import DataError, UserError, ensure_home
 from cluster.simulation.devices import Devices
 from cluster.workload.preparing import prepare
+
+#: Objects of so many bytes travel in the messages of a private cluster; a round of a small model then never
+#: waits for the object store, whose every step is a message to Ray's daemon and back.
+INLINED_BYTES = 4 * 2**20
+
+#: The same on a cluster of somebody else's: Ray's 100 KiB, less what goes with a model.
+RAYS_INLINED_BYTES = 90_000
 
 
 class ClusterError(UserError):
@@ -39,6 +46,7 @@ def ray_engine(
     make_host: MakeHost = ClientHost,
     *,
     watched_as: str | None = None,
+    kept: KeptPool | None = None,
 ) -> RayEngine:
     """Actors on the connected cluster, one a core (or GPU share) of its nodes unless configured.
 
@@ -47,6 +55,7 @@ def ray_engine(
         federation: Data and partition.
         make_host: Builds the host of an actor from the setup and the actor's GPUs.
         watched_as: Name of the run whose machines are watched by the driver actor that this is called in.
+        kept: See :class:`RayEngine`.
 
     Raises:
         PlacementError: They were not placed in time; names asked and free resources.
@@ -66,7 +75,9 @@ def ray_engine(
         bundles(kinds, _nodes(), config.actors, config.cohort),
         kind_of=kind_of,
         make_host=make_host,
+        inlined_bytes=INLINED_BYTES if config.address == "local" else RAYS_INLINED_BYTES,
         watched_as=watched_as if config.tracking.enabled else None,
+        kept=kept,
     )
 
 
@@ -125,8 +136,13 @@ def private_cluster(model_size: int, actors: int) -> dict[str, Any]:
     store = 2**28 + 2 * model_size * (20 * actors + 16)
     # Without a dashboard nobody reads Ray's events and metrics, which cost CPU all the time. Ray promises
     # nothing about these settings, which is one more reason to pin it.
-    quiet = {"event_stats": False, "task_events_report_interval_ms": 0, "enable_metrics_collection": False}
-    return {"include_dashboard": False, "object_store_memory": store, "_system_config": quiet}
+    settings = {
+        "max_direct_call_object_size": INLINED_BYTES,
+        "event_stats": False,
+        "task_events_report_interval_ms": 0,
+        "enable_metrics_collection": False,
+    }
+    return {"include_dashboard": False, "object_store_memory": store, "_system_config": settings}
 
 
 @contextmanager

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import socket
-import threading
+import secrets
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cluster.actors.gauges import Gauges
-from cluster.actors.ray_session import ClusterError, connection, ray_engine
+from cluster.actors.driver_actor import DriverActor
+from cluster.actors.ray_session import ClusterError, connection
 from cluster.configuration.config import Config
 from cluster.configuration.identity import code_digest
-from cluster.machine import record
 from cluster.records.run_folder import RunFolder
-from cluster.rounds.conduct import RunGoesOn, conduct, stop_on_signal
+from cluster.rounds.conduct import RunGoesOn, stop_on_signal
 from cluster.rounds.ledger import Line
 
 _logger = logging.getLogger("sparsyfed.run")
@@ -33,114 +30,8 @@ _logger = logging.getLogger("sparsyfed.run")
 #: Ray namespace of every driver, whichever job started it.
 NAMESPACE = "sparsyfed"
 
-#: Seconds that a detached driver stays to tell how its run ended.
-LINGER_S = 60.0
-
 #: Seconds in which a driver that lives answers.
 ANSWER_S = 15.0
-
-
-class Warnings(logging.Handler):
-    """Keeps the warnings of this process for whoever follows the run; a log of Ray's is read by nobody."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
-        self.texts.append(record.getMessage())
-
-
-class DriverActor:
-    """Runs the rounds on the cluster and hands their lines, and its warnings, to whoever asks.
-
-    Args:
-        path: The run's folder, on this actor's node.
-        detached: Nobody need be there when the run ends; the actor then ends itself.
-    """
-
-    def __init__(self, path: Path, detached: bool) -> None:
-        self._path, self._detached = path, detached
-        self._config = RunFolder.open(path).config()
-        self._gauges = Gauges(path.name, self._config)
-        self._started = time.time()
-        self._lines: list[Line] = []
-        self._changed = threading.Condition()
-        self._stop = False
-        self._state = "running"
-        self._summary: dict[str, Any] = {}
-        self._error: BaseException | None = None
-        self._warnings = Warnings()
-        logging.getLogger("sparsyfed").addHandler(self._warnings)
-
-    def conduct(self) -> None:
-        """Run to the end; see :func:`cluster.execution.conduct`."""
-        try:
-            engine = partial(ray_engine, watched_as=str(self._path))
-            self._summary = conduct(self._path, engine, self._on_line, lambda: self._stop)
-            self._state = "finished" if self._summary["complete"] else "stopped"
-        except BaseException as error:
-            self._error, self._state = error, "failed"
-            if self._detached:  # perhaps nobody is there to be told
-                with suppress(OSError):  # a full disk may be what ended it
-                    (self._path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        with self._changed:
-            self._changed.notify_all()
-        if self._detached:
-            import ray
-
-            me = ray.get_runtime_context().current_actor
-            ending = threading.Timer(LINGER_S, lambda: me.__ray_terminate__.remote())
-            ending.daemon = True
-            ending.start()
-
-    def news(self, lines: int, warnings: int) -> tuple[list[Line], list[str], bool]:
-        """Wait for a line beyond the first ``lines``.
-
-        Returns:
-            The lines and the warnings since those that are known, and whether the run is over.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._lines) > lines, timeout=30.0)
-            return self._lines[lines:], self._warnings.texts[warnings:], self._over
-
-    def result(self) -> dict[str, Any]:
-        """What ``result.json`` holds, once the run is over; raises what ended it."""
-        if self._error is not None:
-            raise self._error
-        return self._summary
-
-    def progress(self) -> dict[str, Any]:
-        """Where the run stands, as plain values."""
-        return {
-            "folder": str(self._path),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "config": self._config.dump(),
-            "state": "stopping" if self._stop and not self._over else self._state,
-            "detached": self._detached,
-            "seconds": time.time() - self._started,
-            "lines": self._lines[-1:],
-        }
-
-    def sampled(self, host: str, numbers: dict[str, float]) -> None:
-        """Take in what another machine of the run is doing."""
-        record(self._path, numbers, host)
-
-    def stop(self) -> None:
-        """End the run after the current round, with a checkpoint."""
-        self._stop = True
-
-    @property
-    def _over(self) -> bool:
-        return self._state != "running"
-
-    def _on_line(self, line: Line) -> None:
-        self._gauges.set(line)
-        with self._changed:
-            self._lines.append(line)
-            self._changed.notify_all()
 
 
 # ------------------------------------------------------------------------------------ from the one who starts
@@ -163,6 +54,8 @@ def drive(
     """
     import ray
 
+    if _warm is not None and not config.detached:
+        return _drive_warm(_warm, folder, on_line, should_stop)
     name = driver_name(folder.path, config)
     driver = _start(name, folder.path, config.detached)
     driver.conduct.remote()
@@ -181,6 +74,94 @@ def drive(
     finally:
         ray.kill(driver)
         _free_what_it_reserved(name)
+
+
+@dataclass(frozen=True)
+class WarmDriver:
+    """A driver whose run is over, and the code that it and its actors have loaded."""
+
+    name: str
+    actor: Any
+    code: str
+
+
+#: Drivers that wait for a next run, where runs follow each other.
+_warm: list[WarmDriver] | None = None
+
+
+@contextmanager
+def warm_drivers() -> Iterator[None]:
+    """Runs in here, one after another or side by side, take over each other's drivers and client actors."""
+    global _warm
+    _warm = []
+    try:
+        yield
+    finally:
+        left, _warm = _warm, None
+        for driver in left:
+            _end(driver)
+
+
+def _drive_warm(
+    warm: list[WarmDriver],
+    folder: RunFolder,
+    on_line: Callable[[Line], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    import ray
+
+    driver = _take(warm, folder.path)
+    try:
+        driver.actor.conduct.remote()
+        with stop_on_signal(lambda: driver.actor.stop.remote()):
+            summary = follow(driver.actor, on_line, should_stop)
+    except ray.exceptions.RayActorError as error:
+        _end(driver)
+        raise _died(error, folder.path) from None
+    except BaseException:
+        _end(driver)
+        raise
+    warm.append(driver)
+    return summary
+
+
+def _take(warm: list[WarmDriver], path: Path) -> WarmDriver:
+    """A driver for the run in ``path``, one that waits if it lives and has loaded the code of today."""
+    import ray
+
+    code = f"{code_digest()} {_own_code(RunFolder.open(path).config())}"
+    while True:
+        try:
+            driver = warm.pop()  # atomic: several threads start runs
+        except IndexError:
+            # Its name is that of what its runs belong to, as it is not one run's alone.
+            name = f"{path.parent.name}-{secrets.token_hex(4)}"
+            return WarmDriver(name, _start(name, path, False, keeps=True), code)
+        try:
+            if driver.code == code:
+                ray.get(driver.actor.begin.remote(path))
+                return driver
+        except ray.exceptions.RayActorError:
+            pass  # it died while it waited
+        _end(driver)
+
+
+def _own_code(config: Config) -> str:
+    """Short hash of the files that the configuration's own references name."""
+    digest = hashlib.sha256()
+    for reference in sorted(set(config.references.values())):
+        with suppress(ImportError, ValueError):
+            found = find_spec(reference.partition(":")[0])
+            if found is not None and found.origin is not None and Path(found.origin).is_file():
+                digest.update(Path(found.origin).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _end(driver: WarmDriver) -> None:
+    import ray
+
+    ray.kill(driver.actor)
+    _free_what_it_reserved(driver.name)
 
 
 def driver_name(path: Path, config: Config) -> str:
@@ -212,7 +193,7 @@ def follow(
         raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
-def _start(name: str, path: Path, detached: bool) -> Any:
+def _start(name: str, path: Path, detached: bool, *, keeps: bool = False) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -230,7 +211,7 @@ def _start(name: str, path: Path, detached: bool) -> Any:
     deadline = time.monotonic() + ANSWER_S
     while True:
         try:
-            return actor.remote(path, detached)
+            return actor.remote(path, detached, keeps)
         except ValueError:
             # A driver that was just killed keeps its name until Ray has noticed, and one whose run is over
             # stays to tell of it.

@@ -382,11 +382,10 @@ class ClientHost:
 
 def _same(first: Broadcast, second: Broadcast) -> bool:
     """Whether two broadcasts are copies of one: arrays out of the object store share its memory."""
-    places = [
-        [array.ctypes.data for array in (one.weights, *(part.weights for part in one.parts))]
-        for one in (first, second)
-    ]
-    return places[0] == places[1] and all(
-        getattr(first, name) == getattr(second, name)
-        for name in ("instructions", "lr", "limit", "samples", "period")
+    told = ("instructions", "lr", "limit", "samples", "period")
+    if any(getattr(first, name) != getattr(second, name) for name in told):
+        return False
+    mine, other = ([one.weights, *(part.weights for part in one.parts)] for one in (first, second))
+    return len(mine) == len(other) and all(
+        a.ctypes.data == b.ctypes.data or np.array_equal(a, b) for a, b in zip(mine, other, strict=True)
     )

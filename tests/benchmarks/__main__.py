@@ -20,6 +20,11 @@ from tests.benchmarks.report import Figure, comparison, machine, repeated, table
 #: Name -> (module, what it measures, whether it is part of a run without names).
 BENCHMARKS = {
     "round": ("bench_round", "round on Ray against bare loops at the same time, 8x8 and 28x28", True),
+    "small": (
+        "bench_round",
+        "the same at 1 and 5 ms a step, without evaluation, cohorts of 10 and 100",
+        True,
+    ),
     "cohorts": ("bench_round", "the same with cohorts of 10, 100 and 1,000", True),
     "methods": ("bench_round", "the same by method", True),
     "sizes": ("bench_round", "the same by model size", True),
@@ -27,8 +32,10 @@ BENCHMARKS = {
     "steps": ("bench_steps", "a local step by method against a dense one", True),
     "wire": ("bench_wire", "cut, encode, decode and fold of 11 million weights; 100 updates", True),
     "start": ("bench_start", "seconds until the first round of a cold run", True),
+    "tree": ("bench_tree", "totals of up to 64 light actors on their way to the driver, and a model", False),
     "memory": ("bench_memory", "memory of driver and actors over many rounds", False),
     "long": ("bench_long", "2,000 rounds with MLflow: time, CPU, memory, files, late and early", False),
+    "million": ("bench_million", "1,000 of 1,000,000 clients a round on Ray: CPU a client, memory", False),
     "compare": ("bench_compare", "reading 100 of 10,000 runs of one MLflow store", False),
     "gpu": ("gpu.command", "all that concerns CUDA in --minutes: checks, speed, the paper's run", False),
     "peers": ("bench_peers", "the same rounds in Flower's simulation, pfl-research and BlazeFL", False),

@@ -37,10 +37,10 @@ def experiment(rounds: int) -> Config:
 
 
 class Watch:
-    """Looks at the processes and files of a run after every :data:`STEP` rounds."""
+    """Looks at the processes and files of a run after every ``step`` rounds."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, step: int = STEP) -> None:
+        self.folder, self.step = folder, step
         self.cpu_s: dict[int, float] = {}
         self.own_mib: dict[str, dict[int, float]] = {}
         self.files_kb: dict[str, dict[int, float]] = {}
@@ -49,7 +49,7 @@ class Watch:
     def __call__(self, line: dict[str, Any]) -> None:
         number = int(line["round"])
         self.seconds.append(line["timestamp"])
-        if number != 1 and number % STEP:
+        if number != 1 and number % self.step:
             return
         total = 0.0
         for process in (me := psutil.Process(), *me.children(recursive=True)):
@@ -69,7 +69,7 @@ class Watch:
             "rounds.jsonl": (run / "rounds.jsonl").stat().st_size,
             "checkpoints": sum(file.stat().st_size for file in run.glob("checkpoints/*.safetensors")),
             "mlflow.db": sum(file.stat().st_size for file in self.folder.glob("mlflow.db*")),
-            "tracking.json": (run / "tracking.json").stat().st_size,
+            "tracking.json": sum(file.stat().st_size for file in run.glob("tracking.json")),
         }
         for name, size in sizes.items():
             self.files_kb.setdefault(name, {})[number] = size / 1000

@@ -26,12 +26,16 @@ import torch
 from torch.nn import functional as F
 
 import cluster
+from algorithms import Instructions
 from cluster.actors.ray_session import connection, private_cluster, ray_engine
+from cluster.clients.local_training import LocalSettings, Trainer
 from cluster.command_line.profile import phases
+from cluster.exchange import Broadcast
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
 from cluster.rounds.driver import Driver
 from cluster.workload import models
+from cluster.workload.datasets import Split
 from tests.benchmarks.report import Figure
 
 SAMPLES, BATCH, TEST = 64, 16, 512
@@ -52,11 +56,19 @@ class Case:
     rounds: int = 10  # of a block
     sparsity: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    evaluates: bool = True  # every round
+    own_steps: bool = False  # the bare loops make the method's own local steps, not dense ones
+    target: float | None = None  # of the ratio of the medians
 
     def __str__(self) -> str:
         """The case in the table."""
         size = f" channels {self.model['channels']}" if self.model else ""
         return f"{self.side}x{self.side} {self.method} cohort {self.cohort} actors {self.actors}{size}"
+
+    @property
+    def algorithm(self) -> dict[str, Any]:
+        """The configuration's section."""
+        return {"name": self.method} | ({} if self.sparsity is None else {"sparsity": self.sparsity})
 
 
 def cases(name: str, quick: bool) -> list[Case]:
@@ -68,6 +80,25 @@ def cases(name: str, quick: bool) -> list[Case]:
             Case(cohort=size, clients=max(100, size), rounds=max(1, 50 // size), blocks=3 if size > 10 else 6)
             for size in sizes
         ]
+    if name == "small":
+        # About 1 and 5 ms a step on the machine of docs/results.md.
+        models = {8: {"channels": [32, 64], "hidden": 128}, 16: {"channels": [64, 128], "hidden": 128}}
+        return [
+            Case(
+                side=side,
+                method=method,
+                cohort=cohort,
+                sparsity=None if method == "fedavg" else 0.95,
+                model=model,
+                evaluates=False,
+                own_steps=method == "sparsyfed",
+                target=1.3 if method != "fedavg" else 1.2 if side == 8 else 1.1,
+                rounds=max(2, (20 if side == 8 else 5) * 10 // cohort) // (2 if quick else 1),
+            )
+            for side, model in models.items()
+            for cohort in ((10,) if quick else (10, 100))
+            for method in ("fedavg", "topk", "sparsyfed")
+        ]
     if name == "methods":
         return [Case(method=method, **usual) for method in METHODS]
     if name == "sizes":
@@ -76,9 +107,10 @@ def cases(name: str, quick: bool) -> list[Case]:
     if name == "actors":
         return [Case(actors=actors, **usual) for actors in range(1, (os.cpu_count() or 1) + 1)]
     return [
-        Case(side=side, method=method, **(usual if side == 8 else {"rounds": 3}))
-        for side in (8, 28)
-        for method in ("fedavg", "sparsyfed")
+        # The bare loops are dense: only FedAvg makes the same local steps.
+        Case(side=side, method=method, target=target, **(usual if side == 8 else {"rounds": 3}))
+        for side, target_of_dense in ((8, 1.15), (28, 1.05))
+        for method, target in (("fedavg", target_of_dense), ("sparsyfed", None))
     ]
 
 
@@ -102,8 +134,37 @@ def __getattr__(name: str) -> Any:
     return lambda: images_of_side(side, clients)
 
 
+def own_steps(pipe: Connection, case: Case, clients: int) -> None:
+    """The method's own local steps of ``clients`` clients, at each request."""
+    torch.set_num_threads(1)
+    images = images_of_side(case.side, case.clients)
+    split = Split(images["train_images"][:, None], images["train_labels"].astype(np.int64), None)
+    module = models.build(
+        "small_cnn", input_shape=(1, case.side, case.side), classes=10, seed=0, **case.model
+    )
+    method = cluster.resolve({"algorithm": case.algorithm, "tracking": {"enabled": False}}).method
+    settings = LocalSettings(seed=0, epochs=1, batch_size=BATCH, weight_decay=0.0, proximal=0.0)
+    trainer = Trainer(module, method, settings, split, torch.device("cpu"))
+    layout = trainer.layout
+    start = method.initial_state(layout.flatten(module), layout, np.random.default_rng(0)).weights.numpy()
+    rows = np.arange(case.clients * SAMPLES).reshape(case.clients, SAMPLES)
+    for number in (1, 2):  # weights as clients get them from round 2 on
+        told = Instructions(round=number, rounds=2)
+        broadcast = Broadcast(start, start, None, told, 0.01, 2.0**20, case.cohort * SAMPLES)
+        start = trainer.visit(0, rows[0], method.sparsity, broadcast).values.copy()
+    while pipe.recv():
+        started = time.process_time()
+        for client in range(clients):
+            trainer._load(broadcast, None)
+            visit, steps, _ = trainer._set_up(client, rows[client], method.sparsity, broadcast, None)
+            half = method.client(method, visit)
+            half.begin()
+            half.train(steps.batches(visit))
+        pipe.send(time.process_time() - started)
+
+
 def bare_loop(pipe: Connection, case: Case, clients: int) -> None:
-    """Local steps of ``clients`` clients and this process's share of the evaluation, at each request."""
+    """Dense local steps of ``clients`` clients and this process's share of an evaluation, at each request."""
     torch.set_num_threads(1)
     side = case.side
     model = models.build("small_cnn", input_shape=(1, side, side), classes=10, seed=0, **case.model)
@@ -127,9 +188,10 @@ def bare_loop(pipe: Connection, case: Case, clients: int) -> None:
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
                 optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            _ = int((model(to_input(test)).argmax(1) == test_labels[: len(test)]).sum())
+        if case.evaluates:
+            model.eval()
+            with torch.no_grad():
+                _ = int((model(to_input(test)).argmax(1) == test_labels[: len(test)]).sum())
         pipe.send(time.process_time() - started)
 
 
@@ -141,8 +203,8 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
             "cohort": case.cohort,
             "checkpoint_every": 10,
             "actors": case.actors,
-            "algorithm": {"name": case.method}
-            | ({} if case.sparsity is None else {"sparsity": case.sparsity}),
+            "evaluate_every": 1 if case.evaluates else 10_000,
+            "algorithm": case.algorithm,
             "model": {"name": "small_cnn", **case.model},
             "data": {
                 "name": f"tests.benchmarks.bench_round:images_{case.side}_{case.clients}",
@@ -161,7 +223,8 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
     pipes: list[Connection] = []
     for part in np.array_split(np.arange(case.cohort), case.actors):
         mine, theirs = spawn.Pipe()
-        spawn.Process(target=bare_loop, args=(theirs, case, len(part)), daemon=True).start()
+        loop = own_steps if case.own_steps else bare_loop
+        spawn.Process(target=loop, args=(theirs, case, len(part)), daemon=True).start()
         pipes.append(mine)
     ours = [psutil.Process(), *map(psutil.Process, engine.pids())]
     seconds: dict[str, list[float]] = {"ray": [], "bare": [], "ray cpu": [], "bare cpu": []}
@@ -197,13 +260,8 @@ def measure(case: Case, folder: Path, name: str = "round") -> list[Figure]:
     median = {side: statistics.median(values) for side, values in seconds.items()}
     steps = case.cohort * -(-SAMPLES // BATCH)
     traffic = statistics.median(line["comm/uplink_bytes"] + line["comm/downlink_bytes"] for line in lines)
-    target = None
-    # The bare loops are dense: only FedAvg makes the same local steps.
-    same_steps = case.method == "fedavg" and not case.model
-    if same_steps and case.cohort == 10 and name == "round" and case.actors == 2:
-        target = 1.15 if case.side == 8 else 1.05
     figures = [
-        Figure(name, str(case), "ray/bare", median["ray"] / median["bare"], target),
+        Figure(name, str(case), "ray/bare", median["ray"] / median["bare"], case.target),
         Figure(name, str(case), "cpu ray/bare", median["ray cpu"] / median["bare cpu"]),
         Figure(name, str(case), "cpu ms", 1e3 * median["ray cpu"]),
         Figure(name, str(case), "bare cpu ms", 1e3 * median["bare cpu"]),

@@ -2,7 +2,6 @@
 
     python -m tests.benchmarks.bench_scale [--populations 1000 100000 1000000] [--cohorts 10 100 1000]
     python -m tests.benchmarks.bench_scale --inline          without Ray, in this process
-    python -m tests.benchmarks.bench_scale --part merge      one actor's total of an 11M model
     python -m tests.benchmarks.bench_scale --part control    Ray's own calls at a thousand actors
 
 The first prints, for each pair: the seconds of a round on two actors, and of bare PyTorch loops that do the
@@ -30,7 +29,6 @@ import torch
 from torch.nn import functional as F
 
 import cluster
-from algorithms import Grid, Total
 from cluster.actors.ray_session import ray_engine
 from cluster.federation import Federation
 from cluster.records.run_folder import RunFolder
@@ -40,8 +38,6 @@ from cluster.workload import models
 from cluster.workload.datasets import open_dataset
 
 ACTORS, BATCH = 2, 16
-#: Weights of ResNet-18 for CIFAR-10.
-LARGE = 11_173_962
 
 
 def private_mib(process: psutil.Process) -> float:
@@ -166,42 +162,12 @@ def measured(work: Callable[[], Any], times: int = 5) -> float:
     return statistics.median(seconds) * 1e3
 
 
-def some_total(weights: int) -> Total:
-    """A total as an actor hands it over: two float64 and an int32 a weight."""
-    rng = np.random.default_rng(0)
-    high, low = rng.random(weights), rng.random(weights)
-    return Total(
-        Grid(1.0, 1000), high, low, np.ones(weights, np.int32), np.ones(20, np.int64), None, 500, [0]
-    )
-
-
 @ray.remote
 class Host:
-    """Holds a total, as a client actor does."""
-
-    def __init__(self, weights: int) -> None:
-        self._total = some_total(weights)
-
-    def collect(self) -> Total:
-        """The total."""
-        return self._total
+    """Stands for a client actor."""
 
     def nothing(self) -> None:
         """An empty call."""
-
-
-def measure_merge() -> None:
-    """One actor's total of a large model: out of the actor, into the driver, merged."""
-    host = Host.remote(LARGE)
-    ray.get(host.nothing.remote())
-    mine = some_total(LARGE)
-    whole = measured(lambda: mine.merge(ray.get(host.collect.remote())))
-    other = some_total(LARGE)
-    alone = measured(lambda: mine.merge(other))
-    size = 20 * LARGE / 1e6
-    print(f"one actor's total of {LARGE:,} weights: {size:.0f} MB")
-    print(f"  out of the actor, into this process, merged  {whole:8.0f} ms  (same node, no network)")
-    print(f"  merged alone                                 {alone:8.0f} ms")
 
 
 def measure_control(actors: int = 1000) -> None:
@@ -216,7 +182,7 @@ def measure_control(actors: int = 1000) -> None:
 
     print(f"  a placement group of {actors:,} bundles on one node  {measured(reserve, 1):8.0f} ms")
     ray.util.remove_placement_group(group)
-    host = Host.remote(1)
+    host = Host.remote()
     ray.get(host.nothing.remote())
     calls = 2 * actors
     references: list[Any] = []
@@ -239,7 +205,7 @@ def measure_control(actors: int = 1000) -> None:
 def main() -> None:
     """Measure the chosen part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--part", choices=["rounds", "merge", "control"], default="rounds")
+    parser.add_argument("--part", choices=["rounds", "control"], default="rounds")
     parser.add_argument("--inline", action="store_true", help="rounds in this process, one bare loop")
     parser.add_argument("--populations", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--cohorts", type=int, nargs="+", default=[10, 100, 1000])
@@ -259,9 +225,7 @@ def main() -> None:
                 object_store_memory=2**30,
                 _temp_dir=str(Path(folder) / "ray"),
             )
-        if arguments.part == "merge":
-            measure_merge()
-        elif arguments.part == "control":
+        if arguments.part == "control":
             measure_control()
         else:
             print(

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 
 import cluster
-from cluster.actors import ray_round
+from cluster.actors import ray_round, totals
 from cluster.actors.ray_session import ray_engine
 from cluster.clients.client import ClientHost
 from cluster.federation import Federation
@@ -160,13 +161,64 @@ def test_totals_collected_after_every_call_change_nothing(
 ):
     monkeypatch.setattr(ray_round, "COLLECT_AFTER_S", 1e-9)
     collected = []
-    merge = ray_round.Rounds._merge
+    take_in = totals.Totals.take_in
     monkeypatch.setattr(
-        ray_round.Rounds, "_merge", lambda self, *what: (collected.append(what), merge(self, *what))
+        totals.Totals, "take_in", lambda self, *what: (collected.append(what), take_in(self, *what))[1]
     )
     run_on(gpu_engine, config(place), tmp_path / "run")
     assert len(collected) > 3 * 4  # more often than once an actor and round
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.fixture
+def tree(gpu_engine, monkeypatch):
+    """Has the driver take one total, and calls combine two; tells of every combining call as it begins."""
+    monkeypatch.setattr(totals, "DIRECT", 1)
+    monkeypatch.setattr(totals, "FAN", 2)
+    monkeypatch.setattr(gpu_engine._rounds._totals, "stores", True)
+    begun = []
+    call = ray_round.Rounds._call
+
+    def told(self, actor, method, work=(), *more, **named):
+        call(self, actor, method, work, *more, **named)
+        if method == "combine":
+            begun.append((actor, work))
+            if strikes:
+                strikes.pop()(actor, work)
+
+    strikes = []
+    monkeypatch.setattr(ray_round.Rounds, "_call", told)
+    return SimpleNamespace(begun=begun, strikes=strikes)
+
+
+def test_totals_combined_along_a_tree_change_nothing(gpu_engine, tree, place, undisturbed, tmp_path):
+    run_on(gpu_engine, config(place), tmp_path / "run")
+    assert len(tree.begun) >= 3 * 3  # of four actors, in three rounds
+    assert all(len(parcels) == 2 for _, parcels in tree.begun)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_an_actor_killed_while_it_combines_changes_nothing(gpu_engine, tree, place, undisturbed, tmp_path):
+    places = healed(gpu_engine)
+    tree.strikes.append(lambda actor, parcels: os.kill(places[actor].pid, signal.SIGKILL))
+    run = run_on(gpu_engine, config(place), tmp_path / "run")
+    assert sum(line["time/lost_actors"] for line in run.rounds()) == 1
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_an_actor_killed_whose_total_is_being_combined_changes_nothing(
+    gpu_engine, tree, place, undisturbed, tmp_path
+):
+    places = healed(gpu_engine)
+
+    def kill(actor, parcels):
+        (other,) = {parcel.actor for parcel in parcels} - {actor}
+        os.kill(places[other].pid, signal.SIGKILL)
+
+    tree.strikes.append(kill)
+    run_on(gpu_engine, config(place), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+    healed(gpu_engine)
 
 
 def test_a_tiers_clients_run_on_actors_of_its_own_kind(tier_engine, tiered, place, tmp_path):
@@ -258,3 +310,11 @@ def test_a_client_that_crashes_its_actors_is_found_alone_and_skipped(nodes, plac
         "failed in stage train: the actor that played it was lost 3 times, the last one died"
     )
     assert line["clients/trained"] == 24
+
+
+def test_a_node_killed_in_mid_tree_changes_nothing(nodes, gpu_engine, tree, place, undisturbed, tmp_path):
+    healed(gpu_engine)
+    tree.strikes.append(lambda *_: nodes.remove_node(nodes.of_class["small"], allow_graceful=False))
+    run = run_on(gpu_engine, config(place), tmp_path / "run")
+    assert sum(line["time/lost_actors"] for line in run.rounds()) == 2
+    assert_same_run(tmp_path / "run", undisturbed)

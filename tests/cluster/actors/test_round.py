@@ -29,6 +29,7 @@ class Pool:
     """Two actors that answer at once; a call is its own reference."""
 
     kinds = ("", "")
+    nodes = ("one", "one")
 
     def __init__(self, deadly):
         self.deadly, self.down, self.lost_under = deadly, {}, []
@@ -48,6 +49,9 @@ class Pool:
     def lost(self, actor):
         return self.down.setdefault(actor, 0.0) == 0.0
 
+    def back(self, actor, place):
+        del self.down[actor]
+
     def seconds_without(self, kind=None):
         return 0.0
 
@@ -62,8 +66,8 @@ def evaluated(monkeypatch):
     def evaluate(deadly, *, skip):
         pool = Pool(deadly)
         monkeypatch.setattr(ray, "get", pool.answer)
-        crew = Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, skip)
-        broadcast = SimpleNamespace(instructions=SimpleNamespace(round=5))
+        crew = Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, skip, 0)
+        broadcast = round_(5)
         rounds = Rounds(crew)
         rounds.start(broadcast, [], CENTRAL + TRAINED)
         return pool, {chunk for chunk, _ in rounds.finish().evaluated()}
@@ -107,7 +111,7 @@ class Deadly(Pool):
 def test_a_round_in_which_every_client_is_given_up(monkeypatch):
     pool = Deadly()
     monkeypatch.setattr(ray, "get", pool.answer)
-    rounds = Rounds(Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, True))
+    rounds = Rounds(Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, True, 0))
     rounds.start(round_(5), tasks(3), [])
     outcome = rounds.finish()
     assert outcome.total is None
@@ -122,23 +126,38 @@ class Played:
         self.measured = Measured.nothing(1, 1)
 
 
+class Summed:
+    """A total that knows whom it is of."""
+
+    def __init__(self, assignments):
+        self.clients = [assignment.client for assignment in assignments]
+
+    def copy(self):
+        return self
+
+
 class Scripted(Pool):
     """Two actors that answer when they are told to."""
 
     def __init__(self):
         super().__init__(deadly=None)
-        self.asked, self.may_answer, self.folded = [], [], {0: [], 1: []}
+        self.asked, self.may_answer, self.handing_over, self.folds = [], [], [], False
 
     def call(self, actor, method, *arguments):
-        work = arguments[1] if len(arguments) == 2 else []
+        work = arguments[1] if method in ("play", "evaluate") else []
         call = Call(method, work)
+        if method == "play" and arguments[2]:
+            self.handing_over.append(call)
         self.asked.append((actor, method, [getattr(one, "client", one) for one in work]))
         self.may_answer.append(call)
         return call
 
     def answer(self, call):
         if call.method == "play":
-            return [Played(task.client) for task in call.chunks]
+            reports = [Played(task.client) for task in call.chunks]
+            for report in reports:
+                report.folded = self.folds
+            return reports, Summed(call.chunks) if call in self.handing_over else None
         return super().answer(call) if call.method == "evaluate" else None
 
 
@@ -155,8 +174,14 @@ def scripted(monkeypatch):
     for actor in (0, 1):
         costs.learn(actor, [Played(client) for client in range(8)])
     costs.learn_chunks([EvaluationChunk("test", 0, 5, seconds=1.0)])
-    crew = Crew(pool, np.ones(18, np.int64), costs, lambda client: "", 1000.0, False)
+    crew = Crew(pool, np.ones(18, np.int64), costs, lambda client: "", 1000.0, False, 0)
     return pool, Rounds(crew), clock
+
+
+def answer(rounds, actor):
+    """An actor answers its oldest call."""
+    (reference,) = [r for r, who in rounds._queues.oldest().items() if who == actor]
+    rounds._take_in(actor, reference)
 
 
 def tasks(count):
@@ -164,7 +189,7 @@ def tasks(count):
 
 
 def round_(number):
-    return SimpleNamespace(instructions=SimpleNamespace(round=number))
+    return SimpleNamespace(instructions=SimpleNamespace(round=number), nbytes=1)
 
 
 def test_who_will_be_done_first_gets_the_next_client(scripted):
@@ -173,7 +198,7 @@ def test_who_will_be_done_first_gets_the_next_client(scripted):
     # A third of the share each, and again: 6 clients for two actors.
     assert pool.asked == [(0, "play", [0]), (1, "play", [1]), (0, "play", [2]), (1, "play", [3])]
     clock.now = 0.9
-    rounds._take_in(rounds._queues[1][0])
+    answer(rounds, 1)
     rounds._hand_out()
     assert pool.asked[4:] == [(1, "play", [4])]  # actor 0, with 1.1 s to go, has no room yet
 
@@ -183,12 +208,12 @@ def test_a_client_waits_for_the_actor_that_will_be_done_first(scripted):
     rounds.start(round_(1), tasks(5), [])
     assert pool.asked[-1] == (1, "play", [3])
     clock.now = 0.2
-    rounds._queues[0][1:], rounds._since[0] = [], 0.2  # actor 0 has begun anew and holds nothing else
-    rounds._calls[rounds._queues[0][0]] = replace(rounds._calls[rounds._queues[0][0]], seconds=10.0)
+    first, *_ = rounds._queues.drop(0)  # actor 0 has begun anew and holds nothing else
+    rounds._queues.put(pool.may_answer[0], replace(first, seconds=10.0), 0.2)
     rounds._hand_out()
     assert len(pool.asked) == 4  # for actor 1, which is done in 2 s and has no room, not for actor 0 in 10 s
     clock.now = 1.0
-    rounds._take_in(rounds._queues[1][0])
+    answer(rounds, 1)
     rounds._hand_out()
     assert pool.asked[4] == (1, "play", [4])
 
@@ -207,6 +232,21 @@ def test_the_evaluation_goes_on_while_the_next_round_is_played(scripted):
     asked = [method for _, method, _ in pool.asked[4:]]
     assert asked[0] == "play"
     assert "evaluate" in asked
+
+
+def test_the_last_call_of_each_actor_brings_its_total(scripted):
+    pool, rounds, _ = scripted
+    pool.folds = True
+    rounds.start(round_(1), tasks(2), [])
+    assert pool.asked == [
+        (0, "play", [0]),
+        (1, "play", [1]),
+        (0, "collect", []),
+    ]  # client 1 was waiting still
+    pool.may_answer = [call for call in pool.may_answer if call.method == "play"]
+    answer(rounds, 1)
+    assert rounds._totals.total.clients == [1]
+    assert not rounds._totals.played[1]
 
 
 def test_before_costs_are_known_clients_are_dealt_in_turn(scripted):
@@ -228,5 +268,5 @@ def test_calls_of_a_round_that_an_error_ended_are_forgotten(scripted):
     _, rounds, _ = scripted
     rounds.start(round_(1), tasks(6), [])
     rounds.start(round_(1), tasks(6), [])
-    assert [len(queue) for queue in rounds._queues] == [2, 2]
-    assert len(rounds._calls) == 4
+    assert rounds._queues.count.tolist() == [2, 2]
+    assert rounds._queues.methods.total() == 4

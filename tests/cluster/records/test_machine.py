@@ -9,7 +9,7 @@ import pytest
 
 import cluster
 from cluster import machine
-from cluster.actors.actor_pool import HostActor
+from cluster.actors.actor_pool import Beginning, HostActor
 from cluster.machine import SAMPLES, Watch, record, sample
 from cluster.records.run_folder import RunFolder
 from cluster.records.tensorboard_delivery import EVENT_FILE
@@ -75,7 +75,7 @@ def test_an_actor_tells_the_driver_of_its_machine() -> None:
     driver = SimpleNamespace(
         sampled=SimpleNamespace(remote=lambda host, numbers: told.append((host, numbers)))
     )
-    HostActor(None, None, 0.0, driver, "run")  # type: ignore[arg-type]
+    HostActor(None, 0.0)._look_around(Beginning("run", driver, "run"))  # type: ignore[arg-type]
     wait_for(lambda: told, "a sample")
     host, numbers = told[0]
     assert host == machine_name()

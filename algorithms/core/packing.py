@@ -1,0 +1,94 @@
+"""A total as it travels between actors: as it is, or its nonzero positions alone where that is smaller.
+
+Of sparse updates a total holds the union of their supports and zeros elsewhere. It is packed and unpacked
+without rounding; what is added up of packed totals are the same integers on the same grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from algorithms.core.aggregation import Total
+
+#: The arrays of a total that have an entry a position.
+_COLUMNS = ("high", "low", "votes", "mask_samples", "marked")
+
+#: A total is packed if that leaves at most this share of its bytes: less is not worth the passes over it.
+_WORTH = 0.75
+
+
+@dataclass(frozen=True)
+class PackedTotal:
+    """A total without its zeros.
+
+    Attributes:
+        rest: All of the total but its columns.
+        positions: Where some column is not zero, ascending, int32 or int64.
+        columns: By name of the array its values at those positions that it reaches to.
+        sizes: By name its length.
+    """
+
+    rest: Total
+    positions: np.ndarray
+    columns: dict[str, np.ndarray]
+    sizes: dict[str, int]
+
+    @property
+    def clients(self) -> list[int]:
+        """Whose updates are in it, ascending."""
+        return self.rest.clients
+
+
+def pack(total: Any) -> Any:
+    """What to send of a total; a sealed one, whose words show nothing, as it is."""
+    if not isinstance(total, Total):
+        return total
+    arrays = {name: own for name in _COLUMNS if (own := getattr(total, name)) is not None}
+    dense = sum(own.nbytes for own in arrays.values())
+    entry = 4 + sum(own.itemsize for own in arrays.values())
+    most = _WORTH * dense / entry
+    if any(np.count_nonzero(own) > most for own in arrays.values()):
+        return total
+    filled = np.zeros(max(map(len, arrays.values())), np.bool_)
+    for own in arrays.values():
+        filled[: len(own)] |= own != 0
+    positions = np.flatnonzero(filled)
+    if len(positions) > most:
+        return total
+    columns = {name: own[positions[: _reach(positions, len(own))]] for name, own in arrays.items()}
+    nothing: dict[str, Any] = {name: own[:0] for name, own in arrays.items()}
+    kind = np.int32 if len(filled) < 2**31 else np.int64
+    sizes = {name: len(own) for name, own in arrays.items()}
+    return PackedTotal(replace(total, **nothing), positions.astype(kind), columns, sizes)
+
+
+def unpack(total: Any) -> Any:
+    """The total in writable arrays of its own: those out of the object store are read-only."""
+    if not isinstance(total, PackedTotal):
+        return total.copy()
+    arrays: dict[str, Any] = {}
+    for name, values in total.columns.items():
+        arrays[name] = np.zeros(total.sizes[name], values.dtype)
+        arrays[name][total.positions[: len(values)]] = values
+    rest = total.rest
+    return replace(rest, **arrays, clients=list(rest.clients), layer_counts=rest.layer_counts.copy())
+
+
+def merge(total: Any, other: Any) -> None:
+    """Add ``other``, packed or not, to ``total``, in place."""
+    if not isinstance(other, PackedTotal):
+        total.merge(other)
+        return
+    positions = torch.from_numpy(other.positions.astype(np.int64))
+    for name, values in other.columns.items():
+        own = torch.from_numpy(getattr(total, name))
+        own.index_add_(0, positions[: len(values)], torch.from_numpy(values.copy()))
+    total.merge_rest(other.rest)
+
+
+def _reach(positions: np.ndarray, size: int) -> int:
+    return int(np.searchsorted(positions, size))

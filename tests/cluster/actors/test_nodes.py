@@ -117,6 +117,15 @@ def healed(engine, seconds=120):
             time.sleep(0.2)
 
 
+def lose_node(nodes, name, places):
+    """What the loss of a machine is: Ray's daemon is gone and, unlike on one machine, every process with it."""
+    node = nodes.of_class[name]
+    nodes.remove_node(node, allow_graceful=False)
+    for actor in places:
+        if actor.node == node.node_id:
+            os.kill(actor.pid, signal.SIGKILL)
+
+
 def disturbed(engine, settings, folder, place, disturb):
     """Run while ``disturb(places)`` strikes, with every actor in the middle of round 2."""
     gate, places = place / "data" / "gate", healed(engine)
@@ -260,7 +269,7 @@ def test_an_actor_that_hangs_is_replaced(gpu_engine, place, undisturbed, tmp_pat
 
 def test_a_node_killed_in_mid_round_changes_nothing(nodes, gpu_engine, place, undisturbed, tmp_path):
     def kill(places):
-        nodes.remove_node(nodes.of_class["small"], allow_graceful=False)
+        lose_node(nodes, "small", places)
 
     # Both its actors are lost, and no other node has room for them: the run goes on with the other two.
     assert disturbed(gpu_engine, config(place), tmp_path / "run", place, kill) == 2
@@ -313,8 +322,8 @@ def test_a_client_that_crashes_its_actors_is_found_alone_and_skipped(nodes, plac
 
 
 def test_a_node_killed_in_mid_tree_changes_nothing(nodes, gpu_engine, tree, place, undisturbed, tmp_path):
-    healed(gpu_engine)
-    tree.strikes.append(lambda *_: nodes.remove_node(nodes.of_class["small"], allow_graceful=False))
+    places = healed(gpu_engine)
+    tree.strikes.append(lambda *_: lose_node(nodes, "small", places))
     run = run_on(gpu_engine, config(place), tmp_path / "run")
     assert sum(line["time/lost_actors"] for line in run.rounds()) == 2
     assert_same_run(tmp_path / "run", undisturbed)

@@ -48,6 +48,10 @@ class Place:
     gpus: tuple[str, ...]
 
 
+class NotBegunError(Exception):
+    """The actor died and came back before anybody noticed: it has been told of no run."""
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What an actor is told of a run, again after each of its deaths.
@@ -78,7 +82,8 @@ class HostActor:
 
     @property
     def _host(self) -> ClientHost:
-        assert self._built is not None
+        if self._built is None:
+            raise NotBegunError
         return self._built
 
     def alive(self) -> None:

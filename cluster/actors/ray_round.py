@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.actors.actor_pool import PROBE_EVERY_S, PlacementError
+from cluster.actors.actor_pool import PROBE_EVERY_S, NotBegunError, PlacementError
 from cluster.actors.placement import call_seconds, longest_first
 from cluster.actors.queues import CALLS_IN_FLIGHT, Queues
 from cluster.actors.ray_calls import Call, Crew, Evaluation
@@ -318,7 +318,8 @@ class Rounds:
         try:
             result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            if call.method != "ready":  # a restarted host that cannot be built is tried again
+            # A restarted host that cannot be built is tried again.
+            if call.method != "ready" and not isinstance(error.cause, NotBegunError):
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             self._lose(actor, str(error))
             return

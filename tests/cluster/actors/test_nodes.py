@@ -118,7 +118,7 @@ def healed(engine, seconds=120):
 
 
 def lose_node(nodes, name, places):
-    """What the loss of a machine is: Ray's daemon is gone and, unlike on one machine, every process with it."""
+    """A machine is lost: Ray's daemon and, as it would not be on this one machine, every process with it."""
     node = nodes.of_class[name]
     nodes.remove_node(node, allow_graceful=False)
     for actor in places:

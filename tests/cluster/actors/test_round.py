@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from cluster.actors import ray_round
+from cluster.actors.actor_pool import NotBegunError
 from cluster.actors.placement import CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
@@ -270,3 +271,34 @@ def test_calls_of_a_round_that_an_error_ended_are_forgotten(scripted):
     rounds.start(round_(1), tasks(6), [])
     assert rounds._queues.count.tolist() == [2, 2]
     assert rounds._queues.methods.total() == 4
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_an_actor_that_came_back_unnoticed_has_lost_what_it_had(monkeypatch):
+    class Forgetful(Scripted):
+        """Actor 0 has died and come back since it was told of the run."""
+
+        def __init__(self):
+            super().__init__()
+            self.told, self.of = False, {}
+
+        def call(self, actor, method, *arguments):
+            call = super().call(actor, method, *arguments)
+            self.of[call] = actor
+            return call
+
+        def answer(self, call):
+            if call.method == "ready":
+                self.told = True
+                return None
+            if self.of[call] == 0 and not self.told:
+                raise ray.exceptions.RayTaskError("play", "", NotBegunError())
+            return super().answer(call)
+
+    pool = Forgetful()
+    monkeypatch.setattr(ray, "get", pool.answer)
+    rounds = Rounds(Crew(pool, np.ones(18, np.int64), CostModel(), lambda client: "", 10.0, False, 0))
+    rounds.start(round_(5), tasks(4), [])
+    outcome = rounds.finish()
+    assert [report.client for report in outcome.reports] == [0, 1, 2, 3]
+    assert outcome.lost_actors == 1

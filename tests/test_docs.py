@@ -132,6 +132,13 @@ def test_every_link_leads_somewhere(page):
         assert (page.parent / target.partition("#")[0]).exists(), f"{name_of(page)}: {target}"
 
 
+def test_the_table_of_contents_leads_to_every_page():
+    text = (ROOT / "docs/index.md").read_text()
+    linked = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)(?:#\S*)?\)", text)}
+    own = {page for page in PAGES if page.parent.name == "docs"}
+    assert own - linked == {ROOT / "docs/index.md"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_tables_and_lists_are_drawn(page):
     """Rows as long as their table's head, and a blank line before a list, which the site wants."""

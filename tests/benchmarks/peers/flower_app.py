@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -69,12 +70,16 @@ def main(grid: Grid, context: Context) -> None:
 
 
 if __name__ == "__main__":
-    run_simulation(
-        server_app=server_app,
-        client_app=client_app,
-        num_supernodes=WORKLOAD.clients,
-        backend_config={
-            "init_args": {"num_cpus": WORKERS, "include_dashboard": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    try:
+        run_simulation(
+            server_app=server_app,
+            client_app=client_app,
+            num_supernodes=WORKLOAD.clients,
+            backend_config={
+                "init_args": {"num_cpus": WORKERS, "include_dashboard": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(1)  # the server's thread would wait for clients for ever

@@ -106,8 +106,11 @@ _CPU = torch.device("cpu")
 #: A tag that finds a model's version in the registry, which forgets the model's id.
 _MODEL_TAG = "sparsyfed.model"
 
-#: Tags of the run that its models have too.
-_TOLD = ("method", "seed", "group", "config_hash")
+#: Tags of the run that its models have too; of its source MLflow fills the column "Logged from".
+_TOLD = (
+    *("method", "seed", "group", "config_hash"),
+    *("mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit"),
+)
 
 
 def _write(model: nn.Module, example: Tensor, place: Path) -> str | None:

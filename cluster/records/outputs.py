@@ -161,6 +161,8 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "measures": json.dumps(versions_of(folder.rounds())),
         "metrics": json.dumps(as_values(federation.objective.measures)),
         "git_sha": commit[:7] or "unknown",
+        "mlflow.source.name": "sparsyfed",
+        "mlflow.source.type": "LOCAL",
         **({"mlflow.source.git.commit": commit} if commit else {}),
         "mlflow.runColor": introduction.colour(config),
         "kind": "run",

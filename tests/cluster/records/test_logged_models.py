@@ -26,6 +26,8 @@ from tests.tiny_experiment import tiny_federation
 
 pytestmark = pytest.mark.usefixtures("fast_tracking")
 
+SOURCE = {"mlflow.source.name": "sparsyfed", "mlflow.source.type": "LOCAL"}
+
 #: The best of these rounds is not the last one.
 PLAN: dict[str, Any] = {"rounds": 3, "checkpoint_every": 1, "local": {"lr": 0.5}}
 
@@ -54,7 +56,7 @@ def tracker(store: str, folder: RunFolder, experiment: str, register: str | None
     target = tracking.TrackingTarget(store, experiment, "fedavg-s3", register)
     data = {"name": "tiny", "digest": "d" * 12, "source_type": "local", "source": "here"}
     return tracking.Tracker(
-        folder.path, target, params={"rounds": 3}, tags={"method": "fedavg"}, dataset=data
+        folder.path, target, params={"rounds": 3}, tags={"method": "fedavg", **SOURCE}, dataset=data
     )
 
 
@@ -83,6 +85,8 @@ def test_final_and_best_are_linked_and_load_without_this_package(
 
     run_id = deliver(store, played, "models-linked", register="models-linked")
     found = models_of(store, run_id)
+    for model in found.values():  # what the page's column "Logged from" shows
+        assert SOURCE.items() <= model.tags.items()
     assert {name: model.tags["round"] for name, model in found.items()} == {
         "final": "3",
         "best": str(played.best),

@@ -286,8 +286,8 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
         installed. They need a checkout (pip install -e .). Without names: all but the long ones.""",
         epilog=examples(
             "sparsyfed bench --list",
-            "sparsyfed bench round steps --output before.json",
-            "sparsyfed bench round steps --compare before.json    as ratios to the stored run",
+            "sparsyfed bench round steps --repeat 3 --output before.json",
+            "sparsyfed bench round steps --repeat 3 --compare before.json    as ratios to the stored run",
             "sparsyfed bench gpu --minutes 10 --data FOLDER --resume RUNS",
         ),
     )
@@ -296,6 +296,9 @@ def _add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     bench.add_argument("--output", type=_path, metavar="FILE", help="write the figures as JSON")
     bench.add_argument("--compare", metavar="FILE", help="show ratios to figures stored with --output")
+    bench.add_argument(
+        "--repeat", type=int, metavar="N", help="measure N times, so that noise is known (default 1)"
+    )
     gpu = bench.add_argument_group(
         "the GPU's turn, sparsyfed bench gpu",
         "Checks of everything CUDA, then speed, then the paper's CIFAR-10 runs beside their authors' curves, "

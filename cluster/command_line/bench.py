@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     words = list(arguments.names)
     for option in ("list", "quick"):
         words += [f"--{option}"] if getattr(arguments, option) else []
-    for option in ("minutes", "device"):
+    for option in ("repeat", "minutes", "device"):
         value = getattr(arguments, option)
         words += [f"--{option}", str(value)] if value is not None else []
     if arguments.minutes is not None:  # they began with this process

@@ -124,7 +124,8 @@ def comparison(figures: Sequence[Figure], path: Path) -> str:
         rows.append([case, figure.metric, *sides, ratio, "*" if apart else ""])
     about = stored["machine"]
     lines = [f"then: commit {about['commit']}, {about['cores']} x {about['processor']}", _aligned(rows, 2)]
-    lines.append("* beyond the noise: all repetitions of one side lie above all of the other's")
+    if any(row[-1] == "*" for row in rows):
+        lines.append("* beyond the noise: all repetitions of one side lie above all of the other's")
     if unknown:
         lines.append("without a noise on both sides nothing is marked: store and compare runs of --repeat 3")
     return "\n".join(lines)

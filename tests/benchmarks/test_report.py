@@ -90,7 +90,15 @@ def test_a_command_repeats_everything_and_stores_the_noise(tmp_path, monkeypatch
     assert "repetition 3 of 3" in capsys.readouterr().out
 
 
-def test_a_wrong_number_of_repetitions_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench", "round", "--repeat", "0"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["round", "--repeat", "0"], "--repeat 0: expected a number from 1\n"),
+        (["nothing"], "no benchmark nothing; there are round, "),
+        (["gpu", "--repeat", "2"], "sparsyfed bench gpu runs alone"),
+    ],
+)
+def test_wrong_commands_are_refused(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
     assert bench.main() == 2
-    assert capsys.readouterr().err == "error: --repeat 0: expected a number from 1\n"
+    assert capsys.readouterr().err.startswith(f"error: {told}")

@@ -104,6 +104,8 @@ def test_a_run_is_introduced_in_the_store(tmp_path):
     assert run.info.run_name == "sparsyfed-0.9-s0"
     assert run.data.tags["group"] == group_name(config)
     assert run.data.tags["mlflow.note.content"] == description(config, tmp_path / "one")
+    assert run.data.tags["mlflow.source.name"] == "sparsyfed"
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
     assert min(key for key in run.data.params if key.startswith("algorithm")) == "algorithm"
     assert run.data.params["algorithm"] == "sparsyfed-0.9"
     # What MLflow's page of compared runs draws first, and that it opens the experiment on its charts.

@@ -108,7 +108,7 @@ def figures(name: str, quick: bool) -> list[Figure]:
             "cohort": load.cohort,
             "actors": _WORKERS,
             "algorithm": {"name": "fedavg"},
-            "model": {"name": f"tests.benchmarks.peers.workload:{load.network.__name__}"},
+            "model": {"name": f"tests.benchmarks.peers.workload:{load.network.__name__}", "seed_of_torch": 0},
             "data": {"name": here, "cache": tempfile.mkdtemp()},
             "partition": {"name": "natural", "clients": load.clients},
             "local": {"epochs": load.epochs, "batch_size": load.batch, "lr": load.lr},

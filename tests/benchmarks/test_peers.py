@@ -60,6 +60,16 @@ def test_models_are_the_product_s_small_cnn_and_the_tutorial_s():
     assert shared.lenet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+def test_all_begin_with_the_same_weights():
+    name = "tests.benchmarks.peers.workload:lenet"
+    ours = models.build(name, input_shape=(3, 32, 32), classes=10, seed=7, seed_of_torch=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = shared.lenet()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_missing_peers_are_named_and_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPARSYFED_PEERS", str(tmp_path))
     environment(tmp_path, "flower", "exit 1")

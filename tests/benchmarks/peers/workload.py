@@ -97,8 +97,11 @@ class Workload:
         return correct / self.test, loss / self.test
 
 
-def small_cnn(input_shape: tuple[int, ...] = (1, 8, 8), classes: int = CLASSES) -> nn.Sequential:
+def small_cnn(
+    input_shape: tuple[int, ...] = (1, 8, 8), classes: int = CLASSES, seed_of_torch: int | None = None
+) -> nn.Sequential:
     """The product's small CNN on images of this one shape."""
+    _seed(seed_of_torch)
     return nn.Sequential(
         nn.Conv2d(1, 64, 3, padding=1, bias=False),
         nn.GroupNorm(8, 64),
@@ -115,8 +118,11 @@ def small_cnn(input_shape: tuple[int, ...] = (1, 8, 8), classes: int = CLASSES) 
     )
 
 
-def lenet(input_shape: tuple[int, ...] = (3, 32, 32), classes: int = CLASSES) -> nn.Sequential:
+def lenet(
+    input_shape: tuple[int, ...] = (3, 32, 32), classes: int = CLASSES, seed_of_torch: int | None = None
+) -> nn.Sequential:
     """The CNN of 62,006 parameters of PyTorch's tutorial on CIFAR-10, which BlazeFL's benchmark trains."""
+    _seed(seed_of_torch)
     return nn.Sequential(
         nn.Conv2d(3, 6, 5),
         nn.ReLU(),
@@ -131,6 +137,12 @@ def lenet(input_shape: tuple[int, ...] = (3, 32, 32), classes: int = CLASSES) ->
         nn.ReLU(),
         nn.Linear(84, classes),
     )
+
+
+def _seed(seed: int | None) -> None:
+    """The product has a seed of its own for a model; this one is what the others begin with."""
+    if seed is not None:
+        torch.manual_seed(seed)
 
 
 def workload(name: str, samples: int) -> Workload:

@@ -39,6 +39,9 @@ Outcome = Literal["finished", "pruned", "failed"]
 
 #: How often a run is begun where the cluster takes its driver or its actors, and where something else fails.
 _ATTEMPTS, _OTHER_ATTEMPTS = 4, 2
+#: Trials in a row that may fail for no fault of theirs; with the next one the study ends, to be gone on with.
+LOST_IN_A_ROW = 3
+
 #: Seconds that a run waits for the driver of a killed coordinator to let go of its folder.
 _HANDOVER_S = 60.0
 
@@ -130,6 +133,7 @@ class Coordinator:
         self._plan, self._folder, self._searches = plan, folder, searches
         self._display, self._tags, self._stopped = display, tags, stopped
         self.failed_finals: dict[str, str] = {}
+        self._lost_in_a_row = 0
         self._lock = threading.RLock()
         self._running: set[Job] = set()
         self._done: queue.SimpleQueue[tuple[Job, BaseException | None]] = queue.SimpleQueue()
@@ -242,9 +246,13 @@ class Coordinator:
                 if not _of_one_run(error):
                     raise
                 with self._lock:
+                    self._lost_in_a_row += may_pass(error)
+                    if self._lost_in_a_row > LOST_IN_A_ROW:
+                        raise  # this one stays running; whatever is wrong would take all that are left
                     self._fail(job, error)
             else:
                 with self._lock:
+                    self._lost_in_a_row = 0
                     self._conclude(job, summary)
         except BaseException as error:
             problem = error

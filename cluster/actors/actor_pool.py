@@ -24,6 +24,9 @@ from cluster.workload.preparing import prepare
 #: Seconds between two questions whether a dead actor is back.
 PROBE_EVERY_S = 0.5
 
+#: Seconds in which an actor that has nothing to do answers.
+ANSWER_S = 30.0
+
 MakeHost = Callable[[HostSetup, float], ClientHost]
 
 
@@ -220,10 +223,10 @@ class ActorPool:
 
     @property
     def alive(self) -> bool:
-        """Whether every actor answers; ends those that are left where one does not."""
+        """Whether every actor answers; ends them all where one does not."""
         try:
-            self._ray.get([host.alive.remote() for host in self._hosts])
-        except self._ray.exceptions.RayActorError:
+            self._ray.get([host.alive.remote() for host in self._hosts], timeout=ANSWER_S)
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
             self.close()
             return False
         return True

@@ -87,18 +87,22 @@ class DriverActor:
             ending.daemon = True
             ending.start()
 
-    def news(self, lines: int, warnings: int) -> tuple[list[Line], list[str], bool]:
-        """Wait for a line beyond the first ``lines``.
+    def news(self, path: Path, lines: int, warnings: int) -> tuple[list[Line], list[str], bool]:
+        """Wait for a line of the run in ``path`` beyond the first ``lines``.
 
         Returns:
             The lines and the warnings since those that are known, and whether the run is over.
         """
+        if path != self._path:
+            return [], [], True
         with self._changed:
             self._changed.wait_for(lambda: self._over or len(self._lines) > lines, timeout=30.0)
             return self._lines[lines:], self._warnings.texts[warnings:], self._over
 
-    def result(self) -> dict[str, Any]:
-        """What ``result.json`` holds, once the run is over; raises what ended it."""
+    def result(self, path: Path) -> dict[str, Any]:
+        """What the ``result.json`` of ``path`` holds, once the run is over; raises what ended it."""
+        if path != self._path:  # the driver has turned to the next one
+            return RunFolder.open(path).result() or {}
         if self._error is not None:
             raise self._error
         return self._summary
@@ -118,11 +122,13 @@ class DriverActor:
 
     def sampled(self, host: str, numbers: dict[str, float]) -> None:
         """Take in what another machine of the run is doing."""
-        record(self._path, numbers, host)
+        if not self._over:
+            record(self._path, numbers, host)
 
-    def stop(self) -> None:
-        """End the run after the current round, with a checkpoint."""
-        self._stop = True
+    def stop(self, path: Path) -> None:
+        """End the run in ``path`` after the current round, with a checkpoint."""
+        if path == self._path:
+            self._stop = True
 
     @property
     def _over(self) -> bool:

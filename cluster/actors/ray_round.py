@@ -87,8 +87,7 @@ class Rounds:
         self._reports: dict[int, ClientReport] = {}
         self._losses: Counter[int] = Counter()  # how often its actor was lost under a client
         self._failed: dict[int, str] = {}
-        self._lost = 0
-        self._last_play = time.perf_counter()
+        self._lost, self._last_play = 0, time.perf_counter()
         self._hand_out()
 
     def finish(self) -> Outcome:
@@ -96,7 +95,7 @@ class Rounds:
         started, evaluation = time.perf_counter(), self._evaluations[-1]
         while self._totals.left or self._to_do():
             if self._totals.few and not self._to_do():
-                self._again(self._totals.take_stored())
+                self._again(self._totals.take_stored(self._crew.client_timeout_s))
             else:
                 self._wait()
             self._hand_out()
@@ -271,7 +270,9 @@ class Rounds:
             arguments = (self._broadcast, work, collects, self._totals.stores)
             seconds = sum(self._work_of(assignment) for assignment in work) * (costs.pace(actor) or 0.0)
         elif method == "collect":
-            arguments, collects = (self._number, self._totals.stores), True
+            # While clients wait nobody combines; what is collected then is the driver's.
+            stores = self._totals.stores and not any(self._waiting.values())
+            arguments, collects = (self._number, stores), True
         elif method == "combine":
             arguments = ([parcel.stored for parcel in work],)
         elif evaluation is not None:
@@ -294,9 +295,8 @@ class Rounds:
             )
         deadlines = self._queues.deadline.copy()
         deadlines[list(self._pool.down)] = np.inf  # a dead one may take its time
-        first = deadlines.min()
-        patience = PROBE_EVERY_S if first == np.inf else max(0.0, float(first - now))
-        if self._pool.down:
+        patience = max(0.0, float(deadlines.min() - now))
+        if self._pool.down or patience == np.inf:
             patience = min(patience, PROBE_EVERY_S)
         ready: list[Any] = []
         # An actor answers in the order in which it was asked.
@@ -319,13 +319,13 @@ class Rounds:
             result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             # A restarted host that cannot be built is tried again.
-            if call.method != "ready" and not isinstance(error.cause, NotBegunError):
+            if isinstance(error.cause, NotBegunError):
+                return self._lose(actor, None)
+            if call.method != "ready":
                 raise error.cause if isinstance(error.cause, Exception) else error from None
-            self._lose(actor, str(error))
-            return
+            return self._lose(actor, str(error))
         except self._ray.exceptions.RayError as error:
-            self._lose(actor, f"died ({str(error).splitlines()[0]})")
-            return
+            return self._lose(actor, f"died ({str(error).splitlines()[0]})")
         self._queues.take(actor, reference, time.monotonic())
         if call.method == "play":
             reports, total = result
@@ -348,8 +348,8 @@ class Rounds:
 
     # ------------------------------------------------------------------------------------- losses
 
-    def _lose(self, actor: int, why: str) -> None:
-        """An actor is dead: put back what it held, and ask from now on whether it is back."""
+    def _lose(self, actor: int, why: str | None) -> None:
+        """An actor is dead, of nothing that it held where ``why`` is None: put all of that back."""
         self._lost += self._pool.lost(actor)
         self._probe_at[actor] = time.monotonic() + PROBE_EVERY_S
         for place, call in enumerate(self._queues.drop(actor)):

@@ -61,14 +61,14 @@ def drive(
     driver.conduct.remote()
     if config.detached:
         try:
-            return follow(driver, on_line, should_stop)
+            return follow(driver, folder.path, on_line, should_stop)
         except KeyboardInterrupt:
             raise RunGoesOn(how_to_come_back(name, config.address)) from None
         except ray.exceptions.RayActorError as error:
             raise _died(error, folder.path) from None
     try:
-        with stop_on_signal(lambda: driver.stop.remote()):
-            return follow(driver, on_line, should_stop)
+        with stop_on_signal(lambda: driver.stop.remote(folder.path)):
+            return follow(driver, folder.path, on_line, should_stop)
     except ray.exceptions.RayActorError as error:
         raise _died(error, folder.path) from None
     finally:
@@ -93,12 +93,15 @@ _warm: list[WarmDriver] | None = None
 def warm_drivers() -> Iterator[None]:
     """Runs in here, one after another or side by side, take over each other's drivers and client actors."""
     global _warm
-    _warm = []
+    if _warm is not None:  # two grids in one process
+        yield
+        return
+    mine = _warm = []
     try:
         yield
     finally:
-        left, _warm = _warm, None
-        for driver in left:
+        _warm = None
+        for driver in mine:
             _end(driver)
 
 
@@ -113,15 +116,18 @@ def _drive_warm(
     driver = _take(warm, folder.path)
     try:
         driver.actor.conduct.remote()
-        with stop_on_signal(lambda: driver.actor.stop.remote()):
-            summary = follow(driver.actor, on_line, should_stop)
+        with stop_on_signal(lambda: driver.actor.stop.remote(folder.path)):
+            summary = follow(driver.actor, folder.path, on_line, should_stop)
     except ray.exceptions.RayActorError as error:
         _end(driver)
         raise _died(error, folder.path) from None
     except BaseException:
         _end(driver)
         raise
-    warm.append(driver)
+    if warm is _warm:
+        warm.append(driver)
+    else:
+        _end(driver)
     return summary
 
 
@@ -143,17 +149,23 @@ def _take(warm: list[WarmDriver], path: Path) -> WarmDriver:
                 return driver
         except ray.exceptions.RayActorError:
             pass  # it died while it waited
+        except BaseException:
+            _end(driver)
+            raise
         _end(driver)
 
 
 def _own_code(config: Config) -> str:
-    """Short hash of the files that the configuration's own references name."""
-    digest = hashlib.sha256()
-    for reference in sorted(set(config.references.values())):
+    """Short hash of the files that the configuration's own references name, and of those beside them."""
+    files: set[Path] = set()
+    for reference in set(config.references.values()):
         with suppress(ImportError, ValueError):
             found = find_spec(reference.partition(":")[0])
-            if found is not None and found.origin is not None and Path(found.origin).is_file():
-                digest.update(Path(found.origin).read_bytes())
+            if found is not None and found.origin is not None:
+                files.update(Path(found.origin).parent.glob("*.py"))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -171,23 +183,23 @@ def driver_name(path: Path, config: Config) -> str:
 
 
 def follow(
-    driver: Any, on_line: Callable[[Line], None], should_stop: Callable[[], bool] = lambda: False
+    driver: Any, path: Path, on_line: Callable[[Line], None], should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Hand on a driver's lines and warnings, from its first, until its run is over; returns its result."""
+    """Hand on lines and warnings of the run in ``path`` until it is over; returns its result."""
     import ray
 
     seen, warned, done = 0, 0, False
     try:
         while not done:
-            lines, warnings, done = ray.get(driver.news.remote(seen, warned))
+            lines, warnings, done = ray.get(driver.news.remote(path, seen, warned))
             seen, warned = seen + len(lines), warned + len(warnings)
             for text in warnings:
                 _logger.warning("%s", text)
             for line in lines:
                 on_line(line)
-            if should_stop():
-                driver.stop.remote()
-        summary: dict[str, Any] = ray.get(driver.result.remote())
+            if not done and should_stop():
+                driver.stop.remote(path)
+        summary: dict[str, Any] = ray.get(driver.result.remote(path))
         return summary
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None

@@ -144,13 +144,17 @@ class Totals:
         self._store(stored, actor)
         return set()
 
-    def take_stored(self) -> set[int]:
-        """Take in all that is stored; returns who is to be played again."""
+    def take_stored(self, patience_s: float) -> set[int]:
+        """Take in all that is stored; returns who is to be played again.
+
+        Args:
+            patience_s: Seconds for one of them; its actor may be frozen, and then nobody hands it over.
+        """
         ready, self._ready, again = self._ready, {}, set[int]()
         for parcel in chain.from_iterable(ready.values()):
             try:
-                self._add(self._ray.get(parcel.stored.reference))
-            except self._ray.exceptions.ObjectLostError:
+                self._add(self._ray.get(parcel.stored.reference, timeout=patience_s))
+            except (self._ray.exceptions.ObjectLostError, self._ray.exceptions.GetTimeoutError):
                 again |= clients_of([parcel])
         return again
 

@@ -64,8 +64,9 @@ def stop(console: Console, address: str, wanted: str | None) -> int:
             raise ClusterError(f"{name} does not answer")
         console.print(f"{name} ends after its round ...")
         try:
-            ray.get(driver.stop.remote())
-            summary = follow(driver, lambda line: None)
+            path = Path(progress["folder"])
+            ray.get(driver.stop.remote(path))
+            summary = follow(driver, path, lambda line: None)
             console.print(f"ended after round {summary['rounds']}, {final_text(summary)}")
         except ray.exceptions.RayActorError:
             console.print("ended")  # the one who started it has taken the result and closed it
@@ -88,7 +89,7 @@ def attach(console: Console, address: str, wanted: str | None) -> int:
         announce(console, config, folder, f"{name}, on {progress['host']} for {since}")
         try:
             with RunDisplay(console, config) as display:
-                summary = follow(driver, display.on_line)
+                summary = follow(driver, folder, display.on_line)
         except KeyboardInterrupt:
             raise RunGoesOn(how_to_come_back(name, address)) from None
         except ray.exceptions.RayActorError as error:

@@ -170,3 +170,17 @@ def test_a_lost_trial_is_no_bad_one(cache, tmp_path, monkeypatch):
     assert len(result.curve[1]) == 2
     values = [trial.value for trial in result.tried if trial.value is not None]
     assert result.curve[1] == pytest.approx([sum(values) / 2, max(values)])
+
+
+def test_what_no_trial_can_do_ends_the_study_before_all_are_spent(cache, tmp_path, monkeypatch):
+    """With one loss allowed in a row here; once it is mended, the study goes on."""
+    monkeypatch.setattr(coordinator, "LOST_IN_A_ROW", 1)
+    plan = tiny_plan(cache, STUDY, checkpoint_every=1)
+    every = {f"{method}_trial_{number:03d}": 9 for method in STUDY["methods"] for number in range(2)}
+    with monkeypatch.context() as patch:
+        runs = Breaking(patch, coordinator, TypeError("their own mistake"), **every)
+        with pytest.raises(TypeError, match="their own mistake"):
+            finish(plan, tmp_path / "study")
+    assert len(set(runs.begun)) == 2
+    finished = finish(plan, tmp_path / "study")
+    assert [trial.state for result in finished.values() for trial in result.tried].count("failed") == 1

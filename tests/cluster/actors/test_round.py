@@ -13,8 +13,10 @@ from cluster.actors.actor_pool import NotBegunError
 from cluster.actors.placement import CostModel
 from cluster.actors.ray_calls import Crew
 from cluster.actors.ray_round import Rounds
+from cluster.actors.totals import Stored
 from cluster.exchange import Assignment, ClientError, EvaluationChunk
 from cluster.measured import Measured
+from tests.cluster.actors.test_totals import total_of
 
 CENTRAL = [EvaluationChunk("test", start, start + 5) for start in (0, 5)]
 TRAINED = [EvaluationChunk("test", 0, 10, client=client) for client in range(18)]
@@ -302,3 +304,65 @@ def test_an_actor_that_came_back_unnoticed_has_lost_what_it_had(monkeypatch):
     outcome = rounds.finish()
     assert [report.client for report in outcome.reports] == [0, 1, 2, 3]
     assert outcome.lost_actors == 1
+
+
+class Many(Pool):
+    """Twenty actors that answer one after the other; each call takes its clients' seconds of their clock."""
+
+    kinds = ("",) * 20
+    nodes = ("one",) * 20
+
+    def __init__(self):
+        super().__init__(deadly=None)
+        self.folded = {actor: [] for actor in range(20)}
+        self.stored, self.most, self.combined, self.of = set(), 0, 0, {}
+
+    def call(self, actor, method, *arguments):
+        call = Call(method, arguments)
+        self.of[call] = actor
+        return call
+
+    def handed(self, actor, store):
+        clients, self.folded[actor] = sorted(self.folded[actor]), []
+        if not clients:
+            return None
+        return self.put(clients) if store else total_of(clients)
+
+    def put(self, clients):
+        self.stored.add(tuple(clients))
+        self.most = max(self.most, len(self.stored))
+        return Stored(tuple(clients), tuple(clients), "one")
+
+    def answer(self, call, timeout=None):
+        if isinstance(call, tuple):
+            self.stored.discard(call)
+            return total_of(call)
+        actor, arguments = self.of[call], call.chunks
+        if call.method == "play":
+            reports = [Played(task.client, seconds=30.0) for task in arguments[1]]
+            for report in reports:
+                report.folded = True
+                self.folded[actor].append(report.client)
+            return reports, self.handed(actor, arguments[3]) if arguments[2] else None
+        if call.method == "collect":
+            return self.handed(actor, arguments[1])
+        self.combined += 1
+        for part in arguments[0]:
+            self.stored.discard(part.reference)
+        return self.put(sorted(client for part in arguments[0] for client in part.clients))
+
+
+def test_a_long_round_of_many_actors_leaves_little_in_the_store(evaluated, monkeypatch):
+    pool = Many()
+    monkeypatch.setattr(ray, "get", pool.answer)
+    drawn = np.random.default_rng(0)
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: ([calls[drawn.integers(len(calls))]], []))
+    costs = CostModel()
+    for actor in range(20):
+        costs.learn(actor, [Played(client, seconds=30.0) for client in range(600)])
+    rounds = Rounds(Crew(pool, np.ones(600, np.int64), costs, lambda client: "", 1000.0, False, 0))
+    rounds.start(round_(1), tasks(600), [])
+    outcome = rounds.finish()
+    assert outcome.total.clients == list(range(600))
+    assert pool.most <= 2 * 20  # as much as a private cluster has room for
+    assert pool.combined

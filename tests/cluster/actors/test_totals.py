@@ -26,7 +26,7 @@ class Store:
         self.held[len(self.held)] = total
         return Stored(len(self.held) - 1, tuple(total.clients), node)
 
-    def get(self, reference):
+    def get(self, reference, timeout=None):
         if self.held[reference] is None:
             raise ray.exceptions.ObjectLostError("0" * 56, None, "")
         return self.held[reference]
@@ -119,7 +119,7 @@ class Story:
                 self.hand_over()
             elif self.totals.few:
                 self.taken = len(self.all_parcels())
-                self.again += self.totals.take_stored()
+                self.again += self.totals.take_stored(1.0)
                 if not self.again:
                     break
         assert not self.totals.left
@@ -211,3 +211,19 @@ def test_a_total_of_others_than_were_played_is_not_taken():
     held.folded(0, reports([3]))
     assert held.take_in(0, total_of([3])) == set()
     assert held.total.clients == [3]
+
+
+def test_a_total_that_nobody_hands_over_is_played_again():
+    """Its actor is frozen: it lives, and answers nobody."""
+    store = Store()
+    held = Totals(store, ["one"] * 9)
+    held.folded(0, reports([3, 4]))
+    held.take_in(0, store.put(total_of([3, 4]), "one"))
+
+    def never(reference, timeout):
+        raise ray.exceptions.GetTimeoutError
+
+    store.get = never
+    assert held.take_stored(1.0) == {3, 4}
+    assert held.total is None
+    assert not held.left

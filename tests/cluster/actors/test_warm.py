@@ -11,6 +11,8 @@ import ray
 
 import cluster
 from cluster.actors import remote
+from cluster.actors.actor_pool import ActorPool
+from cluster.actors.driver_actor import DriverActor
 from cluster.actors.placement import ActorKind, Bundle
 from cluster.actors.ray_engine import KeptPool
 from cluster.grid import Grid, run_grid
@@ -153,3 +155,45 @@ def test_actors_on_a_gpu_are_not_kept():
     kept.leave(pool)
     assert closed == [1]
     assert kept.take(pool.bundles, None) is None
+
+
+def test_what_is_said_of_one_run_does_not_reach_the_next(tmp_path):
+    """``sparsyfed stop`` and ``attach`` speak to a driver that has turned to the next run meanwhile."""
+    driver = object.__new__(DriverActor)
+    driver._path, driver._stop, driver._state = tmp_path / "next", False, "running"
+    driver.stop(tmp_path / "before")
+    assert not driver._stop
+    assert driver.news(tmp_path / "before", 0, 0) == ([], [], True)
+    driver.stop(tmp_path / "next")
+    assert driver._stop
+
+
+def test_a_driver_that_cannot_begin_is_ended_and_not_lost(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(remote, "_end", ended.append)
+    monkeypatch.setattr(remote.RunFolder, "open", lambda path: SimpleNamespace(config=lambda: None))
+    monkeypatch.setattr(remote, "_own_code", lambda settings: "")
+
+    def broken(value):
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(ray, "get", broken)
+    begun = SimpleNamespace(begin=SimpleNamespace(remote=lambda path: path))
+    driver = remote.WarmDriver("a", begun, f"{remote.code_digest()} ")
+    with pytest.raises(OSError, match="the disk is away"):
+        remote._take([driver], tmp_path)
+    assert ended == [driver]
+
+
+def test_kept_actors_that_do_not_answer_are_ended():
+    closed = []
+
+    def frozen(calls, timeout):
+        assert timeout > 0
+        raise ray.exceptions.GetTimeoutError
+
+    pool = object.__new__(ActorPool)
+    pool._ray = SimpleNamespace(get=frozen, exceptions=ray.exceptions)
+    pool._hosts, pool.close = [], lambda: closed.append(True)
+    assert not pool.alive
+    assert closed

@@ -63,6 +63,8 @@ class Row:
         up_bits: Bits that a client sent for each weight of the model, a round.
         memory_mb: Megabytes that training takes on a client, and what it keeps between its visits.
         consensus: Agreement of a cohort's masks, the mean from round 2 on.
+        kj: Kilojoules of the devices so far.
+        simulated_h: Hours on their clock so far.
         epsilon: What the models up to it tell of one client, where they are private.
     """
 
@@ -95,6 +97,8 @@ class Row:
     up_bits: float | None = None
     memory_mb: float | None = None
     consensus: float | None = None
+    kj: float | None = None
+    simulated_h: float | None = None
     epsilon: float | None = None
 
 
@@ -102,7 +106,7 @@ NAMES = tuple(field.name for field in fields(Row))
 #: Columns of files whose runs have them.
 _OPTIONAL = (
     *("perplexity", "bits", "rmse", "robust", "robust_gap", "clients", "worst", "entropy_mb"),
-    *("unseen", "one_shot", "five_shot", "up_bits", "memory_mb", "consensus", "epsilon"),
+    *("unseen", "one_shot", "five_shot", "up_bits", "memory_mb", "consensus", "epsilon", "kj", "simulated_h"),
 )
 _WORDS, _WHOLE = ("preset", "method", "config", "code"), ("seed", "width", "round")
 
@@ -136,6 +140,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits up": ("up_bits", "{:.2f}".format),
     "client MB": ("memory_mb", "{:,.1f}".format),
     "consensus": ("consensus", "{:.2f}".format),
+    "kJ": ("kj", "{:.2f}".format),
+    "hours": ("simulated_h", "{:.2f}".format),
     "epsilon": ("epsilon", "{:.3g}".format),
 }
 
@@ -158,7 +164,7 @@ def rows_of(
         rounds: After which rounds; by default each run's last.
         preset: What their experiment is called; by default the name of the folder above a run's.
         label: What their method is called; by default its name.
-        more: Which of the figures that few tables show: up_bits, memory_mb, consensus.
+        more: Which of the figures that few tables show: up_bits, memory_mb, consensus, kj, simulated_h.
     """
     rows = []
     for path in find_folders(folders):
@@ -244,6 +250,8 @@ _MORE: dict[str, Callable[[Config, Sequence[Mapping[str, Any]]], float | None]] 
     "up_bits": _up_bits,
     "memory_mb": _memory_mb,
     "consensus": _consensus,
+    "kj": lambda _, lines: lines[-1]["energy/joules_total"] / 1e3,
+    "simulated_h": lambda _, lines: lines[-1]["time/simulated_s"] / 3600,
 }
 
 

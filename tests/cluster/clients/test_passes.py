@@ -84,11 +84,14 @@ def test_a_round_is_received_once_and_a_new_one_replaces_it():
     assert np.array_equal(trainer.visit(0, rows, 0.0, first).values, expected)
 
 
-def test_copies_of_a_broadcast_share_its_memory():
+def test_copies_of_a_broadcast_are_one():
     method = FedAvg()
     first = broadcast_of(trainer_of(method), method, None, 1)
     assert _same(first, replace(first))  # as two calls of one round unpack it from the object store
-    assert not _same(first, replace(first, weights=first.weights.copy()))
+    assert _same(first, replace(first, weights=first.weights.copy()))  # as it comes with each of two calls
+    other = first.weights.copy()
+    other[-1] += 1
+    assert not _same(first, replace(first, weights=other))
     assert not _same(first, replace(first, samples=61))
     assert not _same(first, replace(first, period=1))
 

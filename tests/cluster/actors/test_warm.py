@@ -86,10 +86,11 @@ def test_the_runs_of_a_grid_share_their_processes(two_cores, inline, tmp_path):
         assert time.monotonic() < deadline, "what was kept is ended with the grid"
 
 
-@pytest.mark.parametrize("victim", ["HostActor", "DriverActor"])
-def test_what_dies_between_two_runs_is_replaced(two_cores, inline, tmp_path, victim):
+def test_what_dies_between_two_runs_is_replaced(two_cores, inline, tmp_path):
+    victims = ["HostActor", "DriverActor", "HostActor"]
+
     def ended(name, result):
-        os.kill(min(running(victim)), signal.SIGKILL)
+        os.kill(min(running(victims.pop(0))), signal.SIGKILL)
 
     outcome = run_grid(grid(s0=0, s1=1, s2=2), tmp_path / "grid", ended=ended)
     assert not outcome.failures
@@ -97,29 +98,23 @@ def test_what_dies_between_two_runs_is_replaced(two_cores, inline, tmp_path, vic
         assert results_of(tmp_path / "grid" / name) == results_of(inline / name)
 
 
-def test_a_run_that_wants_other_actors_gets_them(two_cores, inline, tmp_path):
-    before = config(0)
-    after = config(1, "actors=3", "cpus_per_actor=0.5")
-    with remote.warm_drivers():
-        cluster.run(before, tmp_path / "s0")
-        first = running("HostActor")
-        cluster.run(after, tmp_path / "s1")
-        second = running("HostActor")
-    assert len(second) == 3
-    assert not first & second
-    assert results_of(tmp_path / "s1") == results_of(inline / "s1")
-
-
-def test_a_run_that_fails_leaves_nothing_to_the_next(two_cores, inline, tmp_path):
+def test_a_run_that_wants_others_or_follows_a_failure_gets_its_own(two_cores, inline, tmp_path):
     usual = [each for each in SHORT if not each.startswith("model.")]
     failing = cluster.resolve("quickstart", [*usual, "model.name=tests.cluster.actors.test_ray:FailingModel"])
     with remote.warm_drivers():
+        cluster.run(config(0), tmp_path / "s0")
+        first = running("HostActor")
+        cluster.run(config(1, "actors=3"), tmp_path / "s1")
+        second = running("HostActor")
         with pytest.raises(Exception, match="client"):
             cluster.run(failing, tmp_path / "failing")
         assert not remote._warm
-        cluster.run(config(1), tmp_path / "s1")
+        cluster.run(config(2), tmp_path / "s2")
         assert len(remote._warm) == 1
-    assert results_of(tmp_path / "s1") == results_of(inline / "s1")
+    assert len(second) == 3
+    assert not first & second
+    for name in ("s0", "s1", "s2"):
+        assert results_of(tmp_path / name) == results_of(inline / name)
 
 
 def test_code_of_ones_own_that_changed_is_loaded_anew(tmp_path, monkeypatch):

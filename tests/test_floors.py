@@ -32,7 +32,6 @@ FLOORS = (
     "tuning",
     "cluster.cli",
     "cluster.__main__",
-    "sparsyfed",
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
@@ -43,13 +42,11 @@ def room_of(module: str) -> str:
 
 
 def files(*packages: str) -> dict[str, Path]:
-    """The files of some packages or modules by module name."""
+    """The files of some packages by module name."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for package in packages
-        for path in (
-            (ROOT / package).rglob("*.py") if (ROOT / package).is_dir() else [ROOT / f"{package}.py"]
-        )
+        for path in (ROOT / package).rglob("*.py")
     }
 
 
@@ -66,7 +63,7 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
 
 def arrows() -> dict[str, set[str]]:
     """What every file of the product imports of it."""
-    known = files("algorithms", "cluster", "tuning", "sparsyfed")
+    known = files("algorithms", "cluster", "tuning")
     return {module: set(imports(path, known)) for module, path in known.items()}
 
 

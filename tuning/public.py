@@ -1,4 +1,4 @@
-"""The public names in one place: ``import sparsyfed``.
+"""The public names in one place: ``import sparsyfed``, as which this file is installed.
 
 An experiment: ``resolve``, ``run``, ``resume``, and the ``Result`` of one. Many: ``expand`` and ``run_grid``,
 the room ``compare``, and for studies ``load_plan``, ``run_study``, ``final_table``, or ``objective`` for

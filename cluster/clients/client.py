@@ -21,6 +21,7 @@ from algorithms.core.masks import target_count
 from cluster import seeding
 from cluster.clients.billing import seconds_of_weights
 from cluster.clients.gpu import GPU_MEMORY_CURE, GpuError, GpuMemory, device_for
+from cluster.clients.heap import keep_freed_memory
 from cluster.clients.local_training import LocalSettings, Trained, Trainer
 from cluster.clients.passes import set_up_cuda
 from cluster.clients.uplinks import make_uplink, no_update
@@ -54,6 +55,7 @@ class ClientHost:
     def __init__(self, setup: HostSetup, gpus: float | None = None) -> None:
         config = self.config = setup.config
         torch.set_num_threads(config.threads)
+        keep_freed_memory()
         share = config.gpus_per_actor if gpus is None else gpus
         self._device = device_for(share)
         self._memory: GpuMemory | None = None

@@ -26,6 +26,7 @@ from cluster.clients.billing import Bill
 from cluster.clients.local_steps import LocalSettings, LocalSteps, layer_density
 from cluster.clients.meter import Meter
 from cluster.clients.passes import EagerPasses, GraphPasses, Passes, arithmetic
+from cluster.clients.pooling import quicken_pools
 from cluster.clients.transfers import ClientData, Staging
 from cluster.exchange import Broadcast
 from cluster.flops import LayerFlops, held_shares
@@ -91,6 +92,8 @@ class Trainer:
         self.layout = method.lay_out(plain, self.module, example)
         self.flops = LayerFlops.of(self.module, self.layout, example)
         method.prepare(self.module)
+        if device.type == "cpu":
+            quicken_pools(self.module)
         self._pruning = pruned_layers(self.module)
         self._meter = Meter(self.module, self.layout)
         self._adversary = Adversary(self.module, self.objective, pixels_of(train.inputs) or Pixels())

@@ -138,7 +138,9 @@ def own_steps(pipe: Connection, case: Case, clients: int) -> None:
     """The method's own local steps of ``clients`` clients, at each request."""
     torch.set_num_threads(1)
     images = images_of_side(case.side, case.clients)
-    split = Split(images["train_images"][:, None], images["train_labels"].astype(np.int64), None)
+    # Not [:, None]: numpy gives an added dimension a stride with which torch takes the channels to lie together.
+    inputs = images["train_images"].reshape(-1, 1, case.side, case.side)
+    split = Split(inputs, images["train_labels"].astype(np.int64), None)
     module = models.build(
         "small_cnn", input_shape=(1, case.side, case.side), classes=10, seed=0, **case.model
     )

@@ -26,6 +26,9 @@ CALL_S = 20.0
 #: Seconds below which it is not made shorter: handing it out and taking it in costs milliseconds of CPU.
 SHORT_CALL_S = 0.2
 
+#: Seconds by which a visit may miss what was expected of it because its actor had to wait for a core.
+SLICE_S = 0.02
+
 
 # ------------------------------------------------------------------------------------------------ actors
 
@@ -208,6 +211,9 @@ class CostModel:
                 continue
             surprise = report.seconds / (pace * work)
             self._paces[actor] = pace * surprise**0.25
+            if abs(report.seconds - pace * max(1, report.samples)) < SLICE_S:
+                self._factors.pop(report.client, None)
+                continue
             self._factors[report.client] = self._factors.pop(report.client, 1.0) * surprise**0.5
             if len(self._factors) > _CLIENTS_REMEMBERED:
                 del self._factors[next(iter(self._factors))]

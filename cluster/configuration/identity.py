@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,17 @@ def content_of(path: str) -> str:
         return path
 
 
+@cache
+def loaded_code() -> str:
+    """The packages' source as this process found it when it first asked, kept with every result.
+
+    Files that change under a run are not what it computes with.
+    """
+    return code_digest()
+
+
 def code_digest() -> str:
-    """Short hash of the packages' source, kept with every result."""
+    """Short hash of the packages' source as it lies on the disk now."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     for path in sorted(p for room in ("algorithms", "cluster") for p in (root / room).rglob("*.py")):

@@ -14,7 +14,7 @@ import torch
 
 from cluster.configuration.choices import fields, names
 from cluster.configuration.config import Config, validate
-from cluster.configuration.identity import code_digest
+from cluster.configuration.identity import loaded_code
 from cluster.federation import Federation
 from cluster.measures import VERSIONS, as_values
 from cluster.records import introduction, tracking
@@ -80,7 +80,7 @@ def summary_of(
         "joules": last.get("energy/joules_total"),  # None where an older version began the run
         "seconds": round(seconds, 3),
         "config_hash": config.digest(),
-        "code_hash": code_digest(),
+        "code_hash": loaded_code(),
         "partition_hash": federation.partition.digest(),
         "measures": versions_of(lines),
         "torch": torch.__version__,
@@ -156,7 +156,7 @@ def make_tracker(folder: RunFolder, config: Config, federation: Federation) -> t
         "group": introduction.group_name(config),
         "mlflow.note.content": introduction.description(config, folder.path),
         "config_hash": config.digest(),
-        "code_hash": code_digest(),
+        "code_hash": loaded_code(),
         "partition_hash": federation.partition.digest(),
         "measures": json.dumps(versions_of(folder.rounds())),
         "metrics": json.dumps(as_values(federation.objective.measures)),

@@ -226,7 +226,10 @@ class Schedule(ABC):
         """Visits of clients that upload in one round, each with its share of its cell's uplink."""
         clients = np.array([visit.client for visit in visits], np.int64)
         devices = self.devices.uploading(clients, [visit.device for visit in visits])
-        return [replace(visit, device=device) for visit, device in zip(visits, devices, strict=True)]
+        return [
+            visit if device is visit.device else replace(visit, device=device)
+            for visit, device in zip(visits, devices, strict=True)
+        ]
 
     def known(self, received: np.ndarray) -> np.ndarray | None:
         """What a message need not hold of an update of ``received``, float32[trained], or None."""

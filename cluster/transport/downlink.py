@@ -52,9 +52,9 @@ class Parcel:
     parts: list[Part] = field(default_factory=list)
     _places: dict[bytes, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def exact(self) -> np.ndarray:
-        """w_t as the server holds it, float32[size]."""
+        """w_t as the server holds it, float32[size]; one array, so that pickle writes it once."""
         return self.state.weights.numpy()
 
     @property

@@ -160,6 +160,16 @@ def test_an_error_is_shared_between_client_and_actor():
     assert costs.pace(2) == pytest.approx((0.2 + 0.4) / 2)  # one that has not played is like the others
 
 
+def test_a_wait_for_a_core_makes_no_client_costly():
+    costs = CostModel()
+    costs.learn(0, [report(7, 20, 0.005)])
+    costs.learn(0, [report(8, 20, 0.050)])  # its actor, just begun, took ten times as long
+    assert costs.work(8, 20) == pytest.approx(20 * 10**0.5)
+    for _ in range(20):
+        costs.learn(0, [report(8, 20, 0.010), report(7, 20, 0.005)])
+        assert costs.work(8, 20) == costs.work(7, 20) == 20
+
+
 def test_slow_actors_and_costly_clients_are_told_apart():
     costs, rng = CostModel(), np.random.default_rng(0)
     for _ in range(400):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster.configuration import identity
 from cluster.configuration.config import Config, resolve
 from cluster.configuration.identity import RESULT_FREE, changes_results
 
@@ -105,3 +106,9 @@ def test_hashes_of_version_0_1_still_hold():
     assert resolve("quickstart", ["algorithm.name=fixed_mask"]).digest() == "ecaf42c868b5"
     changed = resolve("quickstart", ["algorithm.name=topk", "algorithm.guard_layers=true"])
     assert changed.digest() != "a38a8f0cc074"
+
+
+def test_a_run_is_of_the_code_that_its_process_found_first(monkeypatch):
+    first = identity.loaded_code()
+    monkeypatch.setattr(identity, "code_digest", lambda: "changed under it")
+    assert identity.loaded_code() == first != identity.code_digest()

@@ -70,6 +70,19 @@ def test_an_actor_imports_neither_mlflow_nor_optuna_nor_datasets():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_run_imports_no_compiler_of_torchs(tmp_path):
+    """Which takes a second of CPU in the command, the driver and every actor."""
+    code = (
+        "import sys, pathlib, cluster; from tests.tiny_experiment import tiny_federation;"
+        "place = pathlib.Path(sys.argv[1]);"
+        "cluster.run(tiny_federation(place, algorithm={'name': 'sparsyfed'}), place / 'run');"
+        "print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The wheel, unpacked where nothing of the checkout is importable."""

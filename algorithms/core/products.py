@@ -46,6 +46,11 @@ class StrayProducts(TorchDispatchMode):
                 self._others.append((name, parameter))
         self.found: dict[str, None] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, a second of CPU in every process, to keep away from this."""
+        return False
+
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         """Look at the factors of a product, then compute it."""
         if operation.overloadpacket.__name__ in _PRODUCTS:

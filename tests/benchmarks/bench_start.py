@@ -42,5 +42,5 @@ def figures(name: str, quick: bool) -> list[Figure]:
     return [
         Figure(name, case, "process with bare ray.init s", bare),
         Figure(name, case, "sparsyfed run to round 1 s", run),
-        Figure(name, case, "difference s", run - bare, 8.0),
+        Figure(name, case, "difference s", run - bare, 5.0),
     ]

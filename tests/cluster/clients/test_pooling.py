@@ -52,7 +52,12 @@ def test_only_plain_pools_are_swapped():
     model = nn.Sequential(nn.MaxPool2d(2), Own(2), nn.MaxPool2d(2, return_indices=True), nn.AvgPool2d(2))
     before = [type(layer) for layer in model]
     quicken_pools(model)
-    assert [type(layer) is kind for layer, kind in zip(model, before, strict=True)] == [False, True, True, True]
+    assert [type(layer) is kind for layer, kind in zip(model, before, strict=True)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert isinstance(model[0], nn.MaxPool2d)
 
 

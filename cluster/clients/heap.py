@@ -1,7 +1,7 @@
 """Memory that one local step frees stays with the process for the next one.
 
-glibc gives large pieces back to the kernel as they are freed and takes new ones, cleared and page by page, for
-the activations of the very next step: thousands of page faults a visit.
+glibc gives large pieces back to the kernel as they are freed and takes new ones, cleared and page by page,
+for the activations of the very next step: thousands of page faults a visit.
 """
 
 from __future__ import annotations

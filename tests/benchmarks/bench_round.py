@@ -138,7 +138,7 @@ def own_steps(pipe: Connection, case: Case, clients: int) -> None:
     """The method's own local steps of ``clients`` clients, at each request."""
     torch.set_num_threads(1)
     images = images_of_side(case.side, case.clients)
-    # Not [:, None]: numpy gives an added dimension a stride with which torch takes the channels to lie together.
+    # Not [:, None]: numpy gives that dimension a stride with which torch takes channels to lie together.
     inputs = images["train_images"].reshape(-1, 1, case.side, case.side)
     split = Split(inputs, images["train_labels"].astype(np.int64), None)
     module = models.build(

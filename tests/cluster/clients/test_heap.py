@@ -17,10 +17,9 @@ BYTES = 48 * 2**20
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
 def test_memory_that_a_step_frees_costs_the_next_one_no_page_faults(tmp_path):
     ClientHost(Federation.of(tiny_federation(tmp_path)).setup())
-    for warm in (True, False):
+    for _warm in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(3):
             torch.zeros(BYTES, dtype=torch.uint8)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert not warm
     assert faults < BYTES // resource.getpagesize() // 10

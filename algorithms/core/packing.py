@@ -6,6 +6,7 @@ without rounding; what is added up of packed totals are the same integers on the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,9 +49,7 @@ def pack(total: Any) -> Any:
     if not isinstance(total, Total):
         return total
     arrays = {name: own for name in _COLUMNS if (own := getattr(total, name)) is not None}
-    dense = sum(own.nbytes for own in arrays.values())
-    entry = 4 + sum(own.itemsize for own in arrays.values())
-    most = _WORTH * dense / entry
+    most = _most({name: (len(own), own.itemsize) for name, own in arrays.items()})
     if any(np.count_nonzero(own) > most for own in arrays.values()):
         return total
     filled = np.zeros(max(map(len, arrays.values())), np.bool_)
@@ -88,6 +87,64 @@ def merge(total: Any, other: Any) -> None:
         own = torch.from_numpy(getattr(total, name))
         own.index_add_(0, positions[: len(values)], torch.from_numpy(values.copy()))
     total.merge_rest(other.rest)
+
+
+def combine(totals: Iterable[Any]) -> Any:
+    """What some totals add up to, packed where that is smaller; they are asked for one after the other.
+
+    Packed ones are added up where they are filled, and never as long as the model.
+    """
+    packed: list[PackedTotal] = []
+    whole: Any = None
+    for total in totals:
+        if whole is not None:
+            merge(whole, total)
+        elif isinstance(total, PackedTotal):
+            packed.append(total)
+        else:
+            whole = _added([total, *packed])
+    if whole is None and (union := _united(packed)) is not None:
+        return union
+    return pack(_added(packed) if whole is None else whole)
+
+
+def _added(totals: Sequence[Any]) -> Any:
+    whole = unpack(totals[0])
+    for total in totals[1:]:
+        merge(whole, total)
+    return whole
+
+
+def _united(parts: Sequence[PackedTotal]) -> PackedTotal | None:
+    """The packed sum of packed totals; None where their union is worth no packing."""
+    first = parts[0]
+    filled = np.zeros(max(first.sizes.values()), np.bool_)
+    for part in parts:
+        filled[part.positions.astype(np.intp)] = True  # numpy is twice as fast by its own index type
+    positions = np.flatnonzero(filled)
+    widths = {name: values.itemsize for name, values in first.columns.items()}
+    if len(positions) > _most({name: (size, widths[name]) for name, size in first.sizes.items()}):
+        return None
+    place = np.empty(len(filled), np.int32)  # of a position among those of the union
+    place[positions] = np.arange(len(positions), dtype=np.int32)
+    columns = {
+        name: np.zeros(_reach(positions, first.sizes[name]), values.dtype)
+        for name, values in first.columns.items()
+    }
+    rest = replace(first.rest, clients=list(first.clients), layer_counts=first.rest.layer_counts.copy())
+    for part in parts:
+        places = place[part.positions.astype(np.intp)].astype(np.intp)
+        for name, values in part.columns.items():
+            columns[name][places[: len(values)]] += values
+    for part in parts[1:]:
+        rest.merge_rest(part.rest)
+    return PackedTotal(rest, positions.astype(first.positions.dtype), columns, first.sizes)
+
+
+def _most(columns: Mapping[str, tuple[int, int]]) -> float:
+    """Positions up to which packing is worth it, of columns of so many values of so many bytes."""
+    dense = sum(size * width for size, width in columns.values())
+    return _WORTH * dense / (4 + sum(width for _, width in columns.values()))
 
 
 def _reach(positions: np.ndarray, size: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from algorithms.core.packing import merge, pack, unpack
+from algorithms.core.packing import combine, pack
 from cluster.actors.placement import Bundle
 from cluster.actors.totals import Stored
 from cluster.clients.client import ClientHost
@@ -141,12 +141,10 @@ class HostActor:
 
         try:
             # One after the other: a total may be as large as the model many times over.
-            total = unpack(ray.get(parts[0].reference))
-            for part in parts[1:]:
-                merge(total, ray.get(part.reference))
+            total = combine(ray.get(part.reference) for part in parts)
         except ray.exceptions.ObjectLostError:
             return None
-        return _stored(pack(total))
+        return _stored(total)
 
 
 def _stored(total: Any) -> Stored:

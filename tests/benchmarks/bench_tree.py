@@ -5,8 +5,9 @@ hold a packed total of an 11-million-weight model at 95 %, 4 % of it common to a
 unions grow as they do where masks nearly agree. Figures are medians of rounds after the first, in seconds of
 the whole round, in which nothing else happens.
 
-A model of it from parts that are measured alone (a call, storing and combining a total) predicts what the
-tree takes; it is printed beside what was measured before it is used for a thousand actors on 125 nodes.
+A model of it from its parts (handing over, combining, the driver's merging), each measured by itself with
+every core at it, predicts what the tree takes; it is printed beside what was measured before it is used for a
+thousand actors on 125 nodes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import ray
 
 import cluster
 from algorithms import Grid, Total
-from algorithms.core.packing import PackedTotal, merge, pack, unpack
+from algorithms.core.packing import PackedTotal, merge, unpack
 from cluster.actors import totals
+from cluster.actors.actor_pool import Beginning, HostActor
 from cluster.actors.placement import ActorKind, Bundle
 from cluster.actors.ray_engine import RayEngine
 from cluster.actors.ray_session import connection
@@ -83,21 +85,18 @@ class Rounds:
     """Rounds of so many light actors, a client each."""
 
     def __init__(self, actors: int) -> None:
-        config = cluster.resolve({"tracking": {"enabled": False}, "client_timeout_s": 600.0})
-        setup: Any = SimpleNamespace(config=config, folder=SimpleNamespace(exists=lambda: True))
         bundles = [Bundle(ActorKind("", 1.0), 1)] * actors
         self._engine = RayEngine(
-            setup, np.ones(actors, np.int64), bundles, make_host=LightHost, placement_timeout=600.0
+            _setup(), np.ones(actors, np.int64), bundles, make_host=LightHost, placement_timeout=600.0
         )
-        self._clients: list[Any] = [Assignment(client, 0.0, SimpleNamespace(), 0) for client in range(actors)]
+        self._clients = list(map(_assignment, range(actors)))
         self._number = 0
 
     def seconds(self) -> float:
         """A round."""
         self._number += 1
-        broadcast: Any = SimpleNamespace(instructions=SimpleNamespace(round=self._number), nbytes=1)
         started = time.perf_counter()
-        outcome = self._engine.run(broadcast, self._clients, [], lambda: None)
+        outcome = self._engine.run(_broadcast(self._number), self._clients, [], lambda: None)
         spent = time.perf_counter() - started
         assert outcome.total.clients == [assignment.client for assignment in self._clients]
         return spent
@@ -107,44 +106,89 @@ class Rounds:
         self._engine.close()
 
 
+def _setup() -> Any:
+    config = cluster.resolve({"tracking": {"enabled": False}, "client_timeout_s": 600.0})
+    return SimpleNamespace(config=config, folder=SimpleNamespace(exists=lambda: True))
+
+
+def _broadcast(number: int) -> Any:
+    return SimpleNamespace(instructions=SimpleNamespace(round=number), nbytes=1)
+
+
+def _assignment(client: int) -> Assignment:
+    nothing: Any = SimpleNamespace()
+    return Assignment(client, 0.0, nothing, 0)
+
+
 class Parts:
-    """What the model is made of, each measured alone in this process, in seconds."""
+    """What the model is made of, in seconds: each kind of work by itself, on every core at once.
 
-    def __init__(self, clients: int = 8) -> None:
-        made = [sparse_total(client) for client in range(clients)]
-        self.put = _median(lambda: ray.put(made[0]))
-        references = [ray.put(total) for total in made]
-        self.unpack = _median(lambda: unpack(ray.get(references[0])))
-        sums = unpack(made[0])
-        self.merge = _median(lambda: merge(sums, ray.get(references[1])))
-        self.pack = _median(lambda: ray.put(pack(sums)))
+    Attributes:
+        call: A call and its answer, of many to one actor.
+        hand_over: An actor's call that stores its total, per call.
+        combine: A call that combines ``totals.FAN`` of them and stores what they add up to, on each core.
+        whole: The driver's making a dense total of a packed one.
+        merge: Its adding another one to that.
+    """
 
-    def combine(self, totals_: int) -> float:
-        """A call that combines so many."""
-        return self.unpack + self.merge * (totals_ - 1) + self.pack
+    def __init__(self, cores: int) -> None:
+        clients = range(max(cores, totals.FAN))
+        actor: Any = ray.remote(HostActor)
+        hosts = [actor.options(num_cpus=0).remote(LightHost, 0.0) for _ in clients]
+        ray.get([host.ready.remote(_setup(), Beginning("parts")) for host in hosts])
+        self.call = _median(lambda: ray.get([hosts[0].alive.remote() for _ in range(200)])) / 200
 
-    def tree(self, actors: int, cores: int, call: float) -> float:
-        """A round of light actors on one node: levels one after the other, each spread over the cores."""
-        spent, left = actors * (call + self.put / cores), actors
+        def hand_over() -> list[totals.Stored]:
+            told = _broadcast(1)
+            calls = [
+                host.play.remote(told, [_assignment(client)], True, True)
+                for host, client in zip(hosts, clients, strict=True)
+            ]
+            return [stored for _, stored in ray.get(calls)]
+
+        stored = hand_over()[: totals.FAN]  # modules are imported, totals made
+        self.hand_over = _median(hand_over) / len(hosts)
+
+        def combine() -> Any:
+            return ray.get([host.combine.remote(stored) for host in hosts[:cores]])[0]
+
+        union = ray.get(combine().reference)
+        self.combine = _median(combine)
+        self.whole = _median(lambda: unpack(union))
+        sums = unpack(union)
+        self.merge = _median(lambda: merge(sums, union))
+        for host in hosts:
+            ray.kill(host)
+
+    def tree(self, actors: int, cores: int) -> float:
+        """A round of light actors on one node: one kind of work after the other."""
+        spent, left = actors * self.hand_over, actors
         while left > totals.DIRECT:
             calls = math.ceil(left / totals.FAN)
-            spent += math.ceil(calls / cores) * self.combine(math.ceil(left / calls)) + calls * call
+            spent += math.ceil(calls / cores) * self.combine + calls * self.call
             left = calls
-        return spent + self.unpack + (left - 1) * self.merge
+        return spent + self.whole + (left - 1) * self.merge
 
-    def nodes(self, nodes: int, actors: int, call: float) -> float:
+    def nodes(self, nodes: int, actors: int) -> float:
         """The same with so many actors a node, a core each, and a network between nodes."""
-        spent, left, members = nodes * actors * call + self.put + self.combine(actors), nodes, actors
+        spent, left, members = (
+            nodes * actors * self.call + self.hand_over * actors + self.combine,
+            nodes,
+            actors,
+        )
         while left > totals.DIRECT:
             calls = math.ceil(left / totals.FAN)
             taken = math.ceil(left / calls)
             # Unions grow, and with them what is sent, merged and packed.
-            growth = _union(members) / _union(1)
-            sent = (taken - 1) * 24 * _union(members) * WEIGHTS / NETWORK
-            spent += sent + self.unpack + growth * self.merge * (taken - 1) + growth * self.pack
-            spent, left, members = spent + calls * call, calls, members * taken
-        growth = _union(members) / _union(1)
-        return spent + left * (growth * self.merge + 24 * _union(members) * WEIGHTS / NETWORK)
+            spent += taken * _sent_s(members) + self.combine * _union(members) / _union(1) + calls * self.call
+            left, members = calls, members * taken
+        growth = _union(members) / _union(totals.FAN)
+        return spent + self.whole * growth + left * (growth * self.merge + _sent_s(members))
+
+
+def _sent_s(members: int) -> float:
+    """Seconds of the network for the total of so many."""
+    return 24 * _union(members) * WEIGHTS / NETWORK
 
 
 def _union(members: int) -> float:
@@ -167,11 +211,11 @@ def figures(name: str, quick: bool) -> list[Figure]:
     cores = os.cpu_count() or 1
     counts = (8, 16) if quick else (8, 16, 32, 64)
     with connection("local", num_cpus=counts[-1], include_dashboard=False, object_store_memory=4 * 2**30):
-        parts = Parts()
-        for part in ("put", "unpack", "merge", "pack"):
-            found.append(Figure(name, "one packed total", f"{part} ms", 1e3 * getattr(parts, part)))
+        parts = Parts(cores)
+        found += [
+            Figure(name, "one part", f"{part} ms", 1e3 * seconds) for part, seconds in vars(parts).items()
+        ]
         found.append(Figure(name, "one packed total", "MB", 24 * _union(1) * WEIGHTS / 1e6))
-        call = 0.0
         for actors in counts:
             case = f"{actors} actors"
             for way in ("tree", "flat"):
@@ -186,25 +230,10 @@ def figures(name: str, quick: bool) -> list[Figure]:
                 found.append(Figure(name, case, f"{way} s", spent))
                 print(f"  {case} {way}: {spent:.3f} s", flush=True)
                 if way == "tree":
-                    call = call or _call()
-                    model = parts.tree(actors, cores, call)
+                    model = parts.tree(actors, cores)
                     found += [
                         Figure(name, case, "model s", model),
                         Figure(name, case, "measured/model", spent / model, 1.25),
                     ]
-        found.append(Figure(name, "a call", "ms", 1e3 * call))
-        thousand = parts.nodes(125, 8, call)
-        found.append(Figure(name, "1,000 actors on 125 nodes", "model s", thousand, 10.0))
+        found.append(Figure(name, "1,000 actors on 125 nodes", "model s", parts.nodes(125, 8), 10.0))
     return found
-
-
-def _call() -> float:
-    """Seconds of a call and its answer, of many at once to one actor."""
-
-    @ray.remote
-    class Nothing:
-        def nothing(self) -> None: ...
-
-    actor: Any = Nothing.remote()
-    ray.get(actor.nothing.remote())
-    return _median(lambda: ray.get([actor.nothing.remote() for _ in range(200)])) / 200

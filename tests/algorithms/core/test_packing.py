@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from algorithms import Entry, Grid, ParameterLayout, Total
-from algorithms.core.packing import PackedTotal, merge, pack, unpack
+from algorithms.core.packing import PackedTotal, combine, merge, pack, unpack
 
 PRUNABLE, OTHER = 400, 9
 LAYOUT = ParameterLayout(
@@ -79,11 +79,27 @@ def test_any_tree_over_packed_totals_has_the_bits_of_one_total(density):
         parts = [pack(folded(sorted(group.tolist()), density, masked=True)) for group in groups]
         while len(parts) > 1:
             taken, parts = parts[:3], parts[3:]
-            sums = unpack(taken[0])
-            for part in taken[1:]:
-                merge(sums, part)
-            parts.append(pack(sums))
+            parts.append(combine(taken))
         same(unpack(parts[0]), whole)
+
+
+@pytest.mark.parametrize("kept", [{}, {"masked": True}, {"parts": True}, {"marks": True, "masked": True}])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.9])
+def test_what_is_combined_is_what_merging_whole_totals_gives(density, kept):
+    totals = [folded(clients, density, **kept) for clients in ([3, 8], [1], [5, 6])]
+    whole = totals[0].copy()
+    for total in totals[1:]:
+        whole.merge(total)
+    parts = [pickle.loads(pickle.dumps(pack(total))) for total in totals]
+    found = combine(iter(parts))
+    assert isinstance(found, PackedTotal) == isinstance(pack(whole), PackedTotal)
+    same(unpack(found), whole)
+    for part, total in zip(parts, totals, strict=True):
+        same(unpack(part), total)  # they may be read-only, in a store
+    # Where some came whole and some packed, in any order.
+    for mixed in ([totals[0], *parts[1:]], [*parts[:2], totals[2]], [parts[0], totals[1], parts[2]]):
+        same(unpack(combine(mixed)), whole)
+    same(unpack(combine(parts[:1])), totals[0])
 
 
 def test_updates_that_are_kept_travel_with_it():

@@ -5,18 +5,18 @@ hold a packed total of an 11-million-weight model at 95 %, 4 % of it common to a
 unions grow as they do where masks nearly agree. Figures are medians of rounds after the first, in seconds of
 the whole round, in which nothing else happens.
 
-A model of it from its parts (handing over, combining, the driver's merging), each measured by itself with
-every core at it, predicts what the tree takes; it is printed beside what was measured before it is used for a
-thousand actors on 125 nodes.
+A model of it from its parts (handing over, combining, the driver's merging), each measured by itself, with as
+many at it at once, predicts what the tree takes; it is printed beside what was measured before it is used for
+a thousand actors on 125 nodes.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +39,7 @@ from tests.benchmarks.report import Figure
 WEIGHTS = 11_173_962
 COMMON, OWN = 0.04, 0.01
 ROUNDS = 4
+TIMES, TURNS = 7, 3  # of one part
 #: Bytes a second between nodes, in the model of a thousand actors.
 NETWORK = 1.25e9
 
@@ -126,16 +127,19 @@ class Parts:
     Attributes:
         call: A call and its answer, of many to one actor.
         hand_over: An actor's call that stores its total, per call.
-        combine: A call that combines ``totals.FAN`` of them and stores what they add up to, on each core.
-        whole: The driver's making a dense total of a packed one.
-        merge: Its adding another one to that.
+        combine: By how many do so on one machine at once, calls that combine ``totals.FAN`` of them each and
+            store what they add up to.
+        whole: By how many updates are in it, the driver's making a dense total of a packed one.
+        merge: Its adding another such one to that.
     """
 
-    def __init__(self, cores: int) -> None:
-        clients = range(max(cores, totals.FAN))
+    def __init__(self) -> None:
+        clients, at_once = range(totals.FAN), (1, 2, 4, 8)
         actor: Any = ray.remote(HostActor)
-        hosts = [actor.options(num_cpus=0).remote(LightHost, 0.0) for _ in clients]
-        ray.get([host.ready.remote(_setup(), Beginning("parts")) for host in hosts])
+        count = len(clients) + TURNS * sum(at_once)
+        every = [actor.options(num_cpus=0).remote(LightHost, 0.0) for _ in range(count)]
+        hosts, others = every[: len(clients)], iter(every[len(clients) :])
+        ray.get([host.ready.remote(_setup(), Beginning("parts")) for host in every])
         self.call = _median(lambda: ray.get([hosts[0].alive.remote() for _ in range(200)])) / 200
 
         def hand_over() -> list[totals.Stored]:
@@ -146,33 +150,39 @@ class Parts:
             ]
             return [stored for _, stored in ray.get(calls)]
 
-        stored = hand_over()[: totals.FAN]  # modules are imported, totals made
+        def combine(calls: int) -> float:
+            # Each call its own totals, of an actor that has combined none: what is in a cache, or mapped
+            # already, is read faster.
+            groups = [(next(others), hand_over()) for _ in range(calls)]
+            started = time.perf_counter()
+            ray.get([host.combine.remote(group) for host, group in groups])
+            return time.perf_counter() - started
+
+        stored = hand_over()  # modules are imported, totals made
         self.hand_over = _median(hand_over) / len(hosts)
-
-        def combine() -> Any:
-            return ray.get([host.combine.remote(stored) for host in hosts[:cores]])[0]
-
-        union = ray.get(combine().reference)
-        self.combine = _median(combine)
-        self.whole = _median(lambda: unpack(union))
-        sums = unpack(union)
-        self.merge = _median(lambda: merge(sums, union))
-        for host in hosts:
+        self.combine = {calls: statistics.median(combine(calls) for _ in range(TURNS)) for calls in at_once}
+        union = ray.get(hosts[0].combine.remote(stored))
+        self.whole, self.merge = {}, {}
+        for members, reference in ((1, stored[0].reference), (totals.FAN, union.reference)):
+            total = ray.get(reference)
+            self.whole[members] = _median(partial(unpack, total))
+            self.merge[members] = _median(partial(merge, unpack(total), total))
+        for host in every:
             ray.kill(host)
 
-    def tree(self, actors: int, cores: int) -> float:
+    def tree(self, actors: int) -> float:
         """A round of light actors on one node: one kind of work after the other."""
-        spent, left = actors * self.hand_over, actors
+        spent, left, members = actors * self.hand_over, actors, 1
         while left > totals.DIRECT:
             calls = math.ceil(left / totals.FAN)
-            spent += math.ceil(calls / cores) * self.combine + calls * self.call
-            left = calls
-        return spent + self.whole + (left - 1) * self.merge
+            spent += self.combine[calls]
+            left, members = calls, totals.FAN
+        return spent + self.whole[members] + (left - 1) * self.merge[members]
 
     def nodes(self, nodes: int, actors: int) -> float:
         """The same with so many actors a node, a core each, and a network between nodes."""
         spent, left, members = (
-            nodes * actors * self.call + self.hand_over * actors + self.combine,
+            nodes * actors * self.call + self.hand_over * actors + self.combine[1],
             nodes,
             actors,
         )
@@ -180,10 +190,12 @@ class Parts:
             calls = math.ceil(left / totals.FAN)
             taken = math.ceil(left / calls)
             # Unions grow, and with them what is sent, merged and packed.
-            spent += taken * _sent_s(members) + self.combine * _union(members) / _union(1) + calls * self.call
+            spent += taken * _sent_s(members) + calls * self.call
+            spent += self.combine[1] * _union(members) / _union(1)
             left, members = calls, members * taken
         growth = _union(members) / _union(totals.FAN)
-        return spent + self.whole * growth + left * (growth * self.merge + _sent_s(members))
+        merged = growth * self.merge[totals.FAN]
+        return spent + growth * self.whole[totals.FAN] + left * (merged + _sent_s(members))
 
 
 def _sent_s(members: int) -> float:
@@ -196,9 +208,9 @@ def _union(members: int) -> float:
     return COMMON + (1 - COMMON) * (1 - (1 - OWN) ** members)
 
 
-def _median(work: Any, times: int = 7) -> float:
+def _median(work: Any) -> float:
     seconds = []
-    for _ in range(times):
+    for _ in range(TIMES):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
@@ -208,13 +220,12 @@ def _median(work: Any, times: int = 7) -> float:
 def figures(name: str, quick: bool) -> list[Figure]:
     """A round by number of actors, along the tree and flat, and the model beside it."""
     found = []
-    cores = os.cpu_count() or 1
     counts = (8, 16) if quick else (8, 16, 32, 64)
     with connection("local", num_cpus=counts[-1], include_dashboard=False, object_store_memory=4 * 2**30):
-        parts = Parts(cores)
-        found += [
-            Figure(name, "one part", f"{part} ms", 1e3 * seconds) for part, seconds in vars(parts).items()
-        ]
+        parts = Parts()
+        for part, seconds in vars(parts).items():
+            of_each = seconds.items() if isinstance(seconds, dict) else [("", seconds)]
+            found += [Figure(name, part, f"{count} ms".strip(), 1e3 * each) for count, each in of_each]
         found.append(Figure(name, "one packed total", "MB", 24 * _union(1) * WEIGHTS / 1e6))
         for actors in counts:
             case = f"{actors} actors"
@@ -230,7 +241,7 @@ def figures(name: str, quick: bool) -> list[Figure]:
                 found.append(Figure(name, case, f"{way} s", spent))
                 print(f"  {case} {way}: {spent:.3f} s", flush=True)
                 if way == "tree":
-                    model = parts.tree(actors, cores)
+                    model = parts.tree(actors)
                     found += [
                         Figure(name, case, "model s", model),
                         Figure(name, case, "measured/model", spent / model, 1.25),

@@ -27,7 +27,6 @@ import cluster
 from algorithms import Grid, Total
 from algorithms.core.packing import PackedTotal, merge, unpack
 from cluster.actors import totals
-from cluster.actors.actor_pool import Beginning, HostActor
 from cluster.actors.placement import ActorKind, Bundle
 from cluster.actors.ray_engine import RayEngine
 from cluster.actors.ray_session import connection
@@ -39,7 +38,7 @@ from tests.benchmarks.report import Figure
 WEIGHTS = 11_173_962
 COMMON, OWN = 0.04, 0.01
 ROUNDS = 4
-TIMES, TURNS = 7, 3  # of one part
+TIMES = 7  # of one part
 #: Bytes a second between nodes, in the model of a thousand actors.
 NETWORK = 1.25e9
 
@@ -102,6 +101,11 @@ class Rounds:
         assert outcome.total.clients == [assignment.client for assignment in self._clients]
         return spent
 
+    @property
+    def hosts(self) -> Sequence[Any]:
+        """The actors."""
+        return self._engine._pool._hosts
+
     def close(self) -> None:
         """Free the actors."""
         self._engine.close()
@@ -122,80 +126,65 @@ def _assignment(client: int) -> Assignment:
 
 
 class Parts:
-    """What the model is made of, in seconds: each kind of work by itself, on every core at once.
+    """What the model is made of, in seconds, each kind of work by itself.
+
+    They are measured among the processes of as many actors: 64 of them that only wait take an eighth of two
+    cores, and the same calls take a third longer beside them.
+
+    Args:
+        hosts: The actors.
 
     Attributes:
         call: A call and its answer, of many to one actor.
         hand_over: An actor's call that stores its total, per call.
-        combine: By how many do so on one machine at once, calls that combine ``totals.FAN`` of them each and
-            store what they add up to.
-        whole: By how many updates are in it, the driver's making a dense total of a packed one.
+        combine: Calls that combine ``totals.FAN`` of them each and store what they add up to, as many at once
+            as it takes for all.
+        whole: The driver's making a dense total of what it gets.
         merge: Its adding another such one to that.
     """
 
-    def __init__(self) -> None:
-        clients, at_once = range(totals.FAN), (1, 2, 4, 8)
-        actor: Any = ray.remote(HostActor)
-        count = len(clients) + TURNS * sum(at_once)
-        every = [actor.options(num_cpus=0).remote(LightHost, 0.0) for _ in range(count)]
-        hosts, others = every[: len(clients)], iter(every[len(clients) :])
-        ray.get([host.ready.remote(_setup(), Beginning("parts")) for host in every])
+    def __init__(self, hosts: Sequence[Any]) -> None:
         self.call = _median(lambda: ray.get([hosts[0].alive.remote() for _ in range(200)])) / 200
 
         def hand_over() -> list[totals.Stored]:
             told = _broadcast(1)
-            calls = [
-                host.play.remote(told, [_assignment(client)], True, True)
-                for host, client in zip(hosts, clients, strict=True)
-            ]
+            calls = [host.play.remote(told, [_assignment(n)], True, True) for n, host in enumerate(hosts)]
             return [stored for _, stored in ray.get(calls)]
 
-        def combine(calls: int) -> float:
-            # Each call its own totals, of an actor that has combined none: what is in a cache, or mapped
-            # already, is read faster.
-            groups = [(next(others), hand_over()) for _ in range(calls)]
-            started = time.perf_counter()
-            ray.get([host.combine.remote(group) for host, group in groups])
-            return time.perf_counter() - started
-
-        stored = hand_over()  # modules are imported, totals made
         self.hand_over = _median(hand_over) / len(hosts)
-        self.combine = {calls: statistics.median(combine(calls) for _ in range(TURNS)) for calls in at_once}
-        union = ray.get(hosts[0].combine.remote(stored))
-        self.whole, self.merge = {}, {}
-        for members, reference in ((1, stored[0].reference), (totals.FAN, union.reference)):
-            total = ray.get(reference)
-            self.whole[members] = _median(partial(unpack, total))
-            self.merge[members] = _median(partial(merge, unpack(total), total))
-        for host in every:
-            ray.kill(host)
+        turns = []
+        for _ in range(TIMES):
+            stored = hand_over()  # new ones: what is in a cache or mapped already is read faster
+            groups = [stored[first : first + totals.FAN] for first in range(0, len(hosts), totals.FAN)]
+            started = time.perf_counter()
+            ray.get([host.combine.remote(group) for host, group in zip(hosts, groups, strict=False)])
+            turns.append(time.perf_counter() - started)
+        self.combine = statistics.median(turns)
+        one = stored[0] if len(hosts) <= totals.DIRECT else ray.get(hosts[0].combine.remote(groups[0]))
+        total = ray.get(one.reference)
+        self.whole = _median(partial(unpack, total))
+        self.merge = _median(partial(merge, unpack(total), total))
 
     def tree(self, actors: int) -> float:
-        """A round of light actors on one node: one kind of work after the other."""
-        spent, left, members = actors * self.hand_over, actors, 1
-        while left > totals.DIRECT:
-            calls = math.ceil(left / totals.FAN)
-            spent += self.combine[calls]
-            left, members = calls, totals.FAN
-        return spent + self.whole[members] + (left - 1) * self.merge[members]
+        """A round of so many light actors on one node: one kind of work after the other."""
+        spent, left = actors * self.hand_over, actors
+        if left > totals.DIRECT:
+            spent, left = spent + self.combine, math.ceil(left / totals.FAN)
+        return spent + self.whole + (left - 1) * self.merge
 
-    def nodes(self, nodes: int, actors: int) -> float:
-        """The same with so many actors a node, a core each, and a network between nodes."""
-        spent, left, members = (
-            nodes * actors * self.call + self.hand_over * actors + self.combine[1],
-            nodes,
-            actors,
-        )
+    def nodes(self, nodes: int) -> float:
+        """The same of so many such nodes, which combine at once, and a network between them."""
+        spent = nodes * totals.FAN * self.call + totals.FAN * self.hand_over + self.combine
+        left, members = nodes, totals.FAN
         while left > totals.DIRECT:
             calls = math.ceil(left / totals.FAN)
             taken = math.ceil(left / calls)
             # Unions grow, and with them what is sent, merged and packed.
             spent += taken * _sent_s(members) + calls * self.call
-            spent += self.combine[1] * _union(members) / _union(1)
+            spent += self.combine * _union(members) / _union(1)
             left, members = calls, members * taken
-        growth = _union(members) / _union(totals.FAN)
-        merged = growth * self.merge[totals.FAN]
-        return spent + growth * self.whole[totals.FAN] + left * (merged + _sent_s(members))
+        growth = _union(members) / _union(1)
+        return spent + growth * self.whole + left * (growth * self.merge + _sent_s(members))
 
 
 def _sent_s(members: int) -> float:
@@ -222,11 +211,6 @@ def figures(name: str, quick: bool) -> list[Figure]:
     found = []
     counts = (8, 16) if quick else (8, 16, 32, 64)
     with connection("local", num_cpus=counts[-1], include_dashboard=False, object_store_memory=4 * 2**30):
-        parts = Parts()
-        for part, seconds in vars(parts).items():
-            of_each = seconds.items() if isinstance(seconds, dict) else [("", seconds)]
-            found += [Figure(name, part, f"{count} ms".strip(), 1e3 * each) for count, each in of_each]
-        found.append(Figure(name, "one packed total", "MB", 24 * _union(1) * WEIGHTS / 1e6))
         for actors in counts:
             case = f"{actors} actors"
             for way in ("tree", "flat"):
@@ -235,16 +219,22 @@ def figures(name: str, quick: bool) -> list[Figure]:
                     rounds = Rounds(actors)
                     rounds.seconds()  # totals are made, modules imported
                     spent = statistics.median(rounds.seconds() for _ in range(ROUNDS))
-                    rounds.close()
                 finally:
                     totals.DIRECT = direct
                 found.append(Figure(name, case, f"{way} s", spent))
                 print(f"  {case} {way}: {spent:.3f} s", flush=True)
                 if way == "tree":
+                    parts = Parts(rounds.hosts)
                     model = parts.tree(actors)
                     found += [
                         Figure(name, case, "model s", model),
                         Figure(name, case, "measured/model", spent / model, 1.25),
+                        *(Figure(name, case, f"{part} ms", 1e3 * own) for part, own in vars(parts).items()),
                     ]
-        found.append(Figure(name, "1,000 actors on 125 nodes", "model s", parts.nodes(125, 8), 10.0))
+                    if actors == totals.FAN:
+                        found.append(
+                            Figure(name, "1,000 actors on 125 nodes", "model s", parts.nodes(125), 10.0)
+                        )
+                rounds.close()
+        found.append(Figure(name, "one packed total", "MB", 24 * _union(1) * WEIGHTS / 1e6))
     return found

@@ -1,5 +1,7 @@
 """Synchronous rounds on the simulated clock: who counts, who is left out, and when a round is over."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -287,3 +289,19 @@ def test_a_stage_before_round_1_needs_somebody(cache, tmp_path):
     )
     with pytest.raises(DivergedError, match=r"no update of the stage before round 1 .* no client answered"):
         run_inline(config, tmp_path / "run")
+
+
+def test_a_model_is_written_once_into_a_broadcast(cache, tmp_path, monkeypatch):
+    """The server's own and what clients decode are one array unless the downlink is lossy."""
+    play, sent = InlineEngine.run, []
+
+    def looking(engine, broadcast, *others):
+        sent.append(broadcast)
+        return play(engine, broadcast, *others)
+
+    monkeypatch.setattr(InlineEngine, "run", looking)
+    run_inline(tiny_federation(cache), tmp_path / "run")
+    assert sent
+    for broadcast in sent:
+        assert pickle.dumps(broadcast).count(broadcast.weights.tobytes()) == 1
+        assert broadcast.nbytes == broadcast.weights.nbytes

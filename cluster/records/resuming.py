@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cluster.configuration.config import Config
-from cluster.configuration.identity import loaded_code
+from cluster.configuration.identity import code_digest
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, CheckpointError, list_rounds, load_checkpoint, read_meta
 from cluster.records.run_folder import RunFolder, RunFolderError
@@ -57,7 +57,7 @@ def stands_on(federation: Federation) -> dict[str, str]:
     return {
         "data": federation.dataset.fingerprint,
         "partition": federation.partition.digest(),
-        "code": loaded_code(),
+        "code": code_digest(),
         "torch": torch.__version__,
     }
 

@@ -108,7 +108,7 @@ def test_what_changed_since_is_named_and_may_be_gone_over_knowingly(what, interr
     made = read_meta(interrupted.checkpoints / "round-000004.safetensors")["stands_on"]
     assert made.keys() == {"data", "partition", "code", "torch"}
     if what == "sparsyfed's code":
-        monkeypatch.setattr(resuming, "loaded_code", lambda: "cafe")
+        monkeypatch.setattr(resuming, "code_digest", lambda: "cafe")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9.9")
     else:
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_fingerprints_still_resumes(interrupted, undisturbe
     """Those of 0.1 have none."""
     load = resuming.load_checkpoint
     monkeypatch.setattr(resuming, "load_checkpoint", lambda path: replace(load(path), stands_on={}))
-    monkeypatch.setattr(resuming, "loaded_code", lambda: "cafe")
+    monkeypatch.setattr(resuming, "code_digest", lambda: "cafe")
     cluster.resume(interrupted.path)
     assert_same_run(interrupted.path, undisturbed)
 

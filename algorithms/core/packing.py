@@ -43,6 +43,16 @@ class PackedTotal:
         """Whose updates are in it, ascending."""
         return self.rest.clients
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.positions.nbytes + sum(values.nbytes for values in self.columns.values())
+
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of its arrays with their zeros."""
+        return sum(self.sizes[name] * values.itemsize for name, values in self.columns.items())
+
 
 def pack(total: Any) -> Any:
     """What to send of a total; a sealed one, whose words show nothing, as it is."""
@@ -90,9 +100,10 @@ def merge(total: Any, other: Any) -> None:
 
 
 def combine(totals: Iterable[Any]) -> Any:
-    """What some totals add up to, packed where that is smaller; they are asked for one after the other.
+    """What some totals add up to, packed where that is smaller.
 
-    Packed ones are added up where they are filled, and never as long as the model.
+    Packed ones are kept until all are there, and added up where they are filled. Where they would take more
+    room than a whole total, they are added to one as they come.
     """
     packed: list[PackedTotal] = []
     whole: Any = None
@@ -101,6 +112,8 @@ def combine(totals: Iterable[Any]) -> Any:
             merge(whole, total)
         elif isinstance(total, PackedTotal):
             packed.append(total)
+            if sum(part.nbytes for part in packed) > total.whole_nbytes:
+                whole = _added(packed)
         else:
             whole = _added([total, *packed])
     if whole is None and (union := _united(packed)) is not None:

@@ -140,7 +140,7 @@ class HostActor:
         import ray
 
         try:
-            # One after the other: a total may be as large as the model many times over.
+            # One after the other, as they are asked for: a total may be several times as large as the model.
             total = combine(ray.get(part.reference) for part in parts)
         except ray.exceptions.ObjectLostError:
             return None

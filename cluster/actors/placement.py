@@ -209,11 +209,13 @@ class CostModel:
             if pace is None:
                 self._paces[actor] = report.seconds / work
                 continue
-            surprise = report.seconds / (pace * work)
-            self._paces[actor] = pace * surprise**0.25
-            if abs(report.seconds - pace * max(1, report.samples)) < SLICE_S:
+            surprise, average = report.seconds / (pace * work), pace * max(1, report.samples)
+            if max(abs(report.seconds - average), report.seconds) < SLICE_S:
+                # Of so short a visit it tells little about the actor, and nothing about the client.
+                self._paces[actor] = pace * surprise ** (0.25 * min(1.0, average / SLICE_S))
                 self._factors.pop(report.client, None)
                 continue
+            self._paces[actor] = pace * surprise**0.25
             self._factors[report.client] = self._factors.pop(report.client, 1.0) * surprise**0.5
             if len(self._factors) > _CLIENTS_REMEMBERED:
                 del self._factors[next(iter(self._factors))]

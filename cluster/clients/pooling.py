@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 #: Channels below which the copy costs more than it saves.
@@ -41,10 +42,22 @@ class _ChannelsTogether(torch.autograd.Function):
 
 class _MaxPool2d(nn.MaxPool2d):
     def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.dim() != 4 or inputs.shape[1] < FEWEST_CHANNELS or not inputs.is_contiguous():
-            pooled: Tensor = super().forward(inputs)
-            return pooled
-        return _ChannelsTogether.apply(inputs, self)
+        if _apart(inputs) and not _transformed():
+            return _ChannelsTogether.apply(inputs, self)
+        pooled: Tensor = super().forward(inputs)
+        return pooled
+
+
+def _apart(inputs: Tensor) -> bool:
+    """Whether these are images that lie channel by channel, and of enough channels."""
+    if inputs.dim() != 4 or inputs.shape[1] < FEWEST_CHANNELS or not inputs.is_contiguous():
+        return False
+    return not inputs.is_contiguous(memory_format=torch.channels_last)  # one pixel is both
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work: they know torch's own pool alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def quicken_pools(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cluster.configuration.config import Config
+from cluster.configuration.identity import loaded_code
 from cluster.disk import naming, told_by_path
 from cluster.federation import Federation
 from cluster.machine import Watch, record
@@ -63,6 +64,7 @@ def _conduct(
     on_line: Progress,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
+    loaded_code()  # as early as can be: files may change while data are prepared
     config = folder.config()
     torch.set_num_threads(config.threads)
     federation = Federation.of(config)

@@ -1,6 +1,7 @@
 """Packed totals: nothing but the zeros is left out, and sums of packed totals have the bits of plain ones."""
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -100,6 +101,28 @@ def test_what_is_combined_is_what_merging_whole_totals_gives(density, kept):
     for mixed in ([totals[0], *parts[1:]], [*parts[:2], totals[2]], [parts[0], totals[1], parts[2]]):
         same(unpack(combine(mixed)), whole)
     same(unpack(combine(parts[:1])), totals[0])
+
+
+def test_no_more_packed_totals_are_kept_than_a_whole_one_takes():
+    parts = [pack(folded([client], 0.2)) for client in range(12)]
+    asked, alive = 0, []
+
+    def one_by_one():
+        nonlocal asked
+        for number in range(len(parts)):
+            part = pickle.loads(pickle.dumps(parts[number]))
+            alive.append(weakref.ref(part))
+            asked += 1
+            yield part
+            del part
+            held.append(sum(ref() is not None for ref in alive))
+
+    held = []
+    same(unpack(combine(one_by_one())), folded(range(12), 0.2))
+    assert asked == 12
+    room = parts[0].whole_nbytes // min(part.nbytes for part in parts)
+    assert 1 < room < 8  # the test is of something
+    assert max(held) <= room + 1
 
 
 def test_updates_that_are_kept_travel_with_it():

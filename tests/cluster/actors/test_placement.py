@@ -170,6 +170,23 @@ def test_a_wait_for_a_core_makes_no_client_costly():
         assert costs.work(8, 20) == costs.work(7, 20) == 20
 
 
+@pytest.mark.parametrize("seconds", [(0.012, 0.028), (0.004, 0.2)])
+def test_short_visits_beside_longer_ones_disturb_no_pace(seconds):
+    costs, rng = CostModel(), np.random.default_rng(0)
+    ratios = []
+    for turn in range(200):
+        for actor in (0, 1):
+            clients = rng.permutation(20)[:6]
+            costs.learn(
+                actor, [report(int(c), 10, seconds[c % 2] * float(rng.normal(1.0, 0.1))) for c in clients]
+            )
+        if turn > 50:
+            ratios.append(costs.pace(0) / costs.pace(1))
+    low, high = np.quantile(ratios, [0.05, 0.95])
+    assert 0.8 < low <= high < 1.25
+    assert costs.work(1, 10) / costs.work(0, 10) > 0.8 * seconds[1] / seconds[0]
+
+
 def test_slow_actors_and_costly_clients_are_told_apart():
     costs, rng = CostModel(), np.random.default_rng(0)
     for _ in range(400):

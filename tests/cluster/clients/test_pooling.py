@@ -4,9 +4,10 @@ import copy
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 from cluster.clients.pooling import FEWEST_CHANNELS, quicken_pools
 
@@ -14,6 +15,7 @@ from cluster.clients.pooling import FEWEST_CHANNELS, quicken_pools
 VALUES = [0.0, -0.0, 1.0, 1.0, -1.0, 3.5, float("inf"), -float("inf"), float("nan")]
 
 
+@settings(deadline=None)
 @given(
     channels=st.integers(FEWEST_CHANNELS - 1, 19),
     side=st.tuples(st.integers(4, 9), st.integers(4, 9)),
@@ -68,3 +70,27 @@ def test_second_derivatives_are_those_of_torchs_own():
     (first,) = torch.autograd.grad((quick(inputs) ** 3).sum(), inputs, create_graph=True)
     (again,) = torch.autograd.grad((pool(inputs) ** 3).sum(), inputs, create_graph=True)
     assert torch.equal(*(torch.autograd.grad((one**2).sum(), inputs)[0] for one in (first, again)))
+
+
+def test_transforms_of_torchs_work_as_with_its_own():
+    pool, quick = nn.MaxPool2d(2), nn.MaxPool2d(2)
+    quicken_pools(quick)
+    inputs = torch.randn(3, 5, 6, 6)
+    for of_each in (
+        lambda layer: torch.func.vmap(torch.func.grad(lambda one: (layer(one[None]) ** 2).sum()))(inputs),
+        lambda layer: torch.func.jvp(layer, (inputs,), (inputs,))[1],
+        lambda layer: torch.func.hessian(lambda one: (layer(one) ** 3).sum())(inputs[:1]),
+    ):
+        assert torch.equal(of_each(quick), of_each(pool))
+    with forward_ad.dual_level():
+        found, expected = (
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, inputs))) for layer in (quick, pool)
+        )
+    assert torch.equal(found.tangent, expected.tangent)
+
+
+def test_one_pixel_that_lies_both_ways_comes_out_as_it_does_of_torchs_own():
+    pool, quick = nn.MaxPool2d(1), nn.MaxPool2d(1)
+    quicken_pools(quick)
+    inputs = torch.randn(3, 8, 1, 1).to(memory_format=torch.channels_last)
+    assert quick(inputs).stride() == pool(inputs).stride()

@@ -128,8 +128,7 @@ def _assignment(client: int) -> Assignment:
 class Parts:
     """What the model is made of, in seconds, each kind of work by itself.
 
-    They are measured among the processes of as many actors: 64 of them that only wait take an eighth of two
-    cores, and the same calls take a third longer beside them.
+    They are measured among the processes of as many actors, which take time from each other by waiting alone.
 
     Args:
         hosts: The actors.

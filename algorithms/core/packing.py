@@ -59,7 +59,7 @@ def pack(total: Any) -> Any:
     if not isinstance(total, Total):
         return total
     arrays = {name: own for name in _COLUMNS if (own := getattr(total, name)) is not None}
-    most = _most({name: (len(own), own.itemsize) for name, own in arrays.items()})
+    most = _most(sum(own.nbytes for own in arrays.values()), arrays)
     if any(np.count_nonzero(own) > most for own in arrays.values()):
         return total
     filled = np.zeros(max(map(len, arrays.values())), np.bool_)
@@ -105,20 +105,17 @@ def combine(totals: Iterable[Any]) -> Any:
     Packed ones are kept until all are there, and added up where they are filled. Where they would take more
     room than a whole total, they are added to one as they come.
     """
-    packed: list[PackedTotal] = []
+    parts: list[Any] = []
     whole: Any = None
     for total in totals:
         if whole is not None:
             merge(whole, total)
-        elif isinstance(total, PackedTotal):
-            packed.append(total)
-            if sum(part.nbytes for part in packed) > total.whole_nbytes:
-                whole = _added(packed)
-        else:
-            whole = _added([total, *packed])
-    if whole is None and (union := _united(packed)) is not None:
-        return union
-    return pack(_added(packed) if whole is None else whole)
+            continue
+        parts.append(total)
+        if not isinstance(total, PackedTotal) or sum(part.nbytes for part in parts) > total.whole_nbytes:
+            whole = _added(parts)
+            parts.clear()  # not kept alive
+    return _united(parts) if whole is None else pack(whole)
 
 
 def _added(totals: Sequence[Any]) -> Any:
@@ -128,16 +125,15 @@ def _added(totals: Sequence[Any]) -> Any:
     return whole
 
 
-def _united(parts: Sequence[PackedTotal]) -> PackedTotal | None:
-    """The packed sum of packed totals; None where their union is worth no packing."""
+def _united(parts: Sequence[PackedTotal]) -> Any:
+    """The sum of packed totals, packed unless their union is worth no packing."""
     first = parts[0]
     filled = np.zeros(max(first.sizes.values()), np.bool_)
     for part in parts:
         filled[part.positions.astype(np.intp)] = True  # numpy is twice as fast by its own index type
     positions = np.flatnonzero(filled)
-    widths = {name: values.itemsize for name, values in first.columns.items()}
-    if len(positions) > _most({name: (size, widths[name]) for name, size in first.sizes.items()}):
-        return None
+    if len(positions) > _most(first.whole_nbytes, first.columns):
+        return pack(_added(parts))
     place = np.empty(len(filled), np.int32)  # of a position among those of the union
     place[positions] = np.arange(len(positions), dtype=np.int32)
     columns = {
@@ -154,10 +150,9 @@ def _united(parts: Sequence[PackedTotal]) -> PackedTotal | None:
     return PackedTotal(rest, positions.astype(first.positions.dtype), columns, first.sizes)
 
 
-def _most(columns: Mapping[str, tuple[int, int]]) -> float:
-    """Positions up to which packing is worth it, of columns of so many values of so many bytes."""
-    dense = sum(size * width for size, width in columns.values())
-    return _WORTH * dense / (4 + sum(width for _, width in columns.values()))
+def _most(whole_nbytes: int, columns: Mapping[str, np.ndarray]) -> float:
+    """Positions up to which a total of so many bytes, with such columns, is worth packing."""
+    return _WORTH * whole_nbytes / (4 + sum(values.itemsize for values in columns.values()))
 
 
 def _reach(positions: np.ndarray, size: int) -> int:

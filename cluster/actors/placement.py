@@ -26,7 +26,7 @@ CALL_S = 20.0
 #: Seconds below which it is not made shorter: handing it out and taking it in costs milliseconds of CPU.
 SHORT_CALL_S = 0.2
 
-#: Seconds by which a visit may miss what was expected of it because its actor had to wait for a core.
+#: Seconds below which a visit tells nothing of its client: its actor may have waited for a core as long.
 SLICE_S = 0.02
 
 
@@ -210,12 +210,12 @@ class CostModel:
                 self._paces[actor] = report.seconds / work
                 continue
             surprise, average = report.seconds / (pace * work), pace * max(1, report.samples)
-            if max(abs(report.seconds - average), report.seconds) < SLICE_S:
-                # Of so short a visit it tells little about the actor, and nothing about the client.
-                self._paces[actor] = pace * surprise ** (0.25 * min(1.0, average / SLICE_S))
+            short = max(abs(report.seconds - average), report.seconds) < SLICE_S
+            told = min(1.0, average / SLICE_S) if short else 1.0  # of the actor, the shorter the less
+            self._paces[actor] = pace * surprise ** (0.25 * told)
+            if short:
                 self._factors.pop(report.client, None)
                 continue
-            self._paces[actor] = pace * surprise**0.25
             self._factors[report.client] = self._factors.pop(report.client, 1.0) * surprise**0.5
             if len(self._factors) > _CLIENTS_REMEMBERED:
                 del self._factors[next(iter(self._factors))]

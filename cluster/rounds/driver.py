@@ -18,7 +18,6 @@ from safetensors.torch import save
 from algorithms import Algorithm, ParameterLayout, ServerState
 from cluster import seeding
 from cluster.configuration.choices import ChoiceError
-from cluster.configuration.identity import loaded_code
 from cluster.exchange import EvaluationChunk
 from cluster.federation import Federation
 from cluster.records.checkpoint import Checkpoint, list_rounds, save_checkpoint, write_atomically
@@ -278,7 +277,7 @@ class Driver:
             Checkpoint(
                 self.state,
                 driver,
-                f"{self.config.digest()}-{loaded_code()}",
+                f"{self.config.digest()}-{self._stands_on['code']}",
                 snapshot.bases,
                 self._supports.by_round,
                 self._stands_on,
